@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Canonical graph → the dialect of one backend."""

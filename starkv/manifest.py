@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``manifest.json`` of an engine directory: the contract between ``export`` (writes) and ``runtime`` (reads).
+
+Everything the runtime must know about a model is here, so it never has to interpret the many dialects
+of Hugging Face's ``config.json``.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from starkv.errors import EngineError
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+CoordinateConvention = Literal["absolute", "relative_1000"]
+"""``absolute``: pixels of the smart-resized image. ``relative_1000``: thousandths of width and height."""
+
+PromptDialect = Literal["plain"]
+"""How an instruction becomes a prompt. ``plain``: the instruction itself is the user's text."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TextShape(_Strict):
+    """Sizes of the text decoder."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    rope_theta: float
+    mrope_section: list[int] | None
+    """Rotary pairs taken from the t, h and w position, or None for one-dimensional RoPE."""
+    max_positions: int
+    tied_embedding: bool
+
+
+class VisionShape(_Strict):
+    """Sizes of the vision tower."""
+
+    depth: int
+    hidden: int
+    intermediate: int
+    heads: int
+    patch_size: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    window_size: int
+    full_attention_blocks: list[int]
+    rope_theta: float
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+
+class SpecialTokens(_Strict):
+    """Ids that the runtime has to recognise."""
+
+    image_pad: int
+    vision_start: int
+    vision_end: int
+    end_of_text: list[int]
+    """Generation stops at any of these."""
+
+
+class ImageLimits(_Strict):
+    """Pixel limits of ``smart_resize`` and the normalisation of its result."""
+
+    min_pixels: int
+    max_pixels: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class Quantization(_Strict):
+    """Storage of each group of weights, e.g. ``int4`` or ``fp32``."""
+
+    preset: str
+    decoder: str
+    head: str
+    vision: str
+    embedding: str
+    block_size: int | None
+    """Rows of the reduction axis that share one scale, or None without quantized weights."""
+
+
+class Manifest(_Strict):
+    """Everything the runtime needs to know before it opens the first graph."""
+
+    schema_version: int
+    name: str
+    """Model card's name."""
+    family: str
+    backend: Literal["ort", "trt"]
+    licence: str
+    source: str
+    """Where the weights came from (a folder's name or a repository id, never an absolute path)."""
+    coordinates: CoordinateConvention
+    prompt: PromptDialect
+    text: TextShape
+    vision: VisionShape
+    tokens: SpecialTokens
+    image: ImageLimits
+    quantization: Quantization
+    observation_window: int
+    """How many of the last queries the decoder's ``q_window`` output holds at most."""
+    max_context: int
+    """Most KV rows that one sequence may hold."""
+    parameters: int
+    tool_versions: dict[str, str]
+    files: dict[str, str]
+    """File name → sha256 of its content; every file of the directory except the manifest."""
+
+
+def sha256_of(path: Path) -> str:
+    """Hash a file without reading it into memory at once."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check ``manifest.json``.
+
+    Raises:
+        EngineError: the directory or the file is missing, unreadable, or of another schema version.
+    """
+    path = directory / MANIFEST_NAME
+    if not directory.is_dir():
+        raise EngineError(f"engine directory {directory} does not exist; build one with `starkv build MODEL`")
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise EngineError(f"{directory} is no engine directory: it has no {MANIFEST_NAME}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise EngineError(f"{path} is not readable JSON ({error}); build the engine again") from None
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA_VERSION:
+        raise EngineError(
+            f"{path}: schema_version is {version!r}, this starkv reads {SCHEMA_VERSION}; build the engine again"
+        )
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise EngineError(f"{path}: field {field}: {first['msg']}; build the engine again") from None
+
+
+def verify_files(directory: Path, manifest: Manifest) -> None:
+    """Compare every file with the hash that the manifest recorded.
+
+    Raises:
+        EngineError: a file is missing or its content changed.
+    """
+    for name, expected in manifest.files.items():
+        path = directory / name
+        if not path.is_file():
+            raise EngineError(f"{path} is missing from the engine; build it again or copy the whole directory")
+        if sha256_of(path) != expected:
+            raise EngineError(f"{path} was changed or damaged since the build (sha256 differs); build it again")
