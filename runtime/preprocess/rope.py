@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotary angles in the arithmetic of the models' training code: float32 at every step."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def inverse_frequencies(dim: int, theta: float) -> NDArray[np.float32]:
+    """Angle per unit of position for each rotary pair.
+
+    The power is taken in float64 and rounded once. A position of 30,000 multiplies the last bit of the
+    fastest frequency into the third decimal of its cosine, so the rounding has to be that of the original.
+
+    Args:
+        dim: number of channels that the frequencies cover, two per pair.
+        theta: base of the geometric series.
+
+    Returns:
+        ``[dim / 2]`` float32, falling from 1.
+    """
+    exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    power: NDArray[np.float32] = np.power(np.float64(theta), exponent.astype(np.float64)).astype(np.float32)
+    return np.float32(1.0) / power
