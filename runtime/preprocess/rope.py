@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 def inverse_frequencies(dim: int, theta: float) -> NDArray[np.float32]:
     """Angle per unit of position for each rotary pair.
 
-    The power is taken in float64 and rounded once. A position of 30,000 multiplies the last bit of the
-    fastest frequency into the third decimal of its cosine, so the rounding has to be that of the original.
+    Rounded to float32 like the original: a position of 30,000 carries the last bit of a frequency near 1 into
+    the third decimal of its cosine. The power itself is taken in float64 and rounded once; PyTorch's is not
+    correctly rounded and differs from it in the last bit of a few frequencies, here and between machines.
 
     Args:
         dim: number of channels that the frequencies cover, two per pair.
@@ -20,4 +21,5 @@ def inverse_frequencies(dim: int, theta: float) -> NDArray[np.float32]:
     """
     exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     power: NDArray[np.float32] = np.power(np.float64(theta), exponent.astype(np.float64)).astype(np.float32)
-    return np.float32(1.0) / power
+    frequencies: NDArray[np.float32] = np.float32(1.0) / power
+    return frequencies

@@ -98,8 +98,9 @@ def _blocks_in_windows(block_rows: int, block_columns: int, shape: VisionShape) 
     blocks = np.full((window_rows * side, window_columns * side), -1, dtype=np.int64)
     reading_order = np.arange(block_rows * block_columns)
     blocks[:block_rows, :block_columns] = reading_order.reshape(block_rows, block_columns)
-    tiled = blocks.reshape(window_rows, side, window_columns, side).swapaxes(1, 2)
-    return tiled.reshape(window_rows * window_columns, side * side)
+    windows = blocks.reshape(window_rows, side, window_columns, side).swapaxes(1, 2)
+    places: NDArray[np.int64] = windows.reshape(window_rows * window_columns, side * side)
+    return places
 
 
 def _patch_coordinates(grid_h: int, grid_w: int, merge: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
