@@ -5,9 +5,10 @@ Each is an ONNX *function*: its body in standard operators is the definition, ru
 what every faster implementation is tested against. A dialect of the graph swaps the body or drops it for a
 plugin of the same name; the node itself never changes.
 
-All bodies use opset 23, the newest that ONNX Runtime 1.23 (the last one for Python 3.10) reads. ScatterElements
-with a mask says the same as the younger TensorScatter with ``nonpad_kv_seqlen``, and it says which key each
-query sees explicitly: runtimes disagree on how ``is_causal`` aligns when queries and keys differ in number.
+All bodies use opset 23, the newest that ONNX Runtime 1.23 (the last one for Python 3.10) reads.
+ScatterElements with a mask says the same as the younger TensorScatter with ``nonpad_kv_seqlen``, and it says
+which key each query sees explicitly: runtimes disagree on how ``is_causal`` aligns when queries and keys
+differ in number.
 """
 
 import onnx

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Completes an engine directory with its ``manifest.json``."""
+
+from pathlib import Path
+from typing import Literal
+
+from starkv.export.record import ExportRecord
+from starkv.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest, sha256_of
+
+
+def write_manifest(
+    directory: Path, record: ExportRecord, backend: Literal["ort", "trt"], tool_versions: dict[str, str]
+) -> Manifest:
+    """Hash every file of ``directory`` and describe them; call it when all others are written.
+
+    Args:
+        directory: the engine's directory.
+        record: what the export knows about the model.
+        backend: which runtime loads the engine.
+        tool_versions: versions the build depends on, added to those of the export.
+    """
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        name=record.name,
+        family=record.family,
+        backend=backend,
+        licence=record.licence,
+        source=record.source,
+        coordinates=record.coordinates,
+        prompt=record.prompt,
+        text=record.text,
+        vision=record.vision,
+        tokens=record.tokens,
+        image=record.image,
+        quantization=record.quantization,
+        observation_window=record.observation_window,
+        max_context=record.max_context,
+        parameters=record.parameters,
+        tool_versions=record.tool_versions | tool_versions,
+        files={path.name: sha256_of(path) for path in sorted(directory.iterdir())},
+    )
+    (directory / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n")
+    return manifest

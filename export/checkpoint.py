@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Hugging Face checkpoint folder: ``config.json`` and safetensors, mapped lazily and read in row chunks."""
+
+import json
+import math
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from starkv.errors import CheckpointError
+
+SUPPORTED_ARCHITECTURES = {"Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl"}
+"""Architecture in ``config.json`` → family of starkv."""
+
+_INDEX_NAME = "model.safetensors.index.json"
+_SINGLE_NAME = "model.safetensors"
+_LARGEST_HEADER = 100 << 20
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+# Two spellings are in use: the Hub's older files drop a prefix that transformers writes today.
+_OLD_PREFIXES = (
+    ("visual.", "model.visual."),
+    ("model.layers.", "model.language_model.layers."),
+    ("model.norm.", "model.language_model.norm."),
+    ("model.embed_tokens.", "model.language_model.embed_tokens."),
+)
+
+
+def canonical_name(name: str) -> str:
+    """Spell a tensor's name as transformers writes it today: ``model.language_model.…``, ``model.visual.…``."""
+    for old, new in _OLD_PREFIXES:
+        if name.startswith(old):
+            return new + name[len(old) :]
+    return name
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where one tensor lies inside a mapped file."""
+
+    mapping: mmap.mmap
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Checkpoint:
+    """Tensors of a checkpoint by canonical name, never more of them in memory than the caller asks for.
+
+    Raises:
+        CheckpointError: the folder, its ``config.json`` or a shard is missing, damaged or not supported.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"checkpoint folder {folder} does not exist; check the path or download the model"
+            )
+        self.folder = folder
+        self.config = _read_config(folder / "config.json")
+        self.family = _family_of(self.config, folder / "config.json")
+        self._entries: dict[str, _Entry] = {}
+        self._mappings: list[mmap.mmap] = []
+        for path in _shard_paths(folder):
+            self._map(path)
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Unmap all files; arrays handed out stay valid because they are copies."""
+        self._entries.clear()
+        for mapping in self._mappings:
+            mapping.close()
+        self._mappings.clear()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def names(self) -> list[str]:
+        """Canonical names of all tensors, sorted."""
+        return sorted(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor as stored."""
+        return self._entry(name).shape
+
+    def stored_dtype(self, name: str) -> str:
+        """Dtype of a tensor as safetensors spells it: ``BF16``, ``F16`` or ``F32``."""
+        return self._entry(name).dtype
+
+    @property
+    def parameters(self) -> int:
+        """Number of stored weights; a tied head counts once."""
+        return sum(math.prod(entry.shape) for entry in self._entries.values())
+
+    def array(self, name: str) -> npt.NDArray[np.float32]:
+        """Read a whole tensor as float32."""
+        return self.rows(name, 0, self.shape(name)[0])
+
+    def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Read the rows ``start … stop-1`` of the first axis as float32 [stop-start, …]."""
+        return self.stored_rows(name, start, stop).astype(np.float32, copy=False)
+
+    def stored_rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
+        """Read rows of the first axis in the stored dtype and let go of the file's pages."""
+        entry = self._entry(name)
+        dtype = _DTYPES[entry.dtype]
+        row_size = math.prod(entry.shape[1:])
+        first = entry.offset + start * row_size * dtype.itemsize
+        count = (stop - start) * row_size
+        view = np.frombuffer(entry.mapping, dtype, count, first)
+        copied: npt.NDArray[Any] = view.reshape(stop - start, *entry.shape[1:]).copy()
+        del view
+        _drop_pages(entry.mapping, first, count * dtype.itemsize)
+        return copied
+
+    def row_chunks(self, name: str, chunk: int) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
+        """Yield (first row, rows as float32) with at most ``chunk`` rows each."""
+        total = self.shape(name)[0]
+        for start in range(0, total, chunk):
+            yield start, self.rows(name, start, min(start + chunk, total))
+
+    def _entry(self, name: str) -> _Entry:
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise CheckpointError(
+                f"{self.folder}: tensor {name} is missing; the checkpoint is incomplete, download it again"
+            ) from None
+
+    def _map(self, path: Path) -> None:
+        header, start, size = _read_header(path)
+        with path.open("rb") as stream:
+            mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        self._mappings.append(mapping)
+        for name, tensor in header.items():
+            dtype, shape, (begin, end) = tensor["dtype"], tuple(tensor["shape"]), tensor["data_offsets"]
+            if dtype not in _DTYPES:
+                raise CheckpointError(
+                    f"{path}: tensor {name} has dtype {dtype}; starkv reads {', '.join(_DTYPES)} only"
+                )
+            if start + end > size:
+                raise CheckpointError(
+                    f"{path} is truncated: it has {size} bytes, its header promises {start + end}; download it again"
+                )
+            if end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
+                raise CheckpointError(
+                    f"{path}: tensor {name} has the wrong size for its shape; download it again"
+                )
+            self._entries[canonical_name(name)] = _Entry(mapping, start + begin, shape, dtype)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; the folder is no Hugging Face checkpoint") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not readable JSON ({error}); download it again") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds no JSON object; download it again")
+    return config
+
+
+def _family_of(config: dict[str, Any], path: Path) -> str:
+    found = config.get("architectures") or [f"model_type {config.get('model_type')}"]
+    supported = ", ".join(SUPPORTED_ARCHITECTURES)
+    if found[0] not in SUPPORTED_ARCHITECTURES:
+        raise CheckpointError(f"{path}: architecture {found[0]} is not supported; starkv knows {supported}")
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise CheckpointError(
+            f"{path}: the checkpoint is already quantized ({method}); use the original one, starkv does that itself"
+        )
+    return SUPPORTED_ARCHITECTURES[found[0]]
+
+
+def _shard_paths(folder: Path) -> list[Path]:
+    """Files with weights, sorted by name."""
+    index = folder / _INDEX_NAME
+    if not index.is_file():
+        if not (folder / _SINGLE_NAME).is_file():
+            raise CheckpointError(
+                f"{folder} has neither {_SINGLE_NAME} nor {_INDEX_NAME}; download the weights"
+            )
+        return [folder / _SINGLE_NAME]
+    try:
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(
+            f"{index} is no readable index of safetensors shards; download it again"
+        ) from None
+    for shard in shards:
+        if not (folder / shard).is_file():
+            raise CheckpointError(
+                f"{folder / shard} is missing although {_INDEX_NAME} names it; download it again"
+            )
+    return [folder / shard for shard in shards]
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """Parse a safetensors header: (tensors by name, offset of the data, size of the file)."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > _LARGEST_HEADER:
+            raise CheckpointError(f"{path} is no safetensors file (its header is damaged); download it again")
+        if 8 + length > size:
+            raise CheckpointError(f"{path} is truncated inside its header; download it again")
+        raw = stream.read(length)
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        for tensor in header.values():
+            tensor["dtype"], tensor["shape"], tensor["data_offsets"]
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(
+            f"{path} is no safetensors file (its header is damaged); download it again"
+        ) from None
+    return header, 8 + length, size
+
+
+def _drop_pages(mapping: mmap.mmap, offset: int, length: int) -> None:
+    """Let the kernel forget these bytes, so that reading a model keeps little of it resident."""
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    start = offset - offset % mmap.PAGESIZE
+    mapping.madvise(mmap.MADV_DONTNEED, start, offset + length - start)

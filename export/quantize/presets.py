@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Named choices of how each group of weights is stored."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from starkv.errors import UsageError
+from starkv.manifest import Quantization
+
+Storage = Literal["fp32", "int8", "int4"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Storage of each group of weights.
+
+    Vision tower and merger keep fp32: they are a small part of the weights, and coordinates break first
+    there. The embedding keeps the checkpoint's dtype, because a row is looked up and never multiplied.
+    """
+
+    name: str
+    decoder: Storage
+    """Linear layers of the text decoder."""
+    head: Storage
+    vision: Storage = "fp32"
+    block_size: int = 128
+    """Input features that share one scale, where it divides their number."""
+
+    def describe(self, embedding: str) -> Quantization:
+        """Return the manifest's record; ``embedding`` is the checkpoint's dtype, e.g. ``bf16``."""
+        quantized = {self.decoder, self.head, self.vision} != {"fp32"}
+        return Quantization(
+            preset=self.name,
+            decoder=self.decoder,
+            head=self.head,
+            vision=self.vision,
+            embedding=embedding,
+            block_size=self.block_size if quantized else None,
+        )
+
+
+# The head decides between neighbouring coordinates: it keeps 8 bits even where the decoder has 4.
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset("fp32", decoder="fp32", head="fp32"),
+        Preset("int8", decoder="int8", head="int8"),
+        Preset("int4", decoder="int4", head="int8"),
+    )
+}
+
+
+def load_preset(name: str) -> Preset:
+    """Find a preset by name.
+
+    Raises:
+        UsageError: no such preset.
+    """
+    if name not in PRESETS:
+        raise UsageError(f"unknown quantization {name!r}; known: {', '.join(PRESETS)}")
+    return PRESETS[name]

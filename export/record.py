@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``export.json`` of an exported model: what building an engine needs to know beyond the graphs."""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from starkv.errors import UsageError
+from starkv.manifest import (
+    CoordinateConvention,
+    ImageLimits,
+    PromptDialect,
+    Quantization,
+    SpecialTokens,
+    TextShape,
+    VisionShape,
+)
+
+SCHEMA_VERSION = 1
+RECORD_NAME = "export.json"
+
+Route = Literal["build", "trace"]
+"""How the decoder's graph came about: written by a builder, or traced from the PyTorch model."""
+
+
+class ExportRecord(BaseModel):
+    """Fields mean what the fields of the same name mean in :class:`starkv.manifest.Manifest`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: int
+    name: str
+    family: str
+    licence: str
+    source: str
+    route: Route
+    coordinates: CoordinateConvention
+    prompt: PromptDialect
+    text: TextShape
+    vision: VisionShape
+    tokens: SpecialTokens
+    image: ImageLimits
+    quantization: Quantization
+    observation_window: int
+    max_context: int
+    parameters: int
+    tool_versions: dict[str, str]
+    files: list[str]
+    """Every file of the directory but this one, sorted."""
+
+
+def write_record(directory: Path, record: ExportRecord) -> None:
+    """Write ``export.json``."""
+    (directory / RECORD_NAME).write_text(record.model_dump_json(indent=2) + "\n")
+
+
+def read_record(directory: Path) -> ExportRecord:
+    """Read ``export.json`` and check that every file it names is there.
+
+    Raises:
+        UsageError: the directory is no export, or of another schema version, or incomplete.
+    """
+    path = directory / RECORD_NAME
+    if not path.is_file():
+        raise UsageError(
+            f"{directory} is no exported model: it has no {RECORD_NAME}; run `starkv export` first"
+        )
+    try:
+        record = ExportRecord.model_validate(json.loads(path.read_text()))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UsageError(f"{path} is not readable JSON ({error}); export the model again") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"{path}: field {field}: {first['msg']}; export the model again") from None
+    if record.schema_version != SCHEMA_VERSION:
+        raise UsageError(
+            f"{path}: schema_version is {record.schema_version}, not {SCHEMA_VERSION}; export the model again"
+        )
+    for name in record.files:
+        if not (directory / name).is_file():
+            raise UsageError(f"{directory / name} is missing from the export; export the model again")
+    return record
