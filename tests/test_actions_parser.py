@@ -227,11 +227,12 @@ def test_a_later_action_never_runs_for_an_earlier_one_that_was_not_understood() 
 
 
 # Pieces of real replies in random order reach far deeper into the parser than random characters.
-PIECES = st.sampled_from(
-    """Thought: Action: Reflection: Action_Summary: <think> </think> click type scroll( wait() ( ) ' " \\ , = [ ]
-    - 1 23.5 é ``` start_box point content <point> </point> <bbox> <|box_start|> <|box_end|> direction='up'
-    click(start_box='(1,2)') type(content=' SPACE LINE""".split()
-).map(lambda piece: {"SPACE": " ", "LINE": "\n"}.get(piece, piece))
+WORDS = """\
+Thought: Action: Reflection: Action_Summary: <think> </think> click type scroll( wait() ( ) ' " \\ , = [ ]
+- 1 23.5 é ``` start_box point content <point> </point> <bbox> <|box_start|> <|box_end|> direction='up'
+click(start_box='(1,2)') type(content='
+"""
+PIECES = st.sampled_from([*WORDS.split(), " ", "\n"])
 
 
 @settings(deadline=None, max_examples=600)

@@ -141,7 +141,8 @@ def test_rope_tables_equal_huggingface(section: list[int]) -> None:
     ours = rope_tables(positions, shape)
     pairs = shape.head_dim // 2
     for table, reference in zip(ours, expected, strict=True):
-        assert (table.shape, table.dtype) == ((2, 50, pairs), np.float32)
+        assert table.shape == (2, 50, pairs)
+        assert table.dtype == np.dtype(np.float32)
         # PyTorch's power differs in the last bit for some frequencies; a position multiplies that bit.
         np.testing.assert_allclose(table, reference.numpy()[..., :pairs], rtol=0, atol=5e-5)
         np.testing.assert_array_equal(reference.numpy()[..., :pairs], reference.numpy()[..., pairs:])

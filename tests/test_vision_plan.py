@@ -108,11 +108,12 @@ def test_windowed_attention_equals_attention_over_unpadded_windows() -> None:
     def attend(rows: np.ndarray, keep: np.ndarray) -> np.ndarray:
         scores = np.where(keep, rows @ rows.T, -np.inf)
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-        return (weights / weights.sum(axis=1, keepdims=True)) @ rows
+        attended: np.ndarray = (weights / weights.sum(axis=1, keepdims=True)) @ rows
+        return attended
 
     padded = features[plan.gather_idx].reshape(-1, WINDOW_PATCHES, 6)
-    attended = [attend(rows, keep) for rows, keep in zip(padded, plan.window_valid, strict=True)]
-    ours = np.concatenate(attended).reshape(-1, BLOCK * 6)[plan.unpad_idx]
+    by_window = [attend(rows, keep) for rows, keep in zip(padded, plan.window_valid, strict=True)]
+    ours = np.concatenate(by_window).reshape(-1, BLOCK * 6)[plan.unpad_idx]
 
     ordered = features[(window_index[:, None] * BLOCK + np.arange(BLOCK)).reshape(-1)]
     windows = [ordered[a:b] for a, b in pairwise(boundaries)]
