@@ -2,13 +2,15 @@
 """Model cards: one TOML file per supported model under ``models/``."""
 
 import difflib
+import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from starkv.errors import UsageError
+from starkv.errors import CheckpointError, UsageError
 from starkv.manifest import CoordinateConvention, PromptDialect
 
 if sys.version_info >= (3, 11):
@@ -68,11 +70,48 @@ def load_card(name: str) -> ModelCard:
         raise UsageError(f"model card {path}: {error}") from None
 
 
-def resolve_model(name: str) -> ResolvedModel:
-    """Find the card and the checkpoint's folder.
+def resolve_model(model: str) -> ResolvedModel:
+    """Find the card and the checkpoint of a card's name or of a Hugging Face folder.
 
     Raises:
+        CheckpointError: a folder that doesn't exist, or has no readable processor configuration.
         UsageError: as :func:`load_card`.
     """
-    card = load_card(name)
+    folder = Path(model)
+    if folder.is_dir() or os.sep in model:
+        return ResolvedModel(card_of_folder(folder), folder)
+    card = load_card(model)
     return ResolvedModel(card, CARDS_DIRECTORY / card.folder)
+
+
+def card_of_folder(folder: Path) -> ModelCard:
+    """A card for a checkpoint that has none: its own pixel limits, absolute coordinates, the plain prompt.
+
+    Raises:
+        CheckpointError: the folder or its ``preprocessor_config.json`` is missing or unreadable.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"checkpoint folder {folder} does not exist; known cards: {', '.join(card_names())}")
+    path = folder / "preprocessor_config.json"
+    try:
+        processor = json.loads(path.read_text())
+        size = processor.get("size") or {}
+        smallest = processor.get("min_pixels") or size["shortest_edge"]
+        largest = processor.get("max_pixels") or size["longest_edge"]
+        return ModelCard(
+            name=folder.resolve().name,
+            family="qwen2_5_vl",
+            licence="that of the checkpoint (see its folder)",
+            folder=str(folder),
+            coordinates="absolute",
+            prompt="plain",
+            min_pixels=smallest,
+            max_pixels=largest,
+            quantization="int8",
+            observation_window=64,
+            max_context=32768,
+        )
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; copy it from the model's repository") from None
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path}: no usable pixel limits ({error!r}); it needs min_pixels and max_pixels") from None

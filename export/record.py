@@ -25,6 +25,17 @@ Route = Literal["build", "trace"]
 """How the decoder's graph came about: written by a builder, or traced from the PyTorch model."""
 
 
+def parse_route(name: str) -> Route:
+    """Check a route's name.
+
+    Raises:
+        UsageError: no such route.
+    """
+    if name == "build" or name == "trace":
+        return name
+    raise UsageError(f"unknown route {name!r}; known: build, trace")
+
+
 class ExportRecord(BaseModel):
     """Fields mean what the fields of the same name mean in :class:`starkv.manifest.Manifest`."""
 

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A screenshot and an instruction in, a typed action on the screen out."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from starkv.runtime.actions.coordinates import JsonValue, Size, to_json
+from starkv.runtime.actions.parser import ActionParseError, parse_response
+from starkv.runtime.actions.types import Action
+from starkv.runtime.engines.base import Engine
+from starkv.runtime.engines.ort import OrtEngine
+from starkv.runtime.generation import SamplingParameters
+from starkv.runtime.preprocess.image import load_image
+from starkv.runtime.preprocess.tokenizer import ChatTokenizer, Message
+from starkv.runtime.session import Session, Timings
+
+
+@dataclass(frozen=True)
+class AgentReply:
+    """What the model wants done."""
+
+    text: str
+    """The reply as the model wrote it."""
+    thought: str
+    actions: tuple[Action, ...]
+    """In order; empty if the reply is no action."""
+    error: ActionParseError | None
+    """Why the reply is no action."""
+    action_json: tuple[Mapping[str, JsonValue], ...]
+    """``actions`` with model and screen coordinates."""
+    resized: Size
+    """Image that the model saw."""
+    original: Size
+    """Screenshot that was given."""
+    finish_reason: str
+    timings: Timings
+
+    def to_json(self) -> dict[str, object]:
+        """The reply as JSON values. ``model_xy`` and ``screen_xy`` are the first action's first point."""
+        first = self.action_json[0] if self.action_json else {}
+        return {
+            "action": dict(first) or None,
+            "model_xy": first.get("model_xy"),
+            "screen_xy": first.get("screen_xy"),
+            "actions": [dict(action) for action in self.action_json],
+            "thought": self.thought,
+            "text": self.text,
+            "error": self.error.reason if self.error else None,
+            "finish_reason": self.finish_reason,
+            "resized_wh": list(self.resized),
+            "original_wh": list(self.original),
+            "timings": {
+                **{name: round(value, 3) for name, value in asdict(self.timings).items()},
+                "prefill_per_second": round(self.timings.prefill_per_second, 2),
+                "decode_per_second": round(self.timings.decode_per_second, 2),
+            },
+        }
+
+
+class Agent:
+    """An engine with its tokenizer.
+
+    Example:
+        >>> agent = Agent.load("engines/gui-tiny-ort-int8")
+        >>> agent.act("screen.png", "Click the red star.").action_json
+        ({'type': 'click', 'model_xy': [134, 87], 'screen_xy': [268, 174]},)
+    """
+
+    def __init__(self, engine: Engine, tokenizer: ChatTokenizer) -> None:
+        self.engine, self.tokenizer = engine, tokenizer
+
+    @classmethod
+    def load(cls, directory: str | Path, verify: bool = True, threads: int | None = None) -> "Agent":
+        """Open an engine directory.
+
+        Raises:
+            EngineError: it is missing, damaged, or this machine can't run it.
+        """
+        engine = OrtEngine(Path(directory), verify, threads)
+        return cls(engine, ChatTokenizer.from_directory(Path(directory)))
+
+    def act(
+        self,
+        screenshot: str | Path | bytes | Image.Image,
+        instruction: str,
+        parameters: SamplingParameters | None = None,
+        kv_method: str = "full",
+        on_text: Callable[[str], None] | None = None,
+    ) -> AgentReply:
+        """Ask the model what to do on one screenshot.
+
+        Args:
+            screenshot: a file, its bytes, or an image.
+            instruction: what the user wants.
+            parameters: sampling and stopping; greedy by default.
+            kv_method: KV compression, one of ``engine.info.kv_methods``.
+            on_text: called with each piece of the reply as it comes.
+
+        Raises:
+            ImageError: the screenshot can't be read.
+            UsageError: the prompt doesn't fit the engine.
+        """
+        image = load_image(screenshot)
+        # The prompt dialect ``plain``: the instruction itself is the user's text.
+        message: Message = {
+            "role": "user",
+            "content": [{"type": "image"}, {"type": "text", "text": instruction}],
+        }
+        session = Session(self.engine, self.tokenizer, kv_method)
+        pieces = []
+        for piece in session.reply([message], [image], parameters):
+            pieces.append(piece)
+            if on_text:
+                on_text(piece)
+        return self._understand("".join(pieces), session)
+
+    def _understand(self, text: str, session: Session) -> AgentReply:
+        seen = session.images[0]
+        resized = Size(seen.resized_width, seen.resized_height)
+        original = Size(seen.original_width, seen.original_height)
+        convention = self.engine.manifest.coordinates
+        actions: tuple[Action, ...] = ()
+        thought, error = "", None
+        try:
+            parsed = parse_response(text)
+            actions, thought = parsed.actions, parsed.thought
+        except ActionParseError as failure:
+            error = failure
+        return AgentReply(
+            text=text,
+            thought=thought,
+            actions=actions,
+            error=error,
+            action_json=tuple(to_json(action, resized, original, convention) for action in actions),
+            resized=resized,
+            original=original,
+            finish_reason=session.finish_reason or "length",
+            timings=session.timings,
+        )

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``Engine`` protocol: all that the layers above know of a backend."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from starkv.manifest import Manifest
+from starkv.runtime.kv.buffers import Arena, Pool
+from starkv.runtime.preprocess.image import ImageInputs
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What a loaded engine is and can do."""
+
+    backend: str
+    """Such as ``ort-cpu``."""
+    device: str
+    compute_dtype: str
+    kv_dtype: str
+    kv_bytes_per_row: int
+    """Bytes of one token's keys and values over all layers."""
+    kv_methods: tuple[str, ...]
+    """Compression methods that ``compress`` takes."""
+    threads: int
+    loaded_form: str
+    """``portable``, or ``prepacked`` where weights packed for this processor were used."""
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary tables of a run of tokens."""
+
+    cos: Floats
+    """``[B, S, head_dim / 2]``."""
+    sin: Floats
+    """``[B, S, head_dim / 2]``."""
+
+
+class Engine(Protocol):
+    """Steps one model on one device.
+
+    Prefill works on an arena (one sequence), decode on the used slots of a pool (any number of sequences,
+    one new token each); ``compress`` moves a sequence from the first into the second.
+    """
+
+    @property
+    def manifest(self) -> Manifest: ...
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def embed(self, token_ids: Sequence[int]) -> Floats:
+        """Embedding rows ``[S, hidden]`` of token ids."""
+        ...
+
+    def encode_image(self, image: ImageInputs) -> Floats:
+        """Image tokens ``[T, hidden]`` in reading order."""
+        ...
+
+    def new_arena(self, rows: int) -> Arena:
+        """Memory to prefill up to ``rows`` rows in."""
+        ...
+
+    def new_pool(self, slots: int, rows: int) -> Pool:
+        """Memory to decode ``slots`` sequences of up to ``rows`` rows in."""
+        ...
+
+    def prefill(self, arena: Arena, embeds: Floats, rope: Rope) -> Floats:
+        """Append ``embeds`` ``[S, hidden]`` to the arena's sequence.
+
+        Returns:
+            logits ``[vocab]`` of the last row.
+
+        Raises:
+            UsageError: the arena has no room for S more rows.
+        """
+        ...
+
+    def compress(self, arena: Arena, pool: Pool, handle: int, method: str) -> None:
+        """Move the arena's sequence into a slot of the pool, keeping the rows that ``method`` chooses.
+
+        Raises:
+            UsageError: ``method`` is none of ``info.kv_methods``, or the slot is too small.
+        """
+        ...
+
+    def decode(self, pool: Pool, embeds: Floats, rope: Rope) -> Floats:
+        """Append one row to each used slot.
+
+        Args:
+            pool: B of its slots are in use.
+            embeds: ``[B, hidden]``, in the order of the slots.
+            rope: tables for S = 1.
+
+        Returns:
+            logits ``[B, vocab]``.
+
+        Raises:
+            UsageError: a slot is full.
+        """
+        ...

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ONNX Runtime engine on the CPU.
+
+Keys and values are numpy buffers bound by address as past *and* present: the attention operator writes new
+rows in place and nothing of the cache is ever copied between steps.
+"""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from starkv.errors import EngineError, UsageError
+from starkv.host import cpu_model, usable_processors
+from starkv.manifest import Manifest, read_manifest, verify_files
+from starkv.runtime.engines.base import EngineInfo, Floats, Rope
+from starkv.runtime.engines.embedding import EmbeddingTable
+from starkv.runtime.kv.buffers import Arena, KvBuffers, Pool
+from starkv.runtime.preprocess.image import ImageInputs
+from starkv.runtime.preprocess.vision_plan import VisionPlan, plan_vision
+
+PREFILL_CHUNK = 512
+"""Rows per prefill call: bounds the activations' memory; larger chunks are no faster on the CPU."""
+
+
+def chunk_lengths(total: int, chunk: int, window: int) -> list[int]:
+    """Split a prefill so that the last chunk holds the whole observation window, if the prefill does."""
+    whole, rest = divmod(total, chunk)
+    lengths = [chunk] * whole + ([rest] if rest else [])
+    if len(lengths) > 1 and lengths[-1] < window:
+        lengths[-2:] = [lengths[-2] + lengths[-1] - window, window]
+    return lengths
+
+
+class OrtEngine:
+    """Runs an engine directory that ``starkv build`` made for ONNX Runtime."""
+
+    def __init__(self, directory: Path, verify: bool = True, threads: int | None = None) -> None:
+        """Open an engine directory.
+
+        Args:
+            directory: the engine.
+            verify: compare every file with its recorded hash first.
+            threads: intra-op threads; the processors this process may use by default.
+
+        Raises:
+            EngineError: the directory is damaged, built for another backend, or onnxruntime is missing.
+        """
+        self._manifest = read_manifest(directory)
+        if self._manifest.backend != "ort":
+            raise EngineError(f"{directory} was built for {self._manifest.backend}, not for ONNX Runtime")
+        if verify:
+            verify_files(directory, self._manifest)
+        try:
+            import onnxruntime
+        except ImportError:
+            raise EngineError("ONNX Runtime is not installed; `pip install starkv[cpu]`") from None
+        self._ort = onnxruntime
+        self._threads = threads or usable_processors()
+        self._prepacked = self._prepacked_fits()
+        self._embedding = EmbeddingTable(directory / "embedding.safetensors")
+        self._vision = self._open(directory, "vision")
+        self._decoder = self._open(directory, "decoder")
+        self._decode_step: _DecodeStep | None = None
+
+    def _prepacked_fits(self) -> bool:
+        versions = self._manifest.tool_versions
+        here = (self._ort.__version__, cpu_model())
+        return (versions.get("prepacked_onnxruntime"), versions.get("prepacked_cpu")) == here
+
+    def _open(self, directory: Path, graph: str) -> Any:
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        path = directory / f"{graph}.onnx"
+        if self._prepacked:
+            # It is optimized already; doing so again would cost the load time that it saves.
+            options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            path = directory / f"{graph}.prepacked.onnx"
+        try:
+            return self._ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the binding raises many classes, all of its own
+            reason = str(error).splitlines()[0]
+            raise EngineError(f"ONNX Runtime {self._ort.__version__} can't load {path}: {reason}") from None
+
+    @property
+    def manifest(self) -> Manifest:
+        return self._manifest
+
+    @property
+    def info(self) -> EngineInfo:
+        text = self._manifest.text
+        return EngineInfo(
+            backend="ort-cpu",
+            device=cpu_model(),
+            compute_dtype="float32",
+            kv_dtype="float32",
+            kv_bytes_per_row=2 * text.layers * text.kv_heads * text.head_dim * 4,
+            kv_methods=("full",),
+            threads=self._threads,
+            loaded_form="prepacked" if self._prepacked else "portable",
+        )
+
+    def embed(self, token_ids: Sequence[int]) -> Floats:
+        return self._embedding(token_ids)
+
+    def encode_image(self, image: ImageInputs) -> Floats:
+        plan = plan_vision(image.grid_h, image.grid_w, self._manifest.vision)
+        feeds: dict[str, NDArray[Any]] = {field.name: getattr(plan, field.name) for field in fields(VisionPlan)}
+        embeds: Floats = self._vision.run(["image_embeds"], {"pixel_values": image.pixel_values, **feeds})[0]
+        return embeds
+
+    def new_arena(self, rows: int) -> Arena:
+        self._check_rows(rows)
+        return Arena.allocate(self._manifest.text, rows)
+
+    def new_pool(self, slots: int, rows: int) -> Pool:
+        self._check_rows(rows)
+        return Pool(KvBuffers.allocate(self._manifest.text, slots, rows))
+
+    def _check_rows(self, rows: int) -> None:
+        limit = self._manifest.max_context
+        if rows > limit:
+            raise UsageError(f"{rows} KV rows are needed, but {self._manifest.name} was built for {limit} at most")
+
+    def prefill(self, arena: Arena, embeds: Floats, rope: Rope) -> Floats:
+        start, total = int(arena.kv.lengths.max()), len(embeds)
+        if start + total > arena.kv.capacity:
+            raise UsageError(f"prefill of {total} rows behind {start} exceeds the arena of {arena.kv.capacity} rows")
+        logits = np.empty((1, self._manifest.text.vocab), np.float32)
+        done = 0
+        for length in chunk_lengths(total, PREFILL_CHUNK, self._manifest.observation_window):
+            part = slice(done, done + length)
+            self._prefill_chunk(arena, embeds[None, part], rope.cos[:, part], rope.sin[:, part], logits)
+            done += length
+        return logits[0]
+
+    def _prefill_chunk(self, arena: Arena, embeds: Floats, cos: Floats, sin: Floats, logits: Floats) -> None:
+        lengths, rows = arena.kv.lengths, embeds.shape[1]
+        binding = self._decoder.io_binding()
+        _bind_cache(binding, arena.kv, batch=1)
+        inputs = {
+            "inputs_embeds": np.ascontiguousarray(embeds),
+            "rope_cos": np.ascontiguousarray(cos),
+            "rope_sin": np.ascontiguousarray(sin),
+            "kv_len": lengths,
+            "past_extent": np.zeros(int(lengths.max()), np.int8),
+            "last_index": np.full(1, rows - 1, np.int32),
+        }
+        for name, array in inputs.items():
+            _bind(binding.bind_input, name, array)
+        _bind(binding.bind_output, "logits", logits)
+        binding.bind_output("q_window", "cpu")
+        binding.bind_output("hidden_norm", "cpu")
+        self._decoder.run_with_iobinding(binding)
+        q_window, hidden_norm = binding.get_outputs()[-2:]
+        arena.q_window = q_window.numpy()
+        norms = hidden_norm.numpy()
+        for layer, start in enumerate(lengths[:, 0]):
+            arena.hidden_norm[layer, :, start : start + rows] = norms[layer]
+        lengths += rows
+
+    def compress(self, arena: Arena, pool: Pool, handle: int, method: str) -> None:
+        if method not in self.info.kv_methods:
+            known = ", ".join(self.info.kv_methods)
+            raise UsageError(f"this engine has no KV method {method!r}; it has: {known}")
+        rows, slot = int(arena.kv.lengths.max()), pool.slot_of(handle)
+        if rows > pool.kv.capacity:
+            raise UsageError(f"{rows} kept rows do not fit a slot of {pool.kv.capacity}")
+        pool.kv.keys[:, slot, :, :rows] = arena.kv.keys[:, 0, :, :rows]
+        pool.kv.values[:, slot, :, :rows] = arena.kv.values[:, 0, :, :rows]
+        pool.kv.lengths[:, slot] = arena.kv.lengths[:, 0]
+
+    def decode(self, pool: Pool, embeds: Floats, rope: Rope) -> Floats:
+        longest = int(pool.kv.lengths[:, : pool.active].max())
+        if longest >= pool.kv.capacity:
+            raise UsageError(f"a sequence has filled its slot of {pool.kv.capacity} rows")
+        step = self._decode_step
+        if step is None or not step.fits(pool):
+            step = self._decode_step = _DecodeStep(self._decoder, pool, self._manifest)
+        return step.run(embeds, rope)
+
+
+class _DecodeStep:
+    """A decode step of one pool and batch size: everything is bound once and run again and again."""
+
+    def __init__(self, session: Any, pool: Pool, manifest: Manifest) -> None:
+        text, batch = manifest.text, pool.active
+        self._session, self._pool, self._batch = session, pool, batch
+        self._embeds = np.empty((batch, 1, text.hidden), np.float32)
+        self._cos = np.empty((batch, 1, text.head_dim // 2), np.float32)
+        self._sin = np.empty_like(self._cos)
+        self._lengths = np.empty((text.layers, batch), np.int32)
+        self._logits = np.empty((batch, text.vocab), np.float32)
+        # With one new row per sequence no kernel reads P from past_extent's shape, so that stays fixed.
+        self._extent = np.zeros(pool.kv.capacity, np.int8)
+        self._last = np.zeros(batch, np.int32)
+        self._binding = session.io_binding()
+        _bind_cache(self._binding, pool.kv, batch)
+        for name, array in {
+            "inputs_embeds": self._embeds,
+            "rope_cos": self._cos,
+            "rope_sin": self._sin,
+            "kv_len": self._lengths,
+            "past_extent": self._extent,
+            "last_index": self._last,
+        }.items():
+            _bind(self._binding.bind_input, name, array)
+        _bind(self._binding.bind_output, "logits", self._logits)
+
+    def fits(self, pool: Pool) -> bool:
+        return self._pool is pool and self._batch == pool.active
+
+    def run(self, embeds: Floats, rope: Rope) -> Floats:
+        lengths = self._pool.kv.lengths[:, : self._batch]
+        self._embeds[:, 0], self._cos[:], self._sin[:], self._lengths[:] = embeds, rope.cos, rope.sin, lengths
+        self._session.run_with_iobinding(self._binding)
+        lengths += 1
+        return self._logits.copy()
+
+
+def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:
+    """Bind a contiguous numpy array by address. The caller keeps it alive."""
+    bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+
+def _bind_cache(binding: Any, kv: KvBuffers, batch: int) -> None:
+    for layer in range(kv.keys.shape[0]):
+        for kind, buffer in (("k", kv.keys), ("v", kv.values)):
+            # The first slots of a layer are contiguous: a batch is a view.
+            view = buffer[layer, :batch]
+            _bind(binding.bind_input, f"past_{kind}.{layer}", view)
+            _bind(binding.bind_output, f"present_{kind}.{layer}", view)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KV memory on the host: the arena that is prefilled, and pools of slots that are decoded.
+
+Symbols: L layers, N slots, Hkv KV heads, C capacity in rows, D head dim. Row and position of a token are
+different things: positions enter the engine as rotary tables, rows are counted here.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from starkv.errors import UsageError
+from starkv.manifest import TextShape
+
+ROW_STEP = 64
+"""Capacities are multiples of this, so that few different ones exist."""
+
+
+def round_up_rows(rows: int) -> int:
+    """Smallest capacity that holds ``rows``."""
+    return max(1, -(-rows // ROW_STEP)) * ROW_STEP
+
+
+@dataclass
+class KvBuffers:
+    """Keys and values of ``N`` sequences with the same capacity."""
+
+    keys: NDArray[np.float32]
+    """``[L, N, Hkv, C, D]``; layer i is the contiguous tensor ``past_k.i`` of the decoder."""
+    values: NDArray[np.float32]
+    """``[L, N, Hkv, C, D]``."""
+    lengths: NDArray[np.int32]
+    """``[L, N]``: valid rows; layers may differ after compaction."""
+
+    @classmethod
+    def allocate(cls, text: TextShape, slots: int, rows: int) -> "KvBuffers":
+        """Zeroed buffers for ``slots`` sequences of up to ``rows`` rows (rounded up to ``ROW_STEP``)."""
+        shape = (text.layers, slots, text.kv_heads, round_up_rows(rows), text.head_dim)
+        return cls(
+            np.zeros(shape, np.float32),
+            np.zeros(shape, np.float32),
+            np.zeros((text.layers, slots), np.int32),
+        )
+
+    @property
+    def slots(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[3]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of one layer: its key and its value for all KV heads."""
+        return 2 * self.keys.shape[2] * self.keys.shape[4] * self.keys.itemsize
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of the valid rows."""
+        return int(self.lengths.sum()) * self.row_bytes
+
+    @property
+    def bytes_reserved(self) -> int:
+        """Bytes that are allocated."""
+        return self.keys.nbytes + self.values.nbytes
+
+
+@dataclass
+class Arena:
+    """Holds the one sequence that is being prefilled, and what its prefill left for the scoring methods."""
+
+    kv: KvBuffers
+    q_window: NDArray[np.float32]
+    """``[L, 1, Hq, w, D]``: the last ``w ≤ observation_window`` queries after rotation."""
+    hidden_norm: NDArray[np.float32]
+    """``[L, 1, C]``: L2 norm of each row's attention input."""
+
+    @classmethod
+    def allocate(cls, text: TextShape, rows: int) -> "Arena":
+        kv = KvBuffers.allocate(text, 1, rows)
+        q_window = np.zeros((text.layers, 1, text.heads, 0, text.head_dim), np.float32)
+        return cls(kv, q_window, np.zeros((text.layers, 1, kv.capacity), np.float32))
+
+    def reset(self) -> None:
+        """Forget the sequence; the memory stays."""
+        self.kv.lengths[:] = 0
+
+
+@dataclass
+class Pool:
+    """Slots of equal capacity. The sequences in use are always the first ones, so a batch is a prefix.
+
+    A sequence is addressed by the handle that :meth:`acquire` returned; its slot may change when another
+    sequence leaves.
+    """
+
+    kv: KvBuffers
+    handles: list[int] = field(default_factory=list)
+    """Handle of the sequence in each used slot."""
+    _next_handle: int = 0
+
+    @property
+    def active(self) -> int:
+        """Sequences in use: the batch size of a decode step."""
+        return len(self.handles)
+
+    def acquire(self) -> int:
+        """Take a free slot, empty.
+
+        Raises:
+            UsageError: all slots are taken.
+        """
+        if self.active == self.kv.slots:
+            raise UsageError(f"all {self.kv.slots} slots of the KV pool are in use")
+        self.kv.lengths[:, self.active] = 0
+        handle, self._next_handle = self._next_handle, self._next_handle + 1
+        self.handles.append(handle)
+        return handle
+
+    def slot_of(self, handle: int) -> int:
+        """Current slot of a sequence."""
+        return self.handles.index(handle)
+
+    def release(self, handle: int) -> None:
+        """Give a slot back; the last sequence moves into the gap."""
+        slot, last = self.slot_of(handle), self.active - 1
+        if slot != last:
+            longest = int(self.kv.lengths[:, last].max())
+            for buffer in (self.kv.keys, self.kv.values):
+                buffer[:, slot, :, :longest] = buffer[:, last, :, :longest]
+            self.kv.lengths[:, slot] = self.kv.lengths[:, last]
+            self.handles[slot] = self.handles[last]
+        self.handles.pop()

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One prompt with its screenshots: encode, prefill, compress, decode.
+
+This is the papers' protocol (prompt mode): the whole prompt is prefilled, its cache is compressed once, and
+the reply is decoded from what was kept.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
+
+from starkv.errors import UsageError
+from starkv.runtime.engines.base import Engine, Floats, Rope
+from starkv.runtime.generation import Sampler, SamplingParameters, StopScanner
+from starkv.runtime.preprocess.image import ImageInputs, preprocess
+from starkv.runtime.preprocess.positions import multimodal_positions, rope_tables, text_positions
+from starkv.runtime.preprocess.tokenizer import ChatTokenizer, Message, expand_image_tokens
+
+
+@dataclass
+class Timings:
+    """Where the time and the memory of one reply went. Times in milliseconds."""
+
+    preprocess_ms: float = 0.0
+    vision_ms: float = 0.0
+    prefill_ms: float = 0.0
+    compress_ms: float = 0.0
+    decode_ms: float = 0.0
+    prompt_tokens: int = 0
+    image_tokens: int = 0
+    generated_tokens: int = 0
+    kv_tokens_full: int = 0
+    """Rows that the prompt filled before compression."""
+    kv_tokens_kept: int = 0
+    """Rows left of them, the most of any layer."""
+    kv_bytes_held: int = 0
+    """Bytes of the valid rows after the reply."""
+    kv_bytes_reserved: int = 0
+
+    @contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        """Add the block's wall time to ``{stage}_ms``."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            name = f"{stage}_ms"
+            setattr(self, name, getattr(self, name) + (time.perf_counter() - started) * 1e3)
+
+    @property
+    def prefill_per_second(self) -> float:
+        return 1e3 * self.prompt_tokens / self.prefill_ms if self.prefill_ms else 0.0
+
+    @property
+    def decode_per_second(self) -> float:
+        """Tokens per second of the decode steps; the first token comes from the prefill."""
+        return 1e3 * (self.generated_tokens - 1) / self.decode_ms if self.decode_ms else 0.0
+
+
+@dataclass
+class Session:
+    """Answers one prompt.
+
+    Args:
+        engine: the engine; it may serve other sessions in between.
+        tokenizer: the engine's tokenizer.
+        kv_method: compression method, one of ``engine.info.kv_methods``.
+    """
+
+    engine: Engine
+    tokenizer: ChatTokenizer
+    kv_method: str = "full"
+    timings: Timings = field(default_factory=Timings)
+    images: list[ImageInputs] = field(default_factory=list)
+    finish_reason: str | None = None
+    """``stop`` (end token or stop string) or ``length``, once the reply is over."""
+
+    def reply(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[Image.Image],
+        parameters: SamplingParameters | None = None,
+    ) -> Iterator[str]:
+        """Answer ``messages``; yields the reply piece by piece.
+
+        Args:
+            messages: the conversation, with one image part per image.
+            images: the screenshots, in the order of their parts.
+            parameters: sampling and stopping; greedy by default.
+
+        Raises:
+            ImageError: an image can't be taken.
+            UsageError: images and placeholders differ in number, or the prompt exceeds the engine's limit.
+        """
+        parameters = parameters or SamplingParameters()
+        engine, timings, text = self.engine, self.timings, self.engine.manifest.text
+        ids, embeds = self._embed_prompt(messages, images)
+        positions = multimodal_positions(
+            ids, engine.manifest.tokens.image_pad, [image.merged_grid for image in self.images]
+        )
+        rows = len(ids) + parameters.max_new_tokens
+        if rows > engine.manifest.max_context:
+            raise UsageError(
+                f"{len(ids)} prompt tokens and up to {parameters.max_new_tokens} new ones need {rows} KV rows, but "
+                f"{engine.manifest.name} was built for {engine.manifest.max_context}; use fewer or smaller images"
+            )
+        arena, pool = engine.new_arena(len(ids)), engine.new_pool(1, rows)
+        handle = pool.acquire()
+        with timings.measure("prefill"):
+            logits = engine.prefill(arena, embeds, Rope(*rope_tables(positions.values, text)))
+        with timings.measure("compress"):
+            engine.compress(arena, pool, handle, self.kv_method)
+        timings.prompt_tokens = timings.kv_tokens_full = len(ids)
+        timings.kv_tokens_kept = int(pool.kv.lengths.max())
+        timings.kv_bytes_reserved = arena.kv.bytes_reserved + pool.kv.bytes_reserved
+
+        sampler, scanner, stream = Sampler(parameters), StopScanner(parameters.stop), self.tokenizer.stream()
+        position = positions.next_position
+        self.finish_reason = "length"
+        for index in range(parameters.max_new_tokens):
+            token = sampler.pick(logits)
+            timings.generated_tokens += 1
+            if token in engine.manifest.tokens.end_of_text:
+                self.finish_reason = "stop"
+                break
+            if piece := scanner.push(stream.push(token)):
+                yield piece
+            if scanner.stopped:
+                self.finish_reason = "stop"
+                break
+            if index + 1 < parameters.max_new_tokens:
+                with timings.measure("decode"):
+                    rope = Rope(*rope_tables(text_positions(1, position).values, text))
+                    logits = engine.decode(pool, engine.embed([token]), rope)[0]
+                position += 1
+        timings.kv_bytes_held = pool.kv.bytes_held
+        if not scanner.stopped and (piece := scanner.push(stream.finish()) + scanner.finish()):
+            yield piece
+
+    def _embed_prompt(self, messages: Sequence[Message], images: Sequence[Image.Image]) -> tuple[list[int], Floats]:
+        """Token ids with expanded image placeholders, and their embeddings ``[S, hidden]``."""
+        manifest, timings = self.engine.manifest, self.timings
+        image_pad = manifest.tokens.image_pad
+        with timings.measure("preprocess"):
+            self.images = [preprocess(image, manifest.vision, manifest.image) for image in images]
+            counts = [image.merged_grid[0] * image.merged_grid[1] for image in self.images]
+            rendered = self.tokenizer.encode(self.tokenizer.render(messages))
+            ids = expand_image_tokens(rendered, image_pad, counts)
+            embeds = self.engine.embed(ids)
+        with timings.measure("vision"):
+            encoded = [self.engine.encode_image(image) for image in self.images]
+        if encoded:
+            embeds[np.asarray(ids) == image_pad] = np.concatenate(encoded)
+        timings.image_tokens = sum(counts)
+        return ids, embeds

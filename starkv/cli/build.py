@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``starkv build``: portable ONNX, or a model, → engine directory."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from starkv.cli.console import note, progress, results
+from starkv.cli.engines import build_engine, choose_backend, engine_directory
+from starkv.cli.options import Output, Quantization
+
+
+def build(
+    model: Annotated[str, typer.Argument(help="Model card's name, Hugging Face folder, or a folder of `export`.")],
+    out: Output = None,
+    quant: Quantization = None,
+    backend: Annotated[str, typer.Option(help="auto, ort or trt.")] = "auto",
+    prepack: Annotated[
+        bool, typer.Option("--prepack", help="Also store the graphs compiled for this processor: loads faster here.")
+    ] = False,
+) -> None:
+    """Build an engine directory that `run`, `bench` and other machines can load.
+
+    Example: [bold]starkv build gui-tiny --quant int4[/]
+    """
+    from starkv.export.build.ort import build_ort_engine
+    from starkv.export.record import RECORD_NAME, read_record
+
+    chosen, reason = choose_backend(backend)
+    note(f"backend {chosen}: {reason}")
+    if (Path(model) / RECORD_NAME).is_file():
+        record = read_record(Path(model))
+        target = out or engine_directory(record.name, chosen, record.quantization.preset)
+        with progress() as stages:
+            build_ort_engine(Path(model), target, stages, prepack)
+    else:
+        target, _ = build_engine(model, quant, out, prepack)
+    results.print(str(target), soft_wrap=True)

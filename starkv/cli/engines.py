@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find the engine that a user names, and build it where there is none yet."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from starkv.cli.console import note, progress
+from starkv.errors import UsageError
+from starkv.manifest import MANIFEST_NAME, Manifest
+
+
+def engines_home() -> Path:
+    """Directory of the engines that are found by name: ``$STARKV_ENGINES``, or ``engines`` here."""
+    return Path(os.environ.get("STARKV_ENGINES", "engines"))
+
+
+def engine_directory(name: str, backend: str, quantization: str) -> Path:
+    """Where the engine of a model is kept."""
+    return engines_home() / f"{name}-{backend}-{quantization}"
+
+
+def choose_backend(wanted: str) -> tuple[str, str]:
+    """Settle ``auto``; returns the backend and why.
+
+    Raises:
+        UsageError: unknown backend, or one that this version can't build for.
+    """
+    if wanted in ("auto", "ort"):
+        reason = "asked for" if wanted == "ort" else "the one backend that this version builds"
+        return "ort", reason
+    if wanted == "trt":
+        raise UsageError("this version of starkv does not build TensorRT engines yet; use --backend ort")
+    raise UsageError(f"unknown backend {wanted!r}; known: auto, ort, trt")
+
+
+def build_engine(model: str, quantization: str | None, out: Path | None, prepack: bool = False) -> tuple[Path, Manifest]:
+    """Export the model beside the engine and build the engine from it.
+
+    Raises:
+        StarkvError: see ``export_model`` and ``build_ort_engine``.
+    """
+    from starkv.export.build.ort import build_ort_engine
+    from starkv.export.cards import resolve_model
+    from starkv.export.export_model import export_model
+    from starkv.export.quantize.presets import load_preset
+
+    resolved = resolve_model(model)
+    preset = load_preset(quantization or resolved.card.quantization)
+    target = out or engine_directory(resolved.card.name, "ort", preset.name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # On the same file system as the engine: the weights become hard links and are written once.
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.export-", dir=target.parent) as scratch:
+        exported = Path(scratch) / "export"
+        with progress() as stages:
+            export_model(resolved.folder, resolved.card, exported, preset, stages)
+            manifest = build_ort_engine(exported, target, stages, prepack)
+    return target, manifest
+
+
+def find_engine(name: str, quantization: str | None = None) -> Path:
+    """Directory of the engine called ``name``; a model's engine that doesn't exist yet is built.
+
+    Raises:
+        UsageError: ``name`` is neither a directory nor a model.
+    """
+    if (Path(name) / MANIFEST_NAME).is_file():
+        return Path(name)
+    if Path(name).is_dir() or os.sep in name:
+        raise UsageError(f"{name} is no engine directory (it has no {MANIFEST_NAME}); build one with `starkv build`")
+    from starkv.export.cards import load_card
+
+    card = load_card(name)
+    directory = engine_directory(name, "ort", quantization or card.quantization)
+    if (directory / MANIFEST_NAME).is_file():
+        return directory
+    note(f"no engine at {directory} yet: building it once")
+    return build_engine(name, quantization, None)[0]

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``starkv inspect``: what is in an engine directory."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from starkv.cli.console import results
+from starkv.cli.options import Json, NoVerify
+from starkv.manifest import Manifest, read_manifest, verify_files
+
+MIB = 2**20
+
+
+def inspect(
+    engine: Annotated[Path, typer.Argument(help="Engine directory.")], no_verify: NoVerify = False, json: Json = False
+) -> None:
+    """Show what an engine directory holds, and whether its files are those that were built.
+
+    Example: [bold]starkv inspect engines/gui-tiny-ort-int8[/]
+    """
+    manifest = read_manifest(engine)
+    if not no_verify:
+        verify_files(engine, manifest)
+    if json:
+        results.print_json(manifest.model_dump_json())
+        return
+    results.print(_facts(manifest))
+    results.print(_files(engine, manifest))
+    results.print("hashes not checked" if no_verify else "all files have the hashes of the build")
+
+
+def _facts(manifest: Manifest) -> Table:
+    text, vision, image, quant = manifest.text, manifest.vision, manifest.image, manifest.quantization
+    row_bytes = 2 * text.layers * text.kv_heads * text.head_dim * 4
+    rotary = f"M-RoPE {text.mrope_section}" if text.mrope_section else "1-D RoPE"
+    block = f", blocks of {quant.block_size}" if quant.block_size else ""
+    pixels = vision.patch_size * vision.spatial_merge_size
+    table = Table(title=f"{manifest.name} ({manifest.family}) on {manifest.backend}", show_header=False, title_justify="left")
+    for name, value in (
+        ("source", f"{manifest.source}, {manifest.parameters / 1e6:.2f} M parameters, licence {manifest.licence}"),
+        ("weights", f"decoder {quant.decoder}, head {quant.head}, vision {quant.vision}, embedding {quant.embedding}{block}"),
+        ("decoder", f"{text.layers} layers, hidden {text.hidden}, {text.heads} query and {text.kv_heads} KV heads of {text.head_dim}"),
+        ("positions", f"{rotary}, theta {text.rope_theta:g}"),
+        ("vision", f"{vision.depth} layers, hidden {vision.hidden}, window {vision.window_size} px, full attention in {vision.full_attention_blocks}"),
+        ("image", f"{image.min_pixels:,} to {image.max_pixels:,} pixels, one token per {pixels}x{pixels} px"),
+        ("coordinates", f"{manifest.coordinates}, prompt dialect {manifest.prompt}"),
+        ("KV cache", f"{row_bytes:,} bytes per token (fp32), up to {manifest.max_context:,} rows"),
+        ("built with", ", ".join(f"{tool} {version}" for tool, version in manifest.tool_versions.items())),
+    ):
+        table.add_row(name, value)
+    return table
+
+
+def _files(engine: Path, manifest: Manifest) -> Table:
+    table = Table("file", "MiB", "sha256")
+    table.columns[1].justify = "right"
+    for name, digest in manifest.files.items():
+        table.add_row(name, f"{(engine / name).stat().st_size / MIB:.2f}", digest[:16])
+    return table

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``starkv run``: a screenshot and a prompt → an action."""
+
+import json as json_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from starkv.cli.console import note, results
+from starkv.cli.options import Engine, Json, NoVerify, Threads
+
+
+def run(
+    engine: Engine,
+    image: Annotated[Path, typer.Option(help="Screenshot.")],
+    prompt: Annotated[str, typer.Option(help="Instruction, such as \"Click the red star.\"")],
+    draw: Annotated[Path | None, typer.Option(help="Write a PNG with the action drawn on the screenshot.")] = None,
+    kv_method: Annotated[str, typer.Option(help="KV compression method; `full` keeps everything.")] = "full",
+    max_new_tokens: Annotated[int, typer.Option(help="Longest reply.", min=1)] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus of the sampling.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End the reply before this text; may be repeated.")] = None,
+    threads: Threads = None,
+    no_verify: NoVerify = False,
+    json: Json = False,
+) -> None:
+    """Ask an engine what to do on a screenshot.
+
+    Example: [bold]starkv run --engine gui-tiny --image examples/screen.png --prompt "Click the red star."[/]
+    """
+    from starkv.cli.engines import find_engine
+    from starkv.runtime.agent import Agent
+    from starkv.runtime.drawing import draw_actions, save_png
+    from starkv.runtime.generation import SamplingParameters
+    from starkv.runtime.preprocess.image import load_image
+
+    parameters = SamplingParameters(max_new_tokens, temperature, top_p, seed, tuple(stop or ()))
+    screenshot = load_image(image)
+    agent = Agent.load(find_engine(engine), not no_verify, threads)
+    reply = agent.act(
+        screenshot, prompt, parameters, kv_method, None if json else lambda piece: print(piece, end="", flush=True)
+    )
+    if draw:
+        save_png(draw_actions(screenshot, reply.action_json), draw)
+    if json:
+        print(json_module.dumps(reply.to_json(), ensure_ascii=False))
+        return
+    print()
+    for action in reply.action_json:
+        fields = ", ".join(f"{name} {value}" for name, value in action.items() if name != "type")
+        results.print(f"{action['type']}: {fields}", soft_wrap=True, markup=False)
+    if reply.error:
+        note(f"warning: {reply.error}")
+    timings = reply.timings
+    note(
+        f"{timings.prompt_tokens} prompt tokens ({timings.image_tokens} of the image), "
+        f"{timings.generated_tokens} generated; vision {timings.vision_ms:.1f} ms, prefill {timings.prefill_ms:.1f} ms, "
+        f"decode {timings.decode_per_second:.0f} tokens/s; KV {timings.kv_tokens_kept} of {timings.kv_tokens_full} rows"
+    )
+    if draw:
+        note(f"drawn to {draw}")
