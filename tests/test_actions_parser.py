@@ -124,6 +124,7 @@ def test_every_action(call: str, expected: Action) -> None:
         ("line one\nline two", "line one\nline two"),
         ("f('a')", "f('a')"),
         ("f('a'), g(b='c')", "f('a'), g(b='c')"),
+        ("f('a')g()", "f('a')g()"),
         ("print('x')\n", "print('x')\n"),
         (r"C:\\temp\\new", r"C:\temp\new"),
         (r"regex \d+", r"regex \d+"),
