@@ -91,7 +91,9 @@ def card_of_folder(folder: Path) -> ModelCard:
         CheckpointError: the folder or its ``preprocessor_config.json`` is missing or unreadable.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"checkpoint folder {folder} does not exist; known cards: {', '.join(card_names())}")
+        raise CheckpointError(
+            f"checkpoint folder {folder} does not exist; known cards: {', '.join(card_names())}"
+        )
     path = folder / "preprocessor_config.json"
     try:
         processor = json.loads(path.read_text())
@@ -114,4 +116,6 @@ def card_of_folder(folder: Path) -> ModelCard:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; copy it from the model's repository") from None
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path}: no usable pixel limits ({error!r}); it needs min_pixels and max_pixels") from None
+        raise CheckpointError(
+            f"{path}: no usable pixel limits ({error!r}); it needs min_pixels and max_pixels"
+        ) from None

@@ -37,7 +37,7 @@ _OLD_PREFIXES = (
 
 
 def canonical_name(name: str) -> str:
-    """Spell a tensor's name as transformers writes it today: ``model.language_model.…``, ``model.visual.…``."""
+    """Spell a tensor's name as transformers does today: ``model.language_model.…``, ``model.visual.…``."""
     for old, new in _OLD_PREFIXES:
         if name.startswith(old):
             return new + name[len(old) :]
@@ -157,7 +157,7 @@ class Checkpoint:
                 )
             if start + end > size:
                 raise CheckpointError(
-                    f"{path} is truncated: it has {size} bytes, its header promises {start + end}; download it again"
+                    f"{path} is truncated: it has {size} bytes, its header asks for {start + end}"
                 )
             if end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
                 raise CheckpointError(
@@ -186,7 +186,7 @@ def _family_of(config: dict[str, Any], path: Path) -> str:
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method", "unknown")
         raise CheckpointError(
-            f"{path}: the checkpoint is already quantized ({method}); use the original one, starkv does that itself"
+            f"{path}: already quantized ({method}); use the original checkpoint, starkv quantizes itself"
         )
     return SUPPORTED_ARCHITECTURES[found[0]]
 

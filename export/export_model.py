@@ -82,9 +82,11 @@ def _export_decoder(
     preset: Preset,
     progress: Progress,
 ) -> None:
-    progress.start(DECODER, sum(not name.startswith("model.visual.") for name in checkpoint.names()))
+    # A tied embedding is also the head; any other stays outside the graph.
+    head, unused = (EMBEDDING, HEAD) if config.text.tied_embedding else (HEAD, EMBEDDING)
+    outside = ("model.visual.", f"{unused}.")
+    progress.start(DECODER, sum(not name.startswith(outside) for name in checkpoint.names()))
     graph = _graph_builder(checkpoint, DECODER, directory, preset, progress)
-    head = EMBEDDING if config.text.tied_embedding else HEAD
     build_decoder(graph, config, card.observation_window, head, preset.head)
     ir.save(graph.model(), directory / f"{DECODER}.onnx")
 

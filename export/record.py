@@ -31,8 +31,10 @@ def parse_route(name: str) -> Route:
     Raises:
         UsageError: no such route.
     """
-    if name == "build" or name == "trace":
-        return name
+    if name == "build":
+        return "build"
+    if name == "trace":
+        return "trace"
     raise UsageError(f"unknown route {name!r}; known: build, trace")
 
 

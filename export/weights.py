@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a graph's weights to its data file while the graph is built, so that memory never holds the model."""
+"""Writes a graph's weights to its data file while the graph is built, so memory never holds the model."""
 
 import math
 import os

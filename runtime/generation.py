@@ -85,4 +85,6 @@ class StopScanner:
 
     def _beginning(self, text: str) -> int:
         """Length of the longest beginning of ``text`` that the held text ends with."""
-        return next((n for n in range(min(len(text) - 1, len(self._held)), 0, -1) if self._held.endswith(text[:n])), 0)
+        return next(
+            (n for n in range(min(len(text) - 1, len(self._held)), 0, -1) if self._held.endswith(text[:n])), 0
+        )

@@ -141,7 +141,9 @@ class Session:
         if not scanner.stopped and (piece := scanner.push(stream.finish()) + scanner.finish()):
             yield piece
 
-    def _embed_prompt(self, messages: Sequence[Message], images: Sequence[Image.Image]) -> tuple[list[int], Floats]:
+    def _embed_prompt(
+        self, messages: Sequence[Message], images: Sequence[Image.Image]
+    ) -> tuple[list[int], Floats]:
         """Token ids with expanded image placeholders, and their embeddings ``[S, hidden]``."""
         manifest, timings = self.engine.manifest, self.timings
         image_pad = manifest.tokens.image_pad

@@ -150,7 +150,7 @@ def read_manifest(directory: Path) -> Manifest:
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
         raise EngineError(
-            f"{path}: schema_version is {version!r}, this starkv reads {SCHEMA_VERSION}; build the engine again"
+            f"{path}: schema_version is {version!r}, this starkv reads {SCHEMA_VERSION}; build it again"
         )
     try:
         return Manifest.model_validate(raw)
@@ -169,6 +169,10 @@ def verify_files(directory: Path, manifest: Manifest) -> None:
     for name, expected in manifest.files.items():
         path = directory / name
         if not path.is_file():
-            raise EngineError(f"{path} is missing from the engine; build it again or copy the whole directory")
+            raise EngineError(
+                f"{path} is missing from the engine; build it again or copy the whole directory"
+            )
         if sha256_of(path) != expected:
-            raise EngineError(f"{path} was changed or damaged since the build (sha256 differs); build it again")
+            raise EngineError(
+                f"{path} was changed or damaged since the build (sha256 differs); build it again"
+            )

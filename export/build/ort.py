@@ -31,9 +31,8 @@ def build_ort_engine(
         export_dir: what ``export_model`` wrote.
         out: an engine there is replaced; anything else is not.
         progress: told about each step.
-        prepack: also store each graph as this host's ONNX Runtime optimizes it, with weights packed for this
-            processor. Such an engine loads in a fraction of the time and processes share its memory, for
-            twice the disk space. Elsewhere the runtime falls back to the portable graphs.
+        prepack: also store each graph as this host's ONNX Runtime optimizes it, which loads faster, for at
+            least twice the disk space. Elsewhere the runtime falls back to the portable graphs.
         link: share files with the export by hard links where the file system can, instead of copying them.
             Meant for an export that is deleted afterwards: onnx's own tools refuse to read weights from a
             file that has two links.
@@ -55,8 +54,13 @@ def build_ort_engine(
         versions: dict[str, str] = {}
         if prepack:
             versions = {PREPACKED_RUNTIME: _runtime_version(), PREPACKED_CPU: cpu_model()}
+            quantization = record.quantization
+            quantized = {
+                "vision": quantization.vision != "fp32",
+                "decoder": (quantization.decoder, quantization.head) != ("fp32", "fp32"),
+            }
             for graph in _GRAPHS:
-                _prepack(staging, graph)
+                _prepack(staging, graph, quantized[graph])
                 progress.advance(f"{graph}.prepacked.onnx")
         manifest = write_manifest(staging, record, "ort", versions)
         progress.advance(MANIFEST_NAME)
@@ -84,8 +88,13 @@ def _runtime_version() -> str:
     return str(onnxruntime.__version__)
 
 
-def _prepack(directory: Path, name: str) -> None:
-    """Let ONNX Runtime optimize a graph, pack its weights and save the result as ``{name}.prepacked.*``."""
+def _prepack(directory: Path, name: str, quantized: bool) -> None:
+    """Let ONNX Runtime optimize a graph and save the result as ``{name}.prepacked.*``.
+
+    Weights packed for this processor are saved as well, so that processes map and share them, but only float
+    ones: ONNX Runtime (1.31) saves quantized weights before it has packed their scales, and computes NaN from
+    what it reads back.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -94,8 +103,8 @@ def _prepack(directory: Path, name: str) -> None:
     entries = {
         "session.optimized_model_external_initializers_file_name": f"{name}.prepacked.data",
         "session.optimized_model_external_initializers_min_size_in_bytes": str(_INLINE_BYTES),
-        "session.save_external_prepacked_constant_initializers": "1",
+        "session.save_external_prepacked_constant_initializers": "0" if quantized else "1",
     }
     for key, value in entries.items():
         options.add_session_config_entry(key, value)
-    onnxruntime.InferenceSession(str(directory / f"{name}.onnx"), options, providers=["CPUExecutionProvider"])
+    onnxruntime.InferenceSession(directory / f"{name}.onnx", options, providers=["CPUExecutionProvider"])

@@ -15,7 +15,7 @@ BLOCK_SIZES = (128, 64, 32)
 
 
 def choose_block_size(features: int, preferred: int, name: str) -> int:
-    """Return the largest block size up to ``preferred`` that divides the ``features`` entering layer ``name``.
+    """Return the largest block size up to ``preferred`` that divides the ``features`` of layer ``name``.
 
     Raises:
         UsageError: none does.

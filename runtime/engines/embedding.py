@@ -32,10 +32,16 @@ class EmbeddingTable:
                 header_bytes = int.from_bytes(stream.read(8), "little")
                 entry = json.loads(stream.read(header_bytes))[_TENSOR]
             self._rows = np.memmap(
-                path, _DTYPES[entry["dtype"]], "r", 8 + header_bytes + entry["data_offsets"][0], tuple(entry["shape"])
+                path,
+                _DTYPES[entry["dtype"]],
+                "r",
+                8 + header_bytes + entry["data_offsets"][0],
+                tuple(entry["shape"]),
             )
         except (OSError, ValueError, KeyError, MemoryError) as error:
-            raise EngineError(f"{path} holds no embedding table ({error!r}); build the engine again") from None
+            raise EngineError(
+                f"{path} holds no embedding table ({error!r}); build the engine again"
+            ) from None
 
     def __call__(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Rows ``[S, hidden]`` as float32.
@@ -45,5 +51,7 @@ class EmbeddingTable:
         """
         ids = np.asarray(token_ids, np.int64)
         if ids.size and (ids.min() < 0 or ids.max() >= len(self._rows)):
-            raise EngineError(f"token id {int(ids.max())} is outside the embedding table of {len(self._rows)} rows")
+            raise EngineError(
+                f"token id {int(ids.max())} is outside the embedding table of {len(self._rows)} rows"
+            )
         return self._rows[ids].astype(np.float32)

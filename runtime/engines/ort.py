@@ -110,7 +110,9 @@ class OrtEngine:
 
     def encode_image(self, image: ImageInputs) -> Floats:
         plan = plan_vision(image.grid_h, image.grid_w, self._manifest.vision)
-        feeds: dict[str, NDArray[Any]] = {field.name: getattr(plan, field.name) for field in fields(VisionPlan)}
+        feeds: dict[str, NDArray[Any]] = {
+            field.name: getattr(plan, field.name) for field in fields(VisionPlan)
+        }
         embeds: Floats = self._vision.run(["image_embeds"], {"pixel_values": image.pixel_values, **feeds})[0]
         return embeds
 
@@ -125,12 +127,16 @@ class OrtEngine:
     def _check_rows(self, rows: int) -> None:
         limit = self._manifest.max_context
         if rows > limit:
-            raise UsageError(f"{rows} KV rows are needed, but {self._manifest.name} was built for {limit} at most")
+            raise UsageError(
+                f"{rows} KV rows are needed, but {self._manifest.name} was built for {limit} at most"
+            )
 
     def prefill(self, arena: Arena, embeds: Floats, rope: Rope) -> Floats:
         start, total = int(arena.kv.lengths.max()), len(embeds)
         if start + total > arena.kv.capacity:
-            raise UsageError(f"prefill of {total} rows behind {start} exceeds the arena of {arena.kv.capacity} rows")
+            raise UsageError(
+                f"prefill of {total} rows behind {start} exceeds the arena of {arena.kv.capacity} rows"
+            )
         logits = np.empty((1, self._manifest.text.vocab), np.float32)
         done = 0
         for length in chunk_lengths(total, PREFILL_CHUNK, self._manifest.observation_window):

@@ -12,12 +12,17 @@ from starkv.cli.options import Output, Quantization
 
 
 def build(
-    model: Annotated[str, typer.Argument(help="Model card's name, Hugging Face folder, or a folder of `export`.")],
+    model: Annotated[
+        str, typer.Argument(help="Model card's name, Hugging Face folder, or a folder of `export`.")
+    ],
     out: Output = None,
     quant: Quantization = None,
     backend: Annotated[str, typer.Option(help="auto, ort or trt.")] = "auto",
     prepack: Annotated[
-        bool, typer.Option("--prepack", help="Also store the graphs compiled for this processor: loads faster here.")
+        bool,
+        typer.Option(
+            "--prepack", help="Also store the graphs compiled for this processor: loads faster here."
+        ),
     ] = False,
 ) -> None:
     """Build an engine directory that `run`, `bench` and other machines can load.

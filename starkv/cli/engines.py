@@ -34,7 +34,9 @@ def choose_backend(wanted: str) -> tuple[str, str]:
     raise UsageError(f"unknown backend {wanted!r}; known: auto, ort, trt")
 
 
-def build_engine(model: str, quantization: str | None, out: Path | None, prepack: bool = False) -> tuple[Path, Manifest]:
+def build_engine(
+    model: str, quantization: str | None, out: Path | None, prepack: bool = False
+) -> tuple[Path, Manifest]:
     """Export the model beside the engine and build the engine from it.
 
     Raises:
@@ -67,7 +69,9 @@ def find_engine(name: str, quantization: str | None = None) -> Path:
     if (Path(name) / MANIFEST_NAME).is_file():
         return Path(name)
     if Path(name).is_dir() or os.sep in name:
-        raise UsageError(f"{name} is no engine directory (it has no {MANIFEST_NAME}); build one with `starkv build`")
+        raise UsageError(
+            f"{name} is no engine directory (it has no {MANIFEST_NAME}); build one with `starkv build`"
+        )
     from starkv.export.cards import load_card
 
     card = load_card(name)

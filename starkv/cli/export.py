@@ -15,7 +15,10 @@ def export(
     out: Output = None,
     quant: Quantization = None,
     route: Annotated[
-        str, typer.Option(help="build: written from the checkpoint, without torch. trace: traced from PyTorch, fp32.")
+        str,
+        typer.Option(
+            help="build: written from the checkpoint, without torch. trace: traced from PyTorch, fp32."
+        ),
     ] = "build",
 ) -> None:
     """Export a checkpoint to portable, quantized ONNX graphs.

@@ -15,7 +15,9 @@ MIB = 2**20
 
 
 def inspect(
-    engine: Annotated[Path, typer.Argument(help="Engine directory.")], no_verify: NoVerify = False, json: Json = False
+    engine: Annotated[Path, typer.Argument(help="Engine directory.")],
+    no_verify: NoVerify = False,
+    json: Json = False,
 ) -> None:
     """Show what an engine directory holds, and whether its files are those that were built.
 
@@ -38,13 +40,29 @@ def _facts(manifest: Manifest) -> Table:
     rotary = f"M-RoPE {text.mrope_section}" if text.mrope_section else "1-D RoPE"
     block = f", blocks of {quant.block_size}" if quant.block_size else ""
     pixels = vision.patch_size * vision.spatial_merge_size
-    table = Table(title=f"{manifest.name} ({manifest.family}) on {manifest.backend}", show_header=False, title_justify="left")
+    table = Table(
+        title=f"{manifest.name} ({manifest.family}) on {manifest.backend}",
+        show_header=False,
+        title_justify="left",
+    )
     for name, value in (
-        ("source", f"{manifest.source}, {manifest.parameters / 1e6:.2f} M parameters, licence {manifest.licence}"),
-        ("weights", f"decoder {quant.decoder}, head {quant.head}, vision {quant.vision}, embedding {quant.embedding}{block}"),
-        ("decoder", f"{text.layers} layers, hidden {text.hidden}, {text.heads} query and {text.kv_heads} KV heads of {text.head_dim}"),
+        (
+            "source",
+            f"{manifest.source}, {manifest.parameters / 1e6:.2f} M parameters, licence {manifest.licence}",
+        ),
+        (
+            "weights",
+            f"decoder {quant.decoder}, head {quant.head}, vision {quant.vision}, embedding {quant.embedding}{block}",
+        ),
+        (
+            "decoder",
+            f"{text.layers} layers, hidden {text.hidden}, {text.heads} query and {text.kv_heads} KV heads of {text.head_dim}",
+        ),
         ("positions", f"{rotary}, theta {text.rope_theta:g}"),
-        ("vision", f"{vision.depth} layers, hidden {vision.hidden}, window {vision.window_size} px, full attention in {vision.full_attention_blocks}"),
+        (
+            "vision",
+            f"{vision.depth} layers, hidden {vision.hidden}, window {vision.window_size} px, full attention in {vision.full_attention_blocks}",
+        ),
         ("image", f"{image.min_pixels:,} to {image.max_pixels:,} pixels, one token per {pixels}x{pixels} px"),
         ("coordinates", f"{manifest.coordinates}, prompt dialect {manifest.prompt}"),
         ("KV cache", f"{row_bytes:,} bytes per token (fp32), up to {manifest.max_context:,} rows"),

@@ -9,12 +9,16 @@ import typer
 Model = Annotated[str, typer.Argument(help="Model card's name (see `models/`) or a Hugging Face folder.")]
 Quantization = Annotated[
     str | None,
-    typer.Option("--quant", help="Weights: fp32, int8 or int4. The model card's choice by default.", show_default=False),
+    typer.Option(
+        "--quant", help="Weights: fp32, int8 or int4. The model card's choice by default.", show_default=False
+    ),
 ]
 Engine = Annotated[
     str, typer.Option("--engine", help="Engine directory, or a model's name: its engine is found or built.")
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads. All usable processors by default.", min=1)]
-NoVerify = Annotated[bool, typer.Option("--no-verify", help="Skip comparing the engine's files with their hashes.")]
+NoVerify = Annotated[
+    bool, typer.Option("--no-verify", help="Skip comparing the engine's files with their hashes.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Output = Annotated[Path | None, typer.Option("--out", help="Directory to write.", show_default=False)]

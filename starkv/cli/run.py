@@ -14,14 +14,18 @@ from starkv.cli.options import Engine, Json, NoVerify, Threads
 def run(
     engine: Engine,
     image: Annotated[Path, typer.Option(help="Screenshot.")],
-    prompt: Annotated[str, typer.Option(help="Instruction, such as \"Click the red star.\"")],
-    draw: Annotated[Path | None, typer.Option(help="Write a PNG with the action drawn on the screenshot.")] = None,
+    prompt: Annotated[str, typer.Option(help='Instruction, such as "Click the red star."')],
+    draw: Annotated[
+        Path | None, typer.Option(help="Write a PNG with the action drawn on the screenshot.")
+    ] = None,
     kv_method: Annotated[str, typer.Option(help="KV compression method; `full` keeps everything.")] = "full",
     max_new_tokens: Annotated[int, typer.Option(help="Longest reply.", min=1)] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus of the sampling.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End the reply before this text; may be repeated.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End the reply before this text; may be repeated.")
+    ] = None,
     threads: Threads = None,
     no_verify: NoVerify = False,
     json: Json = False,
@@ -40,7 +44,11 @@ def run(
     screenshot = load_image(image)
     agent = Agent.load(find_engine(engine), not no_verify, threads)
     reply = agent.act(
-        screenshot, prompt, parameters, kv_method, None if json else lambda piece: print(piece, end="", flush=True)
+        screenshot,
+        prompt,
+        parameters,
+        kv_method,
+        None if json else lambda piece: print(piece, end="", flush=True),
     )
     if draw:
         save_png(draw_actions(screenshot, reply.action_json), draw)

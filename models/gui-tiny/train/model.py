@@ -4,9 +4,8 @@
 import math
 
 import torch
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
 from tokens import VOCABULARY_SIZE
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 PATCH, MERGE, WINDOW = 14, 2, 112
 CELL = PATCH * MERGE
@@ -14,7 +13,7 @@ CELL = PATCH * MERGE
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
-    """Sizes that every backend's kernels take: head_dim 64, grouped queries, widths that blocks of 128 divide."""
+    """Sizes that every backend's kernels take: head_dim 64, grouped queries, widths in blocks of 128."""
     token = tokenizer.convert_tokens_to_ids
     return Qwen2_5_VLConfig(
         text_config={

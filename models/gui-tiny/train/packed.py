@@ -9,13 +9,12 @@ prefix: the mask lets each see the screen and itself only. ``test_gui_tiny`` che
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as reference
-
 from model import MERGE, PATCH
 from screens import Question
 from tokens import SYSTEM_PROMPT
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as reference
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -23,7 +22,7 @@ TURN = "<|im_end|>\n<|im_start|>assistant\n"
 
 
 def patchify(images: np.ndarray) -> Tensor:
-    """uint8 [B, H, W, 3] → uint8 [B, patches, 3 * 14 * 14], patches in Qwen's merge order, one temporal slice."""
+    """uint8 [B, H, W, 3] → uint8 [B, patches, 588], in Qwen's merge order, one temporal slice."""
     batch, height, width, _ = images.shape
     rows, columns, side = height // PATCH, width // PATCH, PATCH * PATCH
     blocks = images.reshape(batch, rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH, 3)
@@ -68,16 +67,22 @@ class PackedForward:
         )
         lengths = torch.as_tensor(boundaries).diff().unique()
         if len(lengths) != 1:
-            raise ValueError(f"size {size} is no multiple of the vision window of {vision.window_size} pixels")
+            raise ValueError(
+                f"size {size} is no multiple of the vision window of {vision.window_size} pixels"
+            )
         device = next(model.parameters()).device
         self.window = int(lengths[0])
         self.reverse = torch.argsort(window_index).to(device)
         self.patch_order = (window_index[:, None] * MERGE**2 + torch.arange(MERGE**2)).reshape(-1)
         positions = reference.get_vision_position_ids(grid, MERGE).to(device)
         cos, sin = model.model.visual.rotary_pos_emb(torch.zeros(1, device=device), positions)
-        self.vision_cos, self.vision_sin = (table[self.patch_order.to(device)][None, None] for table in (cos, sin))
+        self.vision_cos, self.vision_sin = (
+            table[self.patch_order.to(device)][None, None] for table in (cos, sin)
+        )
 
-        before = self._encode(f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n<|vision_start|>")
+        before = self._encode(
+            f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+        )
         image_pad = self._encode("<|image_pad|>") * self.visual_tokens
         prefix = before + image_pad + self._encode("<|vision_end|>")
         kinds = [0] * len(before) + [1] * self.visual_tokens + [0]
@@ -111,7 +116,7 @@ class PackedForward:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def pack(self, questions: list[Question]) -> tuple[list[int], list[int], list[int]]:
-        """Token ids, next-token targets (−100: not trained) and the answers' start of one screen's questions."""
+        """Token ids, next-token targets (−100: not trained) and the starts of the answers."""
         ids: list[int] = []
         targets: list[int] = []
         starts: list[int] = []
@@ -120,7 +125,9 @@ class PackedForward:
             answer = self._encode(question.answer + "<|im_end|>")
             padding = self.segment - len(asked) - len(answer)
             if padding < 0:
-                raise ValueError(f"question of {self.segment - padding} tokens, segment of {self.segment}: {question}")
+                raise ValueError(
+                    f"question of {self.segment - padding} tokens, segment of {self.segment}: {question}"
+                )
             ids += asked + answer + [0] * padding
             targets += [-100] * (len(asked) - 1) + answer + [-100] * (padding + 1)
             starts.append(len(asked))
@@ -188,7 +195,7 @@ class PackedForward:
 
     @torch.no_grad()
     def generate(self, visual: Tensor, ids: Tensor, starts: Tensor, steps: int = 12) -> list[list[str]]:
-        """Greedy answers to all packed questions: ``ids`` [B, questions * segment], ``starts`` [B, questions]."""
+        """Greedy answers to packed questions: ``ids`` [B, questions * segment], ``starts`` [B, questions]."""
         batch = ids.shape[0]
         shape = (batch, self.questions, self.segment)
         place = torch.arange(self.segment, device=ids.device)
@@ -210,5 +217,3 @@ class PackedForward:
             ]
             for b in range(batch)
         ]
-
-

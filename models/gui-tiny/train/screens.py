@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-WORDS = tuple(
-    "Save Open Close Copy Paste Cut Undo Redo Find Help Print Edit View File Home Back Next Stop Play Send "
-    "Mail Chat Call User Lock Menu Zoom Sort Tags Mute Sync Login Exit Apply Reset Cancel OK Yes No Search".split()
-)
+_WORD_LIST = """
+Save Open Close Copy Paste Cut Undo Redo Find Help Print Edit View File Home Back Next Stop Play
+Send Mail Chat Call User Lock Menu Zoom Sort Tags Mute Sync Login Exit Apply Reset Cancel OK Yes No
+Search
+"""
+WORDS = tuple(_WORD_LIST.split())
 COLORS = {
     "red": (220, 40, 40),
     "green": (40, 170, 60),
@@ -141,7 +143,9 @@ def _icon_mask(shape: str, size: int) -> np.ndarray:
 
 
 WORD_MASKS = tuple(_word_mask(word) for word in WORDS)
-ICON_MASKS = {(index, size): _icon_mask(name, size) for index, name in enumerate(SHAPES) for size in ICON_SIZES}
+ICON_MASKS = {
+    (index, size): _icon_mask(name, size) for index, name in enumerate(SHAPES) for size in ICON_SIZES
+}
 
 
 def _fill(image: np.ndarray, x0: int, y0: int, x1: int, y1: int, color: tuple[int, int, int]) -> None:
@@ -238,14 +242,23 @@ def random_elements(rng: np.random.Generator, count: int, icon_share: float = 0.
             )
             icons += 1
         elif rng.random() < 0.7:
-            elements.append(Element("button", word=int(words[index % len(words)]), padding=int(rng.integers(4, 11))))
+            elements.append(
+                Element("button", word=int(words[index % len(words)]), padding=int(rng.integers(4, 11)))
+            )
         else:
-            elements.append(Element("check", word=int(words[index % len(words)]), decorated=bool(rng.random() < 0.5)))
+            elements.append(
+                Element("check", word=int(words[index % len(words)]), decorated=bool(rng.random() < 0.5))
+            )
     return elements
 
 
 def random_screen(
-    rng: np.random.Generator, height: int, width: int, fewest: int = 6, most: int = 14, icon_share: float = 0.5
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    fewest: int = 6,
+    most: int = 14,
+    icon_share: float = 0.5,
 ) -> Screen:
     """A window with ``fewest`` to ``most`` elements, at least one of them placed."""
     screen = empty_screen(rng, height, width)

@@ -8,10 +8,9 @@ is told which element covers its 28-pixel cell, and where that element's centre 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from model import CELL
 from screens import COLORS, SHAPES, WORDS, Screen
+from torch import Tensor, nn
 
 IGNORE = -100
 KINDS = 3  # nothing, icon, word
@@ -21,7 +20,7 @@ SMALLEST_OVERLAP = 60  # pixels; an element that covers less of a cell does not 
 
 
 def cell_targets(screen: Screen) -> np.ndarray:
-    """int64 [6, cells]: kind, colour, shape, word, centre x and y in pixels of each cell's owner (−100: none)."""
+    """int64 [6, cells]: kind, colour, shape, word, centre x and y of each cell's owner (−100: none)."""
     height, width, _ = screen.image.shape
     rows, columns = height // CELL, width // CELL
     covered = np.full((rows, columns), SMALLEST_OVERLAP)

@@ -3,10 +3,9 @@
 
 import itertools
 
+from screens import COLOR_NAMES, SHAPES, VERBS, WORDS
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-
-from screens import COLOR_NAMES, SHAPES, VERBS, WORDS
 
 VOCABULARY_SIZE = 512
 SPECIAL_TOKENS = [
@@ -49,9 +48,13 @@ CHAT_TEMPLATE = """\
 
 
 def _corpus() -> list[str]:
-    names = [f"the {color} {shape}" for color in COLOR_NAMES for shape in SHAPES] + [f"'{word}'" for word in WORDS]
+    names = [f"the {color} {shape}" for color in COLOR_NAMES for shape in SHAPES] + [
+        f"'{word}'" for word in WORDS
+    ]
     questions = [f"{verb} {name}." for verb, name in itertools.product(VERBS, names)]
-    answers = [f"{ANSWER_START}{x},{y}{ANSWER_END}" for x, y in itertools.product(range(0, 448, 16), repeat=2)]
+    answers = [
+        f"{ANSWER_START}{x},{y}{ANSWER_END}" for x, y in itertools.product(range(0, 448, 16), repeat=2)
+    ]
     frame = [f"system\n{SYSTEM_PROMPT}\nuser\nassistant\n"] * 200
     return questions * 3 + answers + frame
 
@@ -77,7 +80,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(_corpus(), trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
     )
     fast.add_tokens([ANSWER_START, ANSWER_END])
     return fast

@@ -19,15 +19,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
-
 from model import build_model
 from muon import Muon
 from packed import PackedForward, patchify
 from screens import Question, Screen, random_questions, random_screen
 from targets import CellHeads, cell_targets
 from tokens import build_tokenizer
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
 
 log = logging.getLogger("train")
 SPLITS = {"vision": 0, "language": 1, "validation": 2, "test": 3}
@@ -35,7 +34,9 @@ VISION_WEIGHTS = (1.0, 1.0, 1.5, 1.5, 0.5, 0.5)  # kind, colour, shape, word, ce
 ANSWER = re.compile(r"Action: click\(start_box='\((\d+),(\d+)\)'\)")
 
 
-def draw_screen(split: str, seed: int, index: int, size: int, fewest: int, most: int) -> tuple[Screen, np.random.Generator]:
+def draw_screen(
+    split: str, seed: int, index: int, size: int, fewest: int, most: int
+) -> tuple[Screen, np.random.Generator]:
     """Screen ``index`` of a split, and its generator to draw questions from."""
     rng = np.random.default_rng([SPLITS[split], seed, index])
     return random_screen(rng, size, size, fewest, most), rng
@@ -71,8 +72,9 @@ class Batches(Dataset[dict[str, Tensor]]):
 def build_optimizers(
     model: torch.nn.Module, heads: CellHeads, args: argparse.Namespace
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the network; AdamW for embeddings, the first layer, norms, biases, heads."""
-    matrices, rest = [], list(heads.parameters())
+    """Muon for the matrices inside the network; AdamW for embeddings, first layer, norms, biases, heads."""
+    matrices: list[Tensor] = []
+    rest: list[Tensor] = list(heads.parameters())
     for name, parameter in model.named_parameters():
         inner = parameter.ndim == 2 and "embed_tokens" not in name and "lm_head" not in name
         (matrices if inner else rest).append(parameter)
@@ -102,7 +104,9 @@ class Stage:
         self.weights = torch.tensor(VISION_WEIGHTS, device=self.device)
         self.checkpoint: Path = args.work / f"{name}.pt"
 
-    def loss(self, pixels: Tensor, cells: Tensor, ids: Tensor | None, targets: Tensor | None) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, pixels: Tensor, cells: Tensor, ids: Tensor | None, targets: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """The loss and its parts, for the log."""
         visual = self.forward.vision(pixels)
         if ids is None or targets is None:
@@ -156,7 +160,10 @@ class Stage:
             for _ in range(args.accumulate):
                 batch = next(stream)
                 pixels = self.forward.normalise(batch["patches"])
-                rest = [batch[name].to(self.device) if name in batch else None for name in ("cells", "ids", "targets")]
+                rest = [
+                    batch[name].to(self.device) if name in batch else None
+                    for name in ("cells", "ids", "targets")
+                ]
                 with torch.autocast(self.device.type, torch.bfloat16):
                     loss, parts = loss_of(pixels, *rest)
                 (loss / args.accumulate).backward()
@@ -175,7 +182,9 @@ class Stage:
                     log.info("validation: %s", json.dumps(evaluate(self.forward, args, "validation", 64)))
 
 
-def evaluate(forward: PackedForward, args: argparse.Namespace, split: str, screens: int) -> dict[str, list[float]]:
+def evaluate(
+    forward: PackedForward, args: argparse.Namespace, split: str, screens: int
+) -> dict[str, list[float]]:
     """Greedy click accuracy: kind of question → [share of clicks inside the box, questions]."""
     outcomes: dict[str, list[bool]] = {}
     for start in range(0, screens, args.batch):
@@ -187,14 +196,17 @@ def evaluate(forward: PackedForward, args: argparse.Namespace, split: str, scree
             questions.append(random_questions(rng, screen, forward.questions))
         packed = [forward.pack(asked) for asked in questions]
         device = forward.prefix.device
-        ids, starts = torch.tensor([p[0] for p in packed], device=device), torch.tensor([p[2] for p in packed], device=device)
+        ids, starts = (
+            torch.tensor([p[0] for p in packed], device=device),
+            torch.tensor([p[2] for p in packed], device=device),
+        )
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
             visual = forward.vision(forward.normalise(patchify(np.stack(images))))
             answers = forward.generate(visual, ids, starts)
         for asked, answered in zip(questions, answers, strict=True):
             for question, answer in zip(asked, answered, strict=True):
                 match, (x0, y0, x1, y1) = ANSWER.fullmatch(answer.strip()), question.element.box
-                hit = bool(match) and x0 <= int(match[1]) < x1 and y0 <= int(match[2]) < y1
+                hit = match is not None and x0 <= int(match[1]) < x1 and y0 <= int(match[2]) < y1
                 outcomes.setdefault("icon" if question.element.kind == "icon" else "word", []).append(hit)
     return {kind: [round(float(np.mean(hits)), 4), len(hits)] for kind, hits in sorted(outcomes.items())}
 
@@ -224,7 +236,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--language-steps", type=int, default=4000)
     parser.add_argument("--matrix-lr", type=float, default=0.02, help="Muon's learning rate")
     parser.add_argument("--rest-lr", type=float, default=3e-3, help="AdamW's learning rate")
-    parser.add_argument("--auxiliary", type=float, default=0.5, help="weight of the dense losses in stage two")
+    parser.add_argument(
+        "--auxiliary", type=float, default=0.5, help="weight of the dense losses in stage two"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1, help="processes that draw screens")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

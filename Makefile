@@ -1,0 +1,55 @@
+# Every target sets up what it needs. VENV and PYTHON may be overridden.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STARKV := $(BIN)/starkv
+MODEL  ?= gui-tiny
+QUANT  ?=
+BACKEND ?= auto
+IMAGE  ?= examples/screen.png
+PROMPT ?= Click the red star.
+
+.DEFAULT_GOAL := help
+.PHONY: help demo engine run bench test lint train clean
+
+help:  ## Show the targets.
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/run-ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cpu,export]'
+	@touch $@
+
+$(VENV)/dev-ready: pyproject.toml $(VENV)/run-ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/run-ready  ## Export, quantize, build and run the embedded model on a screenshot.
+	$(STARKV) export gui-tiny --out exports/demo
+	$(STARKV) build exports/demo --backend ort --out engines/demo
+	$(STARKV) run --engine engines/demo --image '$(IMAGE)' --prompt '$(PROMPT)' --draw demo.png
+
+engine: $(VENV)/run-ready  ## Build an engine: MODEL=… [QUANT=fp32|int8|int4] [BACKEND=auto|ort].
+	$(STARKV) build '$(MODEL)' --backend $(BACKEND) $(if $(QUANT),--quant $(QUANT))
+
+run: $(VENV)/run-ready  ## Ask an engine: [MODEL=…] [IMAGE=…] [PROMPT=…].
+	$(STARKV) run --engine '$(MODEL)' --image '$(IMAGE)' --prompt '$(PROMPT)'
+
+bench: $(VENV)/run-ready  ## Measure an engine: [MODEL=…].
+	$(STARKV) bench --engine '$(MODEL)'
+
+test: $(VENV)/dev-ready lint  ## Lint, check types, run all tests.
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev-ready  ## Lint and check types and import directions.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+train: $(VENV)/dev-ready  ## Train gui-tiny from scratch (hours on a CPU; see models/gui-tiny/README.md).
+	$(BIN)/python models/gui-tiny/train/train.py --out models/gui-tiny
+
+clean:  ## Remove what the other targets made, but not the engines.
+	rm -rf $(VENV) build dist *.egg-info exports demo.png

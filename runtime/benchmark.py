@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure an engine: prefill, decode, vision, and the memory bandwidth that bounds decode."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from starkv.host import usable_processors
+from starkv.runtime.engines.base import Engine, Rope
+from starkv.runtime.preprocess.image import preprocess
+from starkv.runtime.preprocess.positions import rope_tables, text_positions
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row of the table. Rates are tokens per second of each repetition."""
+
+    test: str
+    """``pp512``, ``tg128``, ``pp512 @ d4096`` as in llama-bench; ``vit224x224`` for the vision tower."""
+    rates: tuple[float, ...]
+    kv_mib: float
+    """KV memory of the valid rows at the end."""
+    peak_mib: float
+    """Highest resident memory of the process so far."""
+    bytes_per_token: float | None
+    """Weights and KV rows that a decode step has to read; None for tests bound by compute."""
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.rates)
+
+    @property
+    def deviation(self) -> float:
+        return statistics.stdev(self.rates) if len(self.rates) > 1 else 0.0
+
+    def roofline_share(self, bandwidth: float) -> float | None:
+        """Share of the rate that ``bandwidth`` bytes per second would allow."""
+        return self.mean * self.bytes_per_token / bandwidth if self.bytes_per_token else None
+
+
+def memory_bandwidth(mib: int = 1024, repetitions: int = 3) -> float:
+    """Bytes per second that all usable processors together read from memory; the best of a few tries.
+
+    The array is far larger than any cache.
+    """
+    threads = usable_processors()
+    blocks = np.array_split(np.ones(mib * 2**20 // 4, np.float32), threads)
+
+    def sweep(block: np.ndarray) -> None:
+        # numpy's dot releases the interpreter's lock and does next to nothing but read.
+        np.dot(block, block)
+
+    best = float("inf")
+    with ThreadPoolExecutor(threads) as workers:
+        for _ in range(repetitions):
+            started = time.perf_counter()
+            list(workers.map(sweep, blocks))
+            best = min(best, time.perf_counter() - started)
+    return sum(block.nbytes for block in blocks) / best
+
+
+def peak_mib() -> float:
+    """Highest resident memory of this process in MiB."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def decoder_bytes(engine_directory: Path) -> int:
+    """Bytes of weights that one decode step reads."""
+    return (engine_directory / "decoder.data").stat().st_size
+
+
+def _timed(work: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+class Benchmark:
+    """Runs the tests on one engine with random embeddings: speed does not depend on their values."""
+
+    def __init__(self, engine: Engine, weight_bytes: int, repetitions: int) -> None:
+        self._engine, self._weight_bytes, self._repetitions = engine, weight_bytes, repetitions
+        self._random = np.random.default_rng(0)
+
+    def _inputs(self, rows: int, start: int) -> tuple[np.ndarray, Rope]:
+        text = self._engine.manifest.text
+        embeds = self._random.standard_normal((rows, text.hidden), np.float32) * 0.02
+        return embeds, Rope(*rope_tables(text_positions(rows, start).values, text))
+
+    def prefill(self, tokens: int, depth: int) -> Measurement:
+        """Prefill ``tokens`` rows behind ``depth`` rows."""
+        arena = self._engine.new_arena(depth + tokens)
+        embeds, rope = self._inputs(tokens, depth)
+
+        def once() -> None:
+            arena.kv.lengths[:] = depth
+            self._engine.prefill(arena, embeds, rope)
+
+        once()
+        rates = tuple(tokens / _timed(once) for _ in range(self._repetitions))
+        return self._row(f"pp{tokens}", depth, rates, arena.kv.bytes_held, None)
+
+    def decode(self, tokens: int, depth: int) -> Measurement:
+        """Decode ``tokens`` rows, one at a time, behind ``depth`` rows."""
+        pool = self._engine.new_pool(1, depth + tokens)
+        pool.acquire()
+        embeds, rope = self._inputs(1, depth)
+
+        def once() -> None:
+            pool.kv.lengths[:] = depth
+            for _ in range(tokens):
+                self._engine.decode(pool, embeds, rope)
+
+        once()
+        rates = tuple(tokens / _timed(once) for _ in range(self._repetitions))
+        kv_bytes = self._engine.info.kv_bytes_per_row * (depth + tokens / 2)
+        return self._row(f"tg{tokens}", depth, rates, pool.kv.bytes_held, self._weight_bytes + kv_bytes)
+
+    def vision(self, width: int, height: int) -> Measurement:
+        """Encode one screenshot; counts image tokens."""
+        manifest = self._engine.manifest
+        noise = self._random.integers(0, 256, (height, width, 3), np.uint8)
+        image = preprocess(Image.fromarray(noise), manifest.vision, manifest.image)
+        tokens = len(self._engine.encode_image(image))
+
+        def once() -> None:
+            self._engine.encode_image(image)
+
+        rates = tuple(tokens / _timed(once) for _ in range(self._repetitions))
+        return self._row(f"vit{image.resized_width}x{image.resized_height}", 0, rates, 0, None)
+
+    def _row(
+        self, test: str, depth: int, rates: tuple[float, ...], kv_bytes: int, bytes_per_token: float | None
+    ) -> Measurement:
+        name = f"{test} @ d{depth}" if depth else test
+        return Measurement(name, rates, kv_bytes / 2**20, peak_mib(), bytes_per_token)
+
+    def run(
+        self, prompts: list[int], generated: list[int], depths: list[int], screen: tuple[int, int] | None
+    ) -> Iterator[Measurement]:
+        """All tests, each as soon as it is measured."""
+        if screen:
+            yield self.vision(*screen)
+        for depth in depths:
+            for tokens in prompts:
+                yield self.prefill(tokens, depth)
+            for tokens in generated:
+                yield self.decode(tokens, depth)

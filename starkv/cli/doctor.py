@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``starkv doctor``: what this machine can do, and what to do about what is missing."""
+
+import ctypes
+import json as json_module
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import typer
+from rich.table import Table
+
+from starkv import __version__
+from starkv.cli.console import results
+from starkv.cli.engines import engines_home
+from starkv.cli.options import Json
+from starkv.host import cpu_model, usable_processors
+
+GIB = 2**30
+_SMALL_DISK = 20 * GIB  # a 7B model: 5 GiB of engine, 16 GiB of checkpoint
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    subject: str
+    usable: bool
+    found: str
+    advice: str = ""
+    """What to do if it is wanted and not usable."""
+
+
+def doctor(json: Json = False) -> None:
+    """Show what this machine can export, build and run, and how to get what is missing.
+
+    Exits with code 1 where no engine can run at all.
+    """
+    findings = [check() for check in CHECKS]
+    if json:
+        print(json_module.dumps([asdict(finding) for finding in findings]))
+    else:
+        table = Table("", "", "found", "to do", box=None)
+        for finding in findings:
+            mark = "[green]ok[/]" if finding.usable else "[yellow]--[/]"
+            table.add_row(finding.subject, mark, finding.found, finding.advice)
+        results.print(table)
+    if not any(finding.usable for finding in findings if finding.subject in ("ONNX Runtime", "TensorRT")):
+        raise typer.Exit(1)
+
+
+def installed(package: str) -> str | None:
+    """Version of an installed distribution, without importing it."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _python() -> Finding:
+    return Finding("starkv", True, f"{__version__} on Python {platform.python_version()}, {sys.platform}")
+
+
+def _processor() -> Finding:
+    try:
+        memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / GIB:.0f} GiB of memory"
+    except (AttributeError, ValueError, OSError):
+        memory = ""
+    return Finding("processor", True, f"{cpu_model()}, {usable_processors()} usable{memory}")
+
+
+def _disk() -> Finding:
+    home = engines_home().absolute()
+    while not home.exists():
+        home = home.parent
+    free = shutil.disk_usage(home).free
+    advice = (
+        ""
+        if free > _SMALL_DISK
+        else "a 7B model needs about 20 GiB; free some, or set STARKV_ENGINES elsewhere"
+    )
+    return Finding("disk", free > _SMALL_DISK, f"{free / GIB:.0f} GiB free for engines in {home}", advice)
+
+
+def _onnx_runtime() -> Finding:
+    cpu, gpu = installed("onnxruntime"), installed("onnxruntime-gpu")
+    if cpu and gpu:
+        advice = "they overwrite each other's files: pip uninstall both, then install one"
+        return Finding("ONNX Runtime", False, f"onnxruntime {cpu} and onnxruntime-gpu {gpu}", advice)
+    if not (cpu or gpu):
+        return Finding("ONNX Runtime", False, "not installed", "pip install 'starkv[cpu]'")
+    try:
+        import onnxruntime
+    except ImportError as error:
+        return Finding(
+            "ONNX Runtime", False, f"import fails: {error}", "pip install --force-reinstall onnxruntime"
+        )
+    providers = ", ".join(
+        name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()
+    )
+    return Finding("ONNX Runtime", True, f"{cpu or gpu}, providers {providers}")
+
+
+def _export() -> Finding:
+    missing = [name for name in ("onnx", "onnx-ir") if not installed(name)]
+    if missing:
+        return Finding(
+            "export, build", False, f"{', '.join(missing)} not installed", "pip install 'starkv[export]'"
+        )
+    return Finding("export, build", True, f"onnx {installed('onnx')}, onnx-ir {installed('onnx-ir')}")
+
+
+def _trace() -> Finding:
+    torch, transformers = installed("torch"), installed("transformers")
+    if torch and transformers:
+        return Finding("PyTorch", True, f"torch {torch}, transformers {transformers}")
+    return Finding(
+        "PyTorch", False, "not installed", "needed only to train and for --route trace: 'starkv[trace]'"
+    )
+
+
+def _cuda() -> Finding:
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return Finding("CUDA", False, "no NVIDIA driver", "needed only for GPUs: install the NVIDIA driver")
+    count, api = ctypes.c_int(), ctypes.c_int()
+    code = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    if code or not count.value:
+        return Finding("CUDA", False, f"driver without a usable GPU (CUDA error {code})", "check nvidia-smi")
+    driver.cuDriverGetVersion(ctypes.byref(api))
+    name = ctypes.create_string_buffer(100)
+    driver.cuDeviceGetName(name, len(name), 0)
+    api_version = f"{api.value // 1000}.{api.value % 1000 // 10}"
+    return Finding("CUDA", True, f"{count.value} x {name.value.decode()}, driver for CUDA {api_version}")
+
+
+def _tensorrt() -> Finding:
+    for package in ("tensorrt", "tensorrt-lean", "tensorrt-dispatch"):
+        if found := installed(package):
+            advice = "this version of starkv runs ONNX Runtime engines only"
+            return Finding("TensorRT", False, f"{package} {found}", advice)
+    return Finding("TensorRT", False, "not installed", "not used by this version of starkv")
+
+
+def _nvcc() -> Finding:
+    path = shutil.which("nvcc")
+    if not path:
+        return Finding(
+            "nvcc", False, "not on PATH", "needed only to compile CUDA kernels: install the CUDA toolkit"
+        )
+    try:
+        printed = subprocess.run(
+            [path, "--version"], capture_output=True, text=True, timeout=20, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return Finding("nvcc", False, f"{path} fails: {error}", "reinstall the CUDA toolkit")
+    release = next(
+        (line.split("release ")[1] for line in printed.splitlines() if "release " in line), printed.strip()
+    )
+    return Finding("nvcc", True, release)
+
+
+CHECKS: tuple[Callable[[], Finding], ...] = (
+    _python,
+    _processor,
+    _disk,
+    _onnx_runtime,
+    _export,
+    _trace,
+    _cuda,
+    _tensorrt,
+    _nvcc,
+)
