@@ -10,23 +10,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from starkv.errors import CheckpointError
+from starkv.export.safetensors_header import DTYPES, read_header, shard_paths
 
 SUPPORTED_ARCHITECTURES = {"Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl"}
 """Architecture in ``config.json`` → family of starkv."""
 
-_INDEX_NAME = "model.safetensors.index.json"
-_SINGLE_NAME = "model.safetensors"
-_LARGEST_HEADER = 100 << 20
-_DTYPES: dict[str, np.dtype[Any]] = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
 # Two spellings are in use: the Hub's older files drop a prefix that transformers writes today.
 _OLD_PREFIXES = (
     ("visual.", "model.visual."),
@@ -71,7 +63,7 @@ class Checkpoint:
         self.family = _family_of(self.config, folder / "config.json")
         self._entries: dict[str, _Entry] = {}
         self._mappings: list[mmap.mmap] = []
-        for path in _shard_paths(folder):
+        for path in shard_paths(folder):
             self._map(path)
 
     def __enter__(self) -> "Checkpoint":
@@ -120,7 +112,7 @@ class Checkpoint:
     def stored_rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
         """Read rows of the first axis in the stored dtype and let go of the file's pages."""
         entry = self._entry(name)
-        dtype = _DTYPES[entry.dtype]
+        dtype = DTYPES[entry.dtype]
         row_size = math.prod(entry.shape[1:])
         first = entry.offset + start * row_size * dtype.itemsize
         count = (stop - start) * row_size
@@ -145,25 +137,13 @@ class Checkpoint:
             ) from None
 
     def _map(self, path: Path) -> None:
-        header, start, size = _read_header(path)
+        tensors, start = read_header(path)
         with path.open("rb") as stream:
             mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         self._mappings.append(mapping)
-        for name, tensor in header.items():
-            dtype, shape, (begin, end) = tensor["dtype"], tuple(tensor["shape"]), tensor["data_offsets"]
-            if dtype not in _DTYPES:
-                raise CheckpointError(
-                    f"{path}: tensor {name} has dtype {dtype}; starkv reads {', '.join(_DTYPES)} only"
-                )
-            if start + end > size:
-                raise CheckpointError(
-                    f"{path} is truncated: it has {size} bytes, its header asks for {start + end}"
-                )
-            if end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
-                raise CheckpointError(
-                    f"{path}: tensor {name} has the wrong size for its shape; download it again"
-                )
-            self._entries[canonical_name(name)] = _Entry(mapping, start + begin, shape, dtype)
+        for name, tensor in tensors.items():
+            offset = start + tensor.data_offsets[0]
+            self._entries[canonical_name(name)] = _Entry(mapping, offset, tensor.shape, tensor.dtype)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -189,51 +169,6 @@ def _family_of(config: dict[str, Any], path: Path) -> str:
             f"{path}: already quantized ({method}); use the original checkpoint, starkv quantizes itself"
         )
     return SUPPORTED_ARCHITECTURES[found[0]]
-
-
-def _shard_paths(folder: Path) -> list[Path]:
-    """Files with weights, sorted by name."""
-    index = folder / _INDEX_NAME
-    if not index.is_file():
-        if not (folder / _SINGLE_NAME).is_file():
-            raise CheckpointError(
-                f"{folder} has neither {_SINGLE_NAME} nor {_INDEX_NAME}; download the weights"
-            )
-        return [folder / _SINGLE_NAME]
-    try:
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(
-            f"{index} is no readable index of safetensors shards; download it again"
-        ) from None
-    for shard in shards:
-        if not (folder / shard).is_file():
-            raise CheckpointError(
-                f"{folder / shard} is missing although {_INDEX_NAME} names it; download it again"
-            )
-    return [folder / shard for shard in shards]
-
-
-def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """Parse a safetensors header: (tensors by name, offset of the data, size of the file)."""
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > _LARGEST_HEADER:
-            raise CheckpointError(f"{path} is no safetensors file (its header is damaged); download it again")
-        if 8 + length > size:
-            raise CheckpointError(f"{path} is truncated inside its header; download it again")
-        raw = stream.read(length)
-    try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        for tensor in header.values():
-            tensor["dtype"], tensor["shape"], tensor["data_offsets"]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(
-            f"{path} is no safetensors file (its header is damaged); download it again"
-        ) from None
-    return header, 8 + length, size
 
 
 def _drop_pages(mapping: mmap.mmap, offset: int, length: int) -> None:

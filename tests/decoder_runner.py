@@ -12,10 +12,12 @@ from starkv.manifest import TextShape
 F32 = np.float32
 
 
-def open_session(path: Path) -> ort.InferenceSession:
+def open_session(path: Path, config: dict[str, str] | None = None) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
+    for key, value in (config or {}).items():
+        options.add_session_config_entry(key, value)
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
@@ -32,8 +34,15 @@ class StepResult:
 class DecoderRunner:
     """Holds the cache, [B,Hkv,C,D] per layer; rows never written hold a huge value, so reading one shows."""
 
-    def __init__(self, path: Path, shape: TextShape, batch: int = 1, capacity: int = 96) -> None:
-        self.session = open_session(path)
+    def __init__(
+        self,
+        path: Path,
+        shape: TextShape,
+        batch: int = 1,
+        capacity: int = 96,
+        config: dict[str, str] | None = None,
+    ) -> None:
+        self.session = open_session(path, config)
         self.shape = shape
         cache = (batch, shape.kv_heads, capacity, shape.head_dim)
         names = [f"{kind}.{layer}" for layer in range(shape.layers) for kind in ("k", "v")]

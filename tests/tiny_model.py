@@ -47,9 +47,11 @@ def tiny_config(tied: bool) -> Qwen2_5_VLConfig:
     )
 
 
-def make_tiny_model(folder: Path, tied: bool = False, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
+def make_tiny_model(
+    folder: Path, tied: bool = False, dtype: torch.dtype = torch.float32
+) -> Qwen2_5_VLForConditionalGeneration:
     """Save a random model with its side files into ``folder`` and return it in eval mode."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = Qwen2_5_VLForConditionalGeneration(tiny_config(tied)).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -58,7 +60,7 @@ def make_tiny_model(folder: Path, tied: bool = False, seed: int = 0) -> Qwen2_5_
                 weight.copy_(centre + 0.3 * torch.randn_like(weight))
             else:
                 weight.copy_(0.08 * torch.randn_like(weight))
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
     return model

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from starkv.errors import CheckpointError
 from starkv.manifest import TextShape, VisionShape
 
@@ -39,6 +41,11 @@ def parse_config(config: dict[str, Any], path: Path) -> Qwen25VLConfig:
         )
     except KeyError as error:
         raise CheckpointError(f"{path}: field {error.args[0]} is missing; download the file again") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CheckpointError(f"{path}: field {first['loc'][0]}: {first['msg']}") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: a size is no number ({error})") from None
     _refuse_unsupported(text, vision, parsed, path)
     return parsed
 
