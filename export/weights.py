@@ -61,7 +61,8 @@ class DataFile:
             [..., N/2]. Data is in the file once the array is released.
 
         Raises:
-            OSError: the disk is full. (Allocating first turns a fatal signal at some later write into this.)
+            OSError: the disk is full. Where the system can, space is allocated first: running out of it
+                while writing to the mapping would be a fatal signal.
         """
         stored_shape = (*shape[:-1], shape[-1] // 2) if dtype.bitwidth == 4 else tuple(shape)
         stored_dtype = np.dtype(np.uint8) if dtype.bitwidth == 4 else dtype.numpy()
@@ -69,7 +70,10 @@ class DataFile:
         alignment = _PAGE if length >= _PAGE else 64
         offset = -(-self._end // alignment) * alignment
         with self._path.open("r+b") as stream:
-            os.posix_fallocate(stream.fileno(), offset, length)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(stream.fileno(), offset, length)
+            else:
+                stream.truncate(offset + length)
         self._end = offset + length
         reference = ir.ExternalTensor(
             self._path.name,

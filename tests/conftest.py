@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures that several test files share."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
+from PIL import Image
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLForConditionalGeneration
@@ -41,3 +44,54 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
         export_model(root / "checkpoint", tiny_card(), out, PRESETS[name])
     build_ort_engine(exports["fp32"], root / "engine")
     return TinyModel(model, root / "checkpoint", exports, root / "engine")
+
+
+@dataclass(frozen=True)
+class ChatModel:
+    """A model that can be talked to, as a checkpoint and as an fp32 engine."""
+
+    checkpoint: Path
+    engine: Path
+
+
+def _chat_model(checkpoint: Path) -> ChatModel:
+    from tiny_model import tiny_card
+
+    from starkv.export.build.ort import build_ort_engine
+    from starkv.export.export_model import export_model
+    from starkv.export.quantize.presets import PRESETS
+
+    root = checkpoint.parent
+    export_model(checkpoint, tiny_card(), root / "export", PRESETS["fp32"])
+    build_ort_engine(root / "export", root / "engine")
+    return ChatModel(checkpoint, root / "engine")
+
+
+@pytest.fixture(scope="session")
+def babbling(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> ChatModel:
+    """The weights of ``tiny`` with a tokenizer: says anything, but all of it depends on what it sees."""
+    from tiny_chat import write_chat_files
+
+    checkpoint = tmp_path_factory.mktemp("babbling") / "checkpoint"
+    shutil.copytree(tiny.checkpoint, checkpoint)
+    write_chat_files(checkpoint)
+    return _chat_model(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def reciting(babbling: ChatModel, tmp_path_factory: pytest.TempPathFactory) -> ChatModel:
+    """Answers everything with the same click."""
+    from tiny_chat import make_reciting_checkpoint
+
+    checkpoint = tmp_path_factory.mktemp("reciting") / "checkpoint"
+    make_reciting_checkpoint(babbling.checkpoint, checkpoint)
+    return _chat_model(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def screenshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A noisy PNG of 200 x 150 pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (150, 200, 3), np.uint8)
+    path = tmp_path_factory.mktemp("screens") / "screen.png"
+    Image.fromarray(pixels).save(path)
+    return path

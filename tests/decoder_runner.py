@@ -12,7 +12,7 @@ from starkv.manifest import TextShape
 F32 = np.float32
 
 
-def open_session(path: Path, config: dict[str, str] | None = None) -> ort.InferenceSession:
+def open_session(path: Path | bytes, config: dict[str, str] | None = None) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
