@@ -83,6 +83,11 @@ class Element:
         x0, y0, x1, y1 = self.box
         return (x0 + x1) // 2, (y0 + y1) // 2
 
+    def contains(self, x: float, y: float) -> bool:
+        """Whether a click at this pixel hits the element."""
+        x0, y0, x1, y1 = self.box
+        return x0 <= x < x1 and y0 <= y < y1
+
 
 @dataclass(frozen=True)
 class Question:

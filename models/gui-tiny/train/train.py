@@ -11,7 +11,6 @@ and repeated; training, validation and test screens never share a seed.
 import argparse
 import json
 import logging
-import re
 import sys
 import time
 from pathlib import Path
@@ -19,27 +18,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from evaluate import evaluate
 from model import build_model
 from muon import Muon
 from packed import PackedForward, patchify
-from screens import Question, Screen, random_questions, random_screen
+from screens import random_questions
+from splits import draw_screen
 from targets import CellHeads, cell_targets
 from tokens import build_tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 log = logging.getLogger("train")
-SPLITS = {"vision": 0, "language": 1, "validation": 2, "test": 3}
 VISION_WEIGHTS = (1.0, 1.0, 1.5, 1.5, 0.5, 0.5)  # kind, colour, shape, word, centre x, centre y
-ANSWER = re.compile(r"Action: click\(start_box='\((\d+),(\d+)\)'\)")
-
-
-def draw_screen(
-    split: str, seed: int, index: int, size: int, fewest: int, most: int
-) -> tuple[Screen, np.random.Generator]:
-    """Screen ``index`` of a split, and its generator to draw questions from."""
-    rng = np.random.default_rng([SPLITS[split], seed, index])
-    return random_screen(rng, size, size, fewest, most), rng
 
 
 class Batches(Dataset[dict[str, Tensor]]):
@@ -55,7 +46,7 @@ class Batches(Dataset[dict[str, Tensor]]):
         args, forward = self.args, self.forward
         fewest, most = (8, 16) if self.split == "vision" else (4, 12)
         drawn = [
-            draw_screen(self.split, args.seed, index * args.batch + row, args.size, fewest, most)
+            draw_screen(self.split, index * args.batch + row, args.size, fewest, most)
             for row in range(args.batch)
         ]
         batch = {
@@ -176,39 +167,12 @@ class Stage:
                 losses = " ".join(f"{value:.3f}" for value in np.mean(history[-100 * args.accumulate :], 0))
                 minutes = (time.monotonic() - started) / 60
                 log.info("%s step %d/%d, %.1f min: losses %s", self.name, done, self.steps, minutes, losses)
-            if done % 500 == 0 or done == self.steps:
+            if done % args.save_every == 0 or done == self.steps:
                 self.save(done)
                 if self.name == "language":
-                    log.info("validation: %s", json.dumps(evaluate(self.forward, args, "validation", 64)))
-
-
-def evaluate(
-    forward: PackedForward, args: argparse.Namespace, split: str, screens: int
-) -> dict[str, list[float]]:
-    """Greedy click accuracy: kind of question → [share of clicks inside the box, questions]."""
-    outcomes: dict[str, list[bool]] = {}
-    for start in range(0, screens, args.batch):
-        questions: list[list[Question]] = []
-        images = []
-        for index in range(start, start + args.batch):
-            screen, rng = draw_screen(split, args.seed, index, args.size, 6, 12)
-            images.append(screen.image)
-            questions.append(random_questions(rng, screen, forward.questions))
-        packed = [forward.pack(asked) for asked in questions]
-        device = forward.prefix.device
-        ids, starts = (
-            torch.tensor([p[0] for p in packed], device=device),
-            torch.tensor([p[2] for p in packed], device=device),
-        )
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-            visual = forward.vision(forward.normalise(patchify(np.stack(images))))
-            answers = forward.generate(visual, ids, starts)
-        for asked, answered in zip(questions, answers, strict=True):
-            for question, answer in zip(asked, answered, strict=True):
-                match, (x0, y0, x1, y1) = ANSWER.fullmatch(answer.strip()), question.element.box
-                hit = match is not None and x0 <= int(match[1]) < x1 and y0 <= int(match[2]) < y1
-                outcomes.setdefault("icon" if question.element.kind == "icon" else "word", []).append(hit)
-    return {kind: [round(float(np.mean(hits)), 4), len(hits)] for kind, hits in sorted(outcomes.items())}
+                    log.info(
+                        "validation: %s", json.dumps(evaluate(self.forward, "validation", 64, args.batch))
+                    )
 
 
 def save_model(forward: PackedForward, args: argparse.Namespace) -> None:
@@ -219,12 +183,13 @@ def save_model(forward: PackedForward, args: argparse.Namespace) -> None:
     end = forward.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end[1], do_sample=False)
     model.save_pretrained(args.out)
+    (args.out / "model.safetensors").chmod(0o644)
     forward.tokenizer.save_pretrained(args.out)
     pixels = args.size**2
     Qwen2VLImageProcessorPil(min_pixels=pixels, max_pixels=pixels).save_pretrained(args.out)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
     parser.add_argument("--work", type=Path, default=Path("runs/gui-tiny"), help="folder of the checkpoints")
@@ -239,16 +204,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--auxiliary", type=float, default=0.5, help="weight of the dense losses in stage two"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw screens")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --work")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
-    args = parse_arguments()
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     args.work.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
@@ -258,7 +224,7 @@ def main() -> None:
     for name in ("vision", "language"):
         Stage(name, forward, args).run()
     save_model(forward, args)
-    log.info("test: %s", json.dumps(evaluate(forward, args, "test", 256)))
+    log.info("test: %s", json.dumps(evaluate(forward, "test", 256, args.batch)))
 
 
 if __name__ == "__main__":
