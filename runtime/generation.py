@@ -22,7 +22,7 @@ class SamplingParameters:
     seed: int | None = None
     """Makes drawing repeatable; a fresh seed per reply if None."""
     stop: tuple[str, ...] = ()
-    """The reply ends before the first of these strings."""
+    """The reply ends before whichever of these strings is complete first."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -31,6 +31,8 @@ class SamplingParameters:
             raise UsageError(f"temperature must be a number ≥ 0, not {self.temperature}")
         if not 0.0 < self.top_p <= 1.0:
             raise UsageError(f"top_p must lie in (0, 1], not {self.top_p}")
+        if self.seed is not None and self.seed < 0:
+            raise UsageError(f"seed must be at least 0, not {self.seed}")
         if "" in self.stop:
             raise UsageError("a stop string must not be empty")
 
@@ -46,8 +48,10 @@ class Sampler:
         """Choose a token from ``logits`` ``[vocab]``; ties go to the lower id."""
         if self._parameters.temperature == 0.0:
             return int(logits.argmax())
-        scaled = logits.astype(np.float64) / self._parameters.temperature
-        probabilities = np.exp(scaled - scaled.max())
+        below_best = logits.astype(np.float64) - logits.max()
+        # A temperature near zero may make them infinite, which is right: only the best tokens are left.
+        with np.errstate(over="ignore"):
+            probabilities = np.exp(below_best / self._parameters.temperature)
         probabilities /= probabilities.sum()
         order = np.argsort(-probabilities, kind="stable")
         # A token belongs to the nucleus if those before it don't reach top_p yet: there is always one.
@@ -58,7 +62,11 @@ class Sampler:
 
 
 class StopScanner:
-    """Cuts a stream of text at the first stop string, giving out nothing that could still become one."""
+    """Cuts a stream of text where a stop string begins, giving out nothing that could still become one.
+
+    The stop string that is complete first counts, and of several that end together the longest: so the result
+    does not depend on how the text is cut into pieces.
+    """
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
@@ -68,10 +76,12 @@ class StopScanner:
     def push(self, piece: str) -> str:
         """Add text; returns what is certain to belong to the reply."""
         self._held += piece
-        found = [place for place in (self._held.find(text) for text in self._stop) if place >= 0]
+        places = [(self._held.find(text), text) for text in self._stop]
+        found = [(place + len(text), place) for place, text in places if place >= 0]
         if found:
             self.stopped = True
-            certain, self._held = self._held[: min(found)], ""
+            _, place = min(found)
+            certain, self._held = self._held[:place], ""
             return certain
         longest = max((self._beginning(text) for text in self._stop), default=0)
         cut = len(self._held) - longest

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from starkv.errors import UsageError
 from starkv.manifest import Manifest
 from starkv.runtime.kv.buffers import Arena, Pool
 from starkv.runtime.preprocess.image import ImageInputs
@@ -31,6 +32,17 @@ class EngineInfo:
     threads: int
     loaded_form: str
     """``portable``, or ``prepacked`` where weights packed for this processor were used."""
+
+
+def check_kv_method(info: EngineInfo, method: str) -> None:
+    """Refuse a compression method that an engine doesn't have.
+
+    Raises:
+        UsageError: ``method`` is none of ``info.kv_methods``.
+    """
+    if method not in info.kv_methods:
+        known = ", ".join(info.kv_methods)
+        raise UsageError(f"this engine has no KV method {method!r}; it has: {known}")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Keys and values are numpy buffers bound by address as past *and* present: the at
 rows in place and nothing of the cache is ever copied between steps.
 """
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from starkv.errors import EngineError, UsageError
 from starkv.host import cpu_model, usable_processors
 from starkv.manifest import Manifest, read_manifest, verify_files
-from starkv.runtime.engines.base import EngineInfo, Floats, Rope
+from starkv.runtime.engines.base import EngineInfo, Floats, Rope, check_kv_method
 from starkv.runtime.engines.embedding import EmbeddingTable
 from starkv.runtime.kv.buffers import Arena, KvBuffers, Pool
 from starkv.runtime.preprocess.image import ImageInputs
@@ -27,11 +28,15 @@ PREFILL_CHUNK = 512
 
 
 def chunk_lengths(total: int, chunk: int, window: int) -> list[int]:
-    """Split a prefill so that the last chunk holds the whole observation window, if the prefill does."""
+    """Split a prefill so that the last chunk holds the whole observation window, if the prefill does.
+
+    No chunk is longer than ``chunk``, or than ``window`` where that is more.
+    """
+    chunk = max(chunk, window)
     whole, rest = divmod(total, chunk)
     lengths = [chunk] * whole + ([rest] if rest else [])
     if len(lengths) > 1 and lengths[-1] < window:
-        lengths[-2:] = [lengths[-2] + lengths[-1] - window, window]
+        lengths[-2:] = [chunk + rest - window, window]
     return lengths
 
 
@@ -133,6 +138,8 @@ class OrtEngine:
 
     def prefill(self, arena: Arena, embeds: Floats, rope: Rope) -> Floats:
         start, total = int(arena.kv.lengths.max()), len(embeds)
+        if not total:
+            raise UsageError("a prefill needs at least one row")
         if start + total > arena.kv.capacity:
             raise UsageError(
                 f"prefill of {total} rows behind {start} exceeds the arena of {arena.kv.capacity} rows"
@@ -143,13 +150,14 @@ class OrtEngine:
             part = slice(done, done + length)
             self._prefill_chunk(arena, embeds[None, part], rope.cos[:, part], rope.sin[:, part], logits)
             done += length
-        return logits[0]
+        row: Floats = logits[0]
+        return row
 
     def _prefill_chunk(self, arena: Arena, embeds: Floats, cos: Floats, sin: Floats, logits: Floats) -> None:
         lengths, rows = arena.kv.lengths, embeds.shape[1]
         binding = self._decoder.io_binding()
         _bind_cache(binding, arena.kv, batch=1)
-        inputs = {
+        inputs: dict[str, NDArray[Any]] = {
             "inputs_embeds": np.ascontiguousarray(embeds),
             "rope_cos": np.ascontiguousarray(cos),
             "rope_sin": np.ascontiguousarray(sin),
@@ -171,9 +179,7 @@ class OrtEngine:
         lengths += rows
 
     def compress(self, arena: Arena, pool: Pool, handle: int, method: str) -> None:
-        if method not in self.info.kv_methods:
-            known = ", ".join(self.info.kv_methods)
-            raise UsageError(f"this engine has no KV method {method!r}; it has: {known}")
+        check_kv_method(self.info, method)
         rows, slot = int(arena.kv.lengths.max()), pool.slot_of(handle)
         if rows > pool.kv.capacity:
             raise UsageError(f"{rows} kept rows do not fit a slot of {pool.kv.capacity}")
@@ -182,13 +188,16 @@ class OrtEngine:
         pool.kv.lengths[:, slot] = arena.kv.lengths[:, 0]
 
     def decode(self, pool: Pool, embeds: Floats, rope: Rope) -> Floats:
+        expected = (pool.active, self._manifest.text.hidden)
+        if not pool.active or embeds.shape != expected:
+            raise ValueError(f"decode got embeddings {embeds.shape} for {pool.active} sequences in use")
         longest = int(pool.kv.lengths[:, : pool.active].max())
         if longest >= pool.kv.capacity:
             raise UsageError(f"a sequence has filled its slot of {pool.kv.capacity} rows")
         step = self._decode_step
         if step is None or not step.fits(pool):
             step = self._decode_step = _DecodeStep(self._decoder, pool, self._manifest)
-        return step.run(embeds, rope)
+        return step.run(pool, embeds, rope)
 
 
 class _DecodeStep:
@@ -196,7 +205,9 @@ class _DecodeStep:
 
     def __init__(self, session: Any, pool: Pool, manifest: Manifest) -> None:
         text, batch = manifest.text, pool.active
-        self._session, self._pool, self._batch = session, pool, batch
+        self._session, self._batch = session, batch
+        # Weak, or the engine would hold the memory of a pool that nobody uses any more.
+        self._pool = weakref.ref(pool)
         self._embeds = np.empty((batch, 1, text.hidden), np.float32)
         self._cos = np.empty((batch, 1, text.head_dim // 2), np.float32)
         self._sin = np.empty_like(self._cos)
@@ -207,26 +218,28 @@ class _DecodeStep:
         self._last = np.zeros(batch, np.int32)
         self._binding = session.io_binding()
         _bind_cache(self._binding, pool.kv, batch)
-        for name, array in {
+        inputs: dict[str, NDArray[Any]] = {
             "inputs_embeds": self._embeds,
             "rope_cos": self._cos,
             "rope_sin": self._sin,
             "kv_len": self._lengths,
             "past_extent": self._extent,
             "last_index": self._last,
-        }.items():
+        }
+        for name, array in inputs.items():
             _bind(self._binding.bind_input, name, array)
         _bind(self._binding.bind_output, "logits", self._logits)
 
     def fits(self, pool: Pool) -> bool:
-        return self._pool is pool and self._batch == pool.active
+        return self._pool() is pool and self._batch == pool.active
 
-    def run(self, embeds: Floats, rope: Rope) -> Floats:
-        lengths = self._pool.kv.lengths[:, : self._batch]
+    def run(self, pool: Pool, embeds: Floats, rope: Rope) -> Floats:
+        lengths = pool.kv.lengths[:, : self._batch]
         self._embeds[:, 0], self._cos[:], self._sin[:], self._lengths[:] = embeds, rope.cos, rope.sin, lengths
         self._session.run_with_iobinding(self._binding)
         lengths += 1
-        return self._logits.copy()
+        logits: Floats = self._logits.copy()
+        return logits
 
 
 def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:

@@ -45,16 +45,16 @@ class KvBuffers:
 
     @property
     def slots(self) -> int:
-        return self.keys.shape[1]
+        return int(self.keys.shape[1])
 
     @property
     def capacity(self) -> int:
-        return self.keys.shape[3]
+        return int(self.keys.shape[3])
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row of one layer: its key and its value for all KV heads."""
-        return 2 * self.keys.shape[2] * self.keys.shape[4] * self.keys.itemsize
+        return 2 * int(self.keys.shape[2]) * int(self.keys.shape[4]) * self.keys.itemsize
 
     @property
     def bytes_held(self) -> int:
@@ -64,7 +64,7 @@ class KvBuffers:
     @property
     def bytes_reserved(self) -> int:
         """Bytes that are allocated."""
-        return self.keys.nbytes + self.values.nbytes
+        return int(self.keys.nbytes + self.values.nbytes)
 
 
 @dataclass
@@ -120,7 +120,13 @@ class Pool:
         return handle
 
     def slot_of(self, handle: int) -> int:
-        """Current slot of a sequence."""
+        """Current slot of a sequence.
+
+        Raises:
+            UsageError: the sequence is not in the pool.
+        """
+        if handle not in self.handles:
+            raise UsageError(f"sequence {handle} is not in the KV pool; it has been released")
         return self.handles.index(handle)
 
     def release(self, handle: int) -> None:
