@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from starkv.errors import UsageError
-from starkv.runtime.engines.base import Engine, Floats, Rope
+from starkv.runtime.engines.base import Engine, Floats, Rope, check_kv_method
 from starkv.runtime.generation import Sampler, SamplingParameters, StopScanner
 from starkv.runtime.preprocess.image import ImageInputs, preprocess
 from starkv.runtime.preprocess.positions import multimodal_positions, rope_tables, text_positions
@@ -94,20 +94,26 @@ class Session:
 
         Raises:
             ImageError: an image can't be taken.
-            UsageError: images and placeholders differ in number, or the prompt exceeds the engine's limit.
+            UsageError: images and placeholders differ in number, the prompt exceeds the engine's limit, or the
+                engine has no such KV method.
         """
         parameters = parameters or SamplingParameters()
         engine, timings, text = self.engine, self.timings, self.engine.manifest.text
-        ids, embeds = self._embed_prompt(messages, images)
-        positions = multimodal_positions(
-            ids, engine.manifest.tokens.image_pad, [image.merged_grid for image in self.images]
-        )
+        # Whatever can be refused is refused before the first expensive step.
+        check_kv_method(engine.info, self.kv_method)
+        with timings.measure("preprocess"):
+            ids = self._prompt_ids(messages, images)
         rows = len(ids) + parameters.max_new_tokens
         if rows > engine.manifest.max_context:
             raise UsageError(
                 f"{len(ids)} prompt tokens and up to {parameters.max_new_tokens} new ones need {rows} KV rows, but "
-                f"{engine.manifest.name} was built for {engine.manifest.max_context}; use fewer or smaller images"
+                f"{engine.manifest.name} was built for {engine.manifest.max_context}; shorten the prompt, use "
+                "fewer or smaller images, or allow fewer new tokens"
             )
+        embeds = self._embed(ids)
+        positions = multimodal_positions(
+            ids, engine.manifest.tokens.image_pad, [image.merged_grid for image in self.images]
+        )
         arena, pool = engine.new_arena(len(ids)), engine.new_pool(1, rows)
         handle = pool.acquire()
         with timings.measure("prefill"):
@@ -141,21 +147,20 @@ class Session:
         if not scanner.stopped and (piece := scanner.push(stream.finish()) + scanner.finish()):
             yield piece
 
-    def _embed_prompt(
-        self, messages: Sequence[Message], images: Sequence[Image.Image]
-    ) -> tuple[list[int], Floats]:
-        """Token ids with expanded image placeholders, and their embeddings ``[S, hidden]``."""
-        manifest, timings = self.engine.manifest, self.timings
-        image_pad = manifest.tokens.image_pad
-        with timings.measure("preprocess"):
-            self.images = [preprocess(image, manifest.vision, manifest.image) for image in images]
-            counts = [image.merged_grid[0] * image.merged_grid[1] for image in self.images]
-            rendered = self.tokenizer.encode(self.tokenizer.render(messages))
-            ids = expand_image_tokens(rendered, image_pad, counts)
-            embeds = self.engine.embed(ids)
-        with timings.measure("vision"):
+    def _prompt_ids(self, messages: Sequence[Message], images: Sequence[Image.Image]) -> list[int]:
+        """Token ids of the prompt with one placeholder per image token; prepares the images on the way."""
+        manifest = self.engine.manifest
+        self.images = [preprocess(image, manifest.vision, manifest.image) for image in images]
+        counts = [image.merged_grid[0] * image.merged_grid[1] for image in self.images]
+        self.timings.image_tokens = sum(counts)
+        rendered = self.tokenizer.encode(self.tokenizer.render(messages))
+        return expand_image_tokens(rendered, manifest.tokens.image_pad, counts)
+
+    def _embed(self, ids: Sequence[int]) -> Floats:
+        """Embeddings of the prompt ``[S, hidden]``, with the encoded images in the places of the placeholders."""
+        embeds = self.engine.embed(ids)
+        with self.timings.measure("vision"):
             encoded = [self.engine.encode_image(image) for image in self.images]
         if encoded:
-            embeds[np.asarray(ids) == image_pad] = np.concatenate(encoded)
-        timings.image_tokens = sum(counts)
-        return ids, embeds
+            embeds[np.asarray(ids) == self.engine.manifest.tokens.image_pad] = np.concatenate(encoded)
+        return embeds
