@@ -94,8 +94,8 @@ class Session:
 
         Raises:
             ImageError: an image can't be taken.
-            UsageError: images and placeholders differ in number, the prompt exceeds the engine's limit, or the
-                engine has no such KV method.
+            UsageError: images and placeholders differ in number, the prompt exceeds the engine's limit, or
+                the engine has no such KV method.
         """
         parameters = parameters or SamplingParameters()
         engine, timings, text = self.engine, self.timings, self.engine.manifest.text
@@ -106,9 +106,9 @@ class Session:
         rows = len(ids) + parameters.max_new_tokens
         if rows > engine.manifest.max_context:
             raise UsageError(
-                f"{len(ids)} prompt tokens and up to {parameters.max_new_tokens} new ones need {rows} KV rows, but "
-                f"{engine.manifest.name} was built for {engine.manifest.max_context}; shorten the prompt, use "
-                "fewer or smaller images, or allow fewer new tokens"
+                f"{len(ids)} prompt tokens and up to {parameters.max_new_tokens} new ones need {rows} KV "
+                f"rows, but {engine.manifest.name} was built for {engine.manifest.max_context}; shorten the "
+                "prompt, use fewer or smaller images, or allow fewer new tokens"
             )
         embeds = self._embed(ids)
         positions = multimodal_positions(
@@ -157,7 +157,7 @@ class Session:
         return expand_image_tokens(rendered, manifest.tokens.image_pad, counts)
 
     def _embed(self, ids: Sequence[int]) -> Floats:
-        """Embeddings of the prompt ``[S, hidden]``, with the encoded images in the places of the placeholders."""
+        """Embeddings of the prompt ``[S, hidden]``, with the encoded images in their places."""
         embeds = self.engine.embed(ids)
         with self.timings.measure("vision"):
             encoded = [self.engine.encode_image(image) for image in self.images]

@@ -38,7 +38,7 @@ class EmbeddingTable:
                 8 + header_bytes + entry["data_offsets"][0],
                 tuple(entry["shape"]),
             )
-        except (OSError, ValueError, KeyError, MemoryError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
             raise EngineError(
                 f"{path} holds no embedding table ({error!r}); build the engine again"
             ) from None
@@ -50,8 +50,9 @@ class EmbeddingTable:
             EngineError: an id is outside the vocabulary.
         """
         ids = np.asarray(token_ids, np.int64)
-        if ids.size and (ids.min() < 0 or ids.max() >= len(self._rows)):
+        outside = ids[(ids < 0) | (ids >= len(self._rows))]
+        if outside.size:
             raise EngineError(
-                f"token id {int(ids.max())} is outside the embedding table of {len(self._rows)} rows"
+                f"token id {outside[0]} is outside the embedding table of {len(self._rows)} rows"
             )
         return self._rows[ids].astype(np.float32)
