@@ -66,8 +66,12 @@ def load_card(name: str) -> ModelCard:
         raise UsageError(f"unknown model {name!r}; {hint}")
     try:
         return ModelCard.model_validate(tomllib.loads(path.read_text()))
-    except (tomllib.TOMLDecodeError, ValidationError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"model card {path}: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"model card {path}: field {field}: {first['msg']}") from None
 
 
 def resolve_model(model: str) -> ResolvedModel:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from starkv.errors import UsageError
 from starkv.host import usable_processors
 from starkv.runtime.engines.base import Engine, Rope
 from starkv.runtime.preprocess.image import preprocess
@@ -148,11 +149,20 @@ class Benchmark:
     def run(
         self, prompts: list[int], generated: list[int], depths: list[int], screen: tuple[int, int] | None
     ) -> Iterator[Measurement]:
-        """All tests, each as soon as it is measured."""
+        """All tests, each as soon as it is measured; none of zero tokens.
+
+        Raises:
+            UsageError: a test needs more rows than the engine was built for.
+        """
+        limit, most = self._engine.manifest.max_context, max(depths) + max([*prompts, *generated])
+        if most > limit:
+            raise UsageError(
+                f"{most} KV rows are needed, but {self._engine.manifest.name} was built for {limit} at most"
+            )
         if screen:
             yield self.vision(*screen)
         for depth in depths:
-            for tokens in prompts:
+            for tokens in filter(None, prompts):
                 yield self.prefill(tokens, depth)
-            for tokens in generated:
+            for tokens in filter(None, generated):
                 yield self.decode(tokens, depth)

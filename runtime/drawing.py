@@ -36,6 +36,18 @@ def draw_actions(image: Image.Image, actions: Iterable[Mapping[str, JsonValue]])
     return canvas
 
 
+def check_place(path: Path) -> None:
+    """Refuse a place where no picture can be written, before the work for it is done.
+
+    Raises:
+        UsageError: its folder does not exist, or it is a folder itself.
+    """
+    if not path.parent.is_dir():
+        raise UsageError(f"can't write the picture {path}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise UsageError(f"can't write the picture {path}: it is a folder")
+
+
 def save_png(image: Image.Image, path: Path) -> None:
     """Write ``image`` to ``path``, complete or not at all.
 

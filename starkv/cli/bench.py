@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from starkv.runtime.benchmark import Measurement
 
 MIB = 2**20
+_MOST_PIXELS = 64 * MIB
 _COLUMNS = (
     "model",
     "size",
@@ -36,13 +37,16 @@ _COLUMNS = (
 def bench(
     engine: Engine,
     n_prompt: Annotated[
-        list[int] | None, typer.Option("-p", "--n-prompt", help="Rows to prefill; may be repeated. [512]")
+        list[int] | None,
+        typer.Option("-p", "--n-prompt", min=0, help="Rows to prefill; may be repeated, 0 for none. [512]"),
     ] = None,
     n_gen: Annotated[
-        list[int] | None, typer.Option("-n", "--n-gen", help="Tokens to decode; may be repeated. [128]")
+        list[int] | None,
+        typer.Option("-n", "--n-gen", min=0, help="Tokens to decode; may be repeated, 0 for none. [128]"),
     ] = None,
     n_depth: Annotated[
-        list[int] | None, typer.Option("-d", "--n-depth", help="Rows cached before; may be repeated. [0]")
+        list[int] | None,
+        typer.Option("-d", "--n-depth", min=0, help="Rows cached before; may be repeated. [0]"),
     ] = None,
     screen: Annotated[
         str, typer.Option(help="Screenshot for the vision tower, WIDTHxHEIGHT, or none.")
@@ -84,8 +88,10 @@ def _parse_screen(text: str) -> tuple[int, int] | None:
     if text == "none":
         return None
     width, _, height = text.partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
-        raise UsageError(f"--screen {text!r} is not WIDTHxHEIGHT, such as 1920x1080")
+    if not all(side.isdecimal() and len(side) < 6 and int(side) for side in (width, height)):
+        raise UsageError(f"--screen {text!r} is not WIDTHxHEIGHT in pixels, such as 1920x1080")
+    if int(width) * int(height) > _MOST_PIXELS:
+        raise UsageError(f"--screen {text} has more than {_MOST_PIXELS:,} pixels")
     return int(width), int(height)
 
 

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from starkv.cli.console import note, progress, results
-from starkv.cli.engines import build_engine, choose_backend, engine_directory
+from starkv.cli.console import note, progress
+from starkv.cli.engines import build_engine, choose_backend, engine_directory, made_parents
 from starkv.cli.options import Output, Quantization
+from starkv.errors import UsageError
 
 
 def build(
@@ -36,9 +37,14 @@ def build(
     note(f"backend {chosen}: {reason}")
     if (Path(model) / RECORD_NAME).is_file():
         record = read_record(Path(model))
+        if quant not in (None, record.quantization.preset):
+            raise UsageError(
+                f"{model} was exported as {record.quantization.preset}, not {quant}; "
+                "leave --quant out, or export again"
+            )
         target = out or engine_directory(record.name, chosen, record.quantization.preset)
-        with progress() as stages:
+        with made_parents(target), progress() as stages:
             build_ort_engine(Path(model), target, stages, prepack)
     else:
         target, _ = build_engine(model, quant, out, prepack)
-    results.print(str(target), soft_wrap=True)
+    print(target)

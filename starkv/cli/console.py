@@ -5,16 +5,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-results = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+# A path may hold anything: neither colons nor brackets in it must turn into pictures or styles.
+results = Console(highlight=False, emoji=False)
+errors = Console(stderr=True, highlight=False, emoji=False)
 
 
 def note(text: str) -> None:
     """One line for the reader on stderr, printed as it is."""
-    errors.print(escape(text), soft_wrap=True)
+    errors.print(text, soft_wrap=True, markup=False)
+
+
+def fail(message: str) -> None:
+    """Print an error as one line on stderr."""
+    errors.print("error:", style="bold red", end=" ")
+    errors.print(" ".join(message.split()), soft_wrap=True, markup=False)
 
 
 class StageProgress:

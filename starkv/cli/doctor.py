@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from starkv import __version__
 from starkv.cli.console import results
@@ -48,7 +49,8 @@ def doctor(json: Json = False) -> None:
         table = Table("", "", "found", "to do", box=None)
         for finding in findings:
             mark = "[green]ok[/]" if finding.usable else "[yellow]--[/]"
-            table.add_row(finding.subject, mark, finding.found, finding.advice)
+            # As plain text: the [cpu] of an advice is no style.
+            table.add_row(finding.subject, mark, Text(finding.found), Text(finding.advice))
         results.print(table)
     if not any(finding.usable for finding in findings if finding.subject in ("ONNX Runtime", "TensorRT")):
         raise typer.Exit(1)

@@ -3,6 +3,8 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from starkv.cli.console import note, progress
@@ -18,6 +20,20 @@ def engines_home() -> Path:
 def engine_directory(name: str, backend: str, quantization: str) -> Path:
     """Where the engine of a model is kept."""
     return engines_home() / f"{name}-{backend}-{quantization}"
+
+
+@contextmanager
+def made_parents(target: Path) -> Iterator[None]:
+    """Make the directories above ``target``; those that were missing vanish again if the block fails."""
+    missing = [folder for folder in target.absolute().parents if not folder.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def choose_backend(wanted: str) -> tuple[str, str]:
@@ -50,13 +66,15 @@ def build_engine(
     resolved = resolve_model(model)
     preset = load_preset(quantization or resolved.card.quantization)
     target = out or engine_directory(resolved.card.name, "ort", preset.name)
-    target.parent.mkdir(parents=True, exist_ok=True)
     # On the same file system as the engine: the weights become hard links and are written once.
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.export-", dir=target.parent) as scratch:
+    with (
+        made_parents(target),
+        tempfile.TemporaryDirectory(prefix=f".{target.name}.export-", dir=target.parent) as scratch,
+        progress() as stages,
+    ):
         exported = Path(scratch) / "export"
-        with progress() as stages:
-            export_model(resolved.folder, resolved.card, exported, preset, stages)
-            manifest = build_ort_engine(exported, target, stages, prepack)
+        export_model(resolved.folder, resolved.card, exported, preset, stages)
+        manifest = build_ort_engine(exported, target, stages, prepack, link=True)
     return target, manifest
 
 

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from starkv.cli.console import note, progress, results
+from starkv.cli.console import note, progress
+from starkv.cli.engines import made_parents
 from starkv.cli.options import Model, Output, Quantization
 
 
@@ -34,6 +35,6 @@ def export(
     preset = load_preset(quant or resolved.card.quantization)
     target = out or Path("exports") / f"{resolved.card.name}-{preset.name}"
     note(f"{resolved.card.name}: licence of the weights is {resolved.card.licence}")
-    with progress() as stages:
+    with made_parents(target), progress() as stages:
         export_model(resolved.folder, resolved.card, target, preset, stages, parse_route(route))
-    results.print(str(target), soft_wrap=True)
+    print(target)

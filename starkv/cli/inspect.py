@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from starkv.cli.console import results
 from starkv.cli.options import Json, NoVerify
@@ -41,7 +42,7 @@ def _facts(manifest: Manifest) -> Table:
     block = f", blocks of {quant.block_size}" if quant.block_size else ""
     pixels = vision.patch_size * vision.spatial_merge_size
     table = Table(
-        title=f"{manifest.name} ({manifest.family}) on {manifest.backend}",
+        title=Text(f"{manifest.name} ({manifest.family}) on {manifest.backend}"),
         show_header=False,
         title_justify="left",
     )
@@ -52,23 +53,26 @@ def _facts(manifest: Manifest) -> Table:
         ),
         (
             "weights",
-            f"decoder {quant.decoder}, head {quant.head}, vision {quant.vision}, embedding {quant.embedding}{block}",
+            f"decoder {quant.decoder}, head {quant.head}, vision {quant.vision}, "
+            f"embedding {quant.embedding}{block}",
         ),
         (
             "decoder",
-            f"{text.layers} layers, hidden {text.hidden}, {text.heads} query and {text.kv_heads} KV heads of {text.head_dim}",
+            f"{text.layers} layers, hidden {text.hidden}, {text.heads} query and {text.kv_heads} KV heads "
+            f"of {text.head_dim}",
         ),
         ("positions", f"{rotary}, theta {text.rope_theta:g}"),
         (
             "vision",
-            f"{vision.depth} layers, hidden {vision.hidden}, window {vision.window_size} px, full attention in {vision.full_attention_blocks}",
+            f"{vision.depth} layers, hidden {vision.hidden}, window {vision.window_size} px, "
+            f"full attention in {vision.full_attention_blocks}",
         ),
         ("image", f"{image.min_pixels:,} to {image.max_pixels:,} pixels, one token per {pixels}x{pixels} px"),
         ("coordinates", f"{manifest.coordinates}, prompt dialect {manifest.prompt}"),
         ("KV cache", f"{row_bytes:,} bytes per token (fp32), up to {manifest.max_context:,} rows"),
         ("built with", ", ".join(f"{tool} {version}" for tool, version in manifest.tool_versions.items())),
     ):
-        table.add_row(name, value)
+        table.add_row(name, Text(value))
     return table
 
 
@@ -76,5 +80,7 @@ def _files(engine: Path, manifest: Manifest) -> Table:
     table = Table("file", "MiB", "sha256")
     table.columns[1].justify = "right"
     for name, digest in manifest.files.items():
-        table.add_row(name, f"{(engine / name).stat().st_size / MIB:.2f}", digest[:16])
+        path = engine / name
+        size = f"{path.stat().st_size / MIB:.2f}" if path.is_file() else "missing"
+        table.add_row(Text(name), size, digest[:16])
     return table

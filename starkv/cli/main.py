@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Entry point of the command: its subcommands, and user errors as one line and exit code 2."""
 
+import errno
 import sys
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from starkv import __version__
 from starkv.cli.bench import bench
 from starkv.cli.build import build
-from starkv.cli.console import errors
+from starkv.cli.console import fail
 from starkv.cli.doctor import doctor
 from starkv.cli.export import export
 from starkv.cli.inspect import inspect
@@ -44,12 +44,53 @@ def options(
     """Options of the command itself."""
 
 
+_EXTRA_OF = {
+    "onnx": "export",
+    "onnx_ir": "export",
+    "onnxscript": "trace",
+    "torch": "trace",
+    "transformers": "trace",
+}
+"""Package that a subcommand imports when it needs it → our extra that brings it."""
+
+_REFUSED_BY_THE_SYSTEM = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+}
+"""What a path that the user chose can make the file system say."""
+
+
+def _explain(error: Exception) -> str | None:
+    """The one line that says what the user can do, or None if the error is a bug of ours."""
+    if isinstance(error, StarkvError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        if package in _EXTRA_OF:
+            return f"this needs the package {package}; pip install 'starkv[{_EXTRA_OF[package]}]'"
+    if isinstance(error, OSError) and error.errno in _REFUSED_BY_THE_SYSTEM:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}"
+    return None
+
+
 def main() -> None:
     """Run the command."""
     try:
         app()
-    except StarkvError as error:
-        errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+    except Exception as error:
+        line = _explain(error)
+        if line is None:
+            raise
+        fail(line)
         sys.exit(2)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from starkv.cli.console import note, results
+from starkv.cli.console import note
 from starkv.cli.options import Engine, Json, NoVerify, Threads
 
 
@@ -36,10 +36,12 @@ def run(
     """
     from starkv.cli.engines import find_engine
     from starkv.runtime.agent import Agent
-    from starkv.runtime.drawing import draw_actions, save_png
+    from starkv.runtime.drawing import check_place, draw_actions, save_png
     from starkv.runtime.generation import SamplingParameters
     from starkv.runtime.preprocess.image import load_image
 
+    if draw:
+        check_place(draw)
     parameters = SamplingParameters(max_new_tokens, temperature, top_p, seed, tuple(stop or ()))
     screenshot = load_image(image)
     agent = Agent.load(find_engine(engine), not no_verify, threads)
@@ -58,14 +60,15 @@ def run(
     print()
     for action in reply.action_json:
         fields = ", ".join(f"{name} {value}" for name, value in action.items() if name != "type")
-        results.print(f"{action['type']}: {fields}", soft_wrap=True, markup=False)
+        print(f"{action['type']}: {fields}")
     if reply.error:
         note(f"warning: {reply.error}")
     timings = reply.timings
     note(
         f"{timings.prompt_tokens} prompt tokens ({timings.image_tokens} of the image), "
-        f"{timings.generated_tokens} generated; vision {timings.vision_ms:.1f} ms, prefill {timings.prefill_ms:.1f} ms, "
-        f"decode {timings.decode_per_second:.0f} tokens/s; KV {timings.kv_tokens_kept} of {timings.kv_tokens_full} rows"
+        f"{timings.generated_tokens} generated; vision {timings.vision_ms:.1f} ms, "
+        f"prefill {timings.prefill_ms:.1f} ms, decode {timings.decode_per_second:.0f} tokens/s; "
+        f"KV {timings.kv_tokens_kept} of {timings.kv_tokens_full} rows"
     )
     if draw:
         note(f"drawn to {draw}")
