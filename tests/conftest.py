@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 if TYPE_CHECKING:
+    from command import Command
     from transformers import Qwen2_5_VLForConditionalGeneration
 
 
@@ -95,3 +96,15 @@ def screenshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("screens") / "screen.png"
     Image.fromarray(pixels).save(path)
     return path
+
+
+@pytest.fixture
+def starkv(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> "Command":
+    """The command, run in an empty directory."""
+    from command import Command
+
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.delenv("STARKV_ENGINES", raising=False)
+    return Command(monkeypatch, capsys)
