@@ -22,7 +22,7 @@ def tiny_config(tied: bool) -> Qwen2_5_VLConfig:
         "num_key_value_heads": KV_HEADS,
         "vocab_size": VOCAB,
         "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-4,
+        "rms_norm_eps": 1e-2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": MROPE_SECTION},
         "bos_token_id": 1,
         "eos_token_id": 2,
