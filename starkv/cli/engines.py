@@ -24,8 +24,15 @@ def engine_directory(name: str, backend: str, quantization: str) -> Path:
 
 @contextmanager
 def made_parents(target: Path) -> Iterator[None]:
-    """Make the directories above ``target``; those that were missing vanish again if the block fails."""
+    """Make the directories above ``target``; those that were missing vanish again if the block fails.
+
+    Raises:
+        UsageError: there is a file in the way.
+    """
     missing = [folder for folder in target.absolute().parents if not folder.exists()]
+    above = next(folder for folder in target.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise UsageError(f"{target} can't be made: {above} is no directory; choose another --out")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield
