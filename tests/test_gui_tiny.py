@@ -77,7 +77,7 @@ def test_packed_forward_equals_transformers(
     pixels = processor(images=[Image.fromarray(screen.image)], return_tensors="pt")
     with torch.no_grad():
         visual = forward.vision(forward.normalise(packed.patchify(screen.image[None])))
-        hidden, _ = forward.hidden(visual, torch.tensor([ids]))
+        hidden, _, _ = forward.hidden(visual, torch.tensor([ids]))
         logits = forward.logits(hidden)[0].view(forward.questions, forward.segment, -1)
         for index in range(forward.questions):
             segment = torch.tensor(ids[index * forward.segment : (index + 1) * forward.segment])

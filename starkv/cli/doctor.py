@@ -150,6 +150,10 @@ def _tensorrt() -> Finding:
     return Finding("TensorRT", False, "not installed", "not used by this version of starkv")
 
 
+def _plugin() -> Finding:
+    return Finding("plugin", False, "not part of this version", "not needed for ONNX Runtime engines")
+
+
 def _nvcc() -> Finding:
     path = shutil.which("nvcc")
     if not path:
@@ -177,5 +181,6 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     _trace,
     _cuda,
     _tensorrt,
+    _plugin,
     _nvcc,
 )

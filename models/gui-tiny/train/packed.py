@@ -19,6 +19,7 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as reference
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 TURN = "<|im_end|>\n<|im_start|>assistant\n"
+TAPPED_LAYER, GUIDED_LAYER = 1, 2
 
 
 def patchify(images: np.ndarray) -> Tensor:
@@ -163,9 +164,14 @@ class PackedForward:
         merged = _rms_norm(x, tower.merger.ln_q).view(batch, self.visual_tokens, -1)
         return tower.merger.mlp(merged)[:, self.reverse]
 
-    def hidden(self, visual: Tensor, ids: Tensor, tap_layer: int = 1) -> tuple[Tensor, Tensor]:
-        """Visual tokens and packed ids [B, questions * segment] → hidden states of the packed part and,
-        for the auxiliary heads, the visual tokens after layer ``tap_layer``."""
+    def hidden(self, visual: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the decoder on visual tokens and packed ids ``[B, questions * segment]``.
+
+        Returns:
+            The hidden states of the packed part; and for the auxiliary losses the visual tokens after layer
+            ``TAPPED_LAYER``, and what head 0 of layer ``GUIDED_LAYER`` attends to: log-probabilities
+            [B, questions * segment, visual tokens] of the packed part's rows.
+        """
         decoder = self.model.model.language_model
         config = decoder.config
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -173,7 +179,7 @@ class PackedForward:
         x = decoder.embed_tokens(torch.cat([self.prefix[None].expand(batch, -1), ids], 1)).float()
         x = x.index_copy(1, self.image_slots, visual.float())
         length = x.shape[1]
-        tapped = x
+        tapped = attended_log = x
         for index, layer in enumerate(decoder.layers):
             attention = layer.self_attn
             h = _rms_norm(x, layer.input_layernorm)
@@ -181,14 +187,22 @@ class PackedForward:
             k = attention.k_proj(h).view(batch, length, kv_heads, -1).transpose(1, 2)
             v = attention.v_proj(h).view(batch, length, kv_heads, -1).transpose(1, 2)
             q, k = _rotate(q, self.cos, self.sin), _rotate(k, self.cos, self.sin)
+            if index == GUIDED_LAYER:
+                attended_log = self._attention_log(q[:, 0], k[:, 0])
             k, v = (t.repeat_interleave(heads // kv_heads, 1) for t in (k, v))
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
             x = x + attention.o_proj(attended.transpose(1, 2).reshape(batch, length, -1))
             h = _rms_norm(x, layer.post_attention_layernorm)
             x = x + layer.mlp.down_proj(F.silu(layer.mlp.gate_proj(h)) * layer.mlp.up_proj(h))
-            if index == tap_layer:
+            if index == TAPPED_LAYER:
                 tapped = x[:, self.image_slots]
-        return _rms_norm(x, decoder.norm)[:, len(self.prefix) :], tapped
+        return _rms_norm(x, decoder.norm)[:, len(self.prefix) :], tapped, attended_log
+
+    def _attention_log(self, q: Tensor, k: Tensor) -> Tensor:
+        """Log-probabilities with which one head's packed rows attend to the visual tokens."""
+        packed = slice(len(self.prefix), None)
+        scores = q[:, packed].float() @ k.float().transpose(1, 2) / q.shape[-1] ** 0.5
+        return scores.masked_fill(~self.mask[packed], float("-inf")).log_softmax(-1)[:, :, self.image_slots]
 
     def logits(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.model.lm_head.weight)
@@ -202,7 +216,7 @@ class PackedForward:
         grid = torch.where(place < starts[..., None], ids.view(shape), 0)
         # Past the segment's end there is no room: an answer that long is malformed and stays cut.
         for step in range(min(steps, self.segment - int(starts.max()))):
-            hidden, _ = self.hidden(visual, grid.flatten(1))
+            hidden, _, _ = self.hidden(visual, grid.flatten(1))
             last = starts + step - 1
             picked = hidden.view(*shape, -1).gather(
                 2, last[..., None, None].expand(-1, -1, 1, hidden.shape[-1])

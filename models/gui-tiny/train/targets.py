@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dense auxiliary supervision: what each visual token shows.
+"""Dense auxiliary supervision: what each visual token shows, and which of them an answer is about.
 
 Without it the language model sits on a plateau where it ignores the image. With it every visual token
-is told which element covers its 28-pixel cell, and where that element's centre is.
+is told which element covers its 28-pixel cell and where that element's centre is, and one attention head
+is told to look at the element in question.
 """
 
 import numpy as np
@@ -77,3 +78,24 @@ class CellHeads(nn.Module):
                 for score, want in zip(scores, wanted, strict=True)
             ]
         )
+
+
+def guidance_loss(attended_log: Tensor, targets: Tensor, cells: Tensor, centers: Tensor) -> Tensor:
+    """How little of one head's attention falls on the cells of the element in question.
+
+    Args:
+        attended_log: log-probabilities ``[B, questions * segment, visual tokens]`` of the head.
+        targets: next-token targets ``[B, questions * segment]``; rows without one are left out.
+        cells: facts of :func:`cell_targets`, ``[B, 6, visual tokens]``.
+        centers: centre of each question's element in pixels ``[B, questions, 2]``: no two elements share one.
+    """
+    owned = (cells[:, None, 4:] == centers[..., None]).all(2)  # [B, questions, visual tokens]
+    batch, questions, tokens = owned.shape
+    # An element hidden behind its neighbours may own no cell; nothing is asked of the head then. Its rows
+    # still need a cell, because the gradient of an empty sum's logarithm is not a number.
+    visible = owned.any(-1, keepdim=True)
+    elsewhere = ~(owned | ~visible)[:, :, None]
+    by_question = attended_log.view(batch, questions, -1, tokens)
+    on_element = by_question.masked_fill(elsewhere, float("-inf")).logsumexp(-1)
+    counted = (targets.view(batch, questions, -1) != IGNORE) & visible
+    return -torch.where(counted, on_element, 0.0).sum() / counted.sum().clamp(min=1)

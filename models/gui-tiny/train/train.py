@@ -24,13 +24,25 @@ from muon import Muon
 from packed import PackedForward, patchify
 from screens import random_questions
 from splits import draw_screen
-from targets import CellHeads, cell_targets
+from targets import CellHeads, cell_targets, guidance_loss
 from tokens import build_tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 log = logging.getLogger("train")
 VISION_WEIGHTS = (1.0, 1.0, 1.5, 1.5, 0.5, 0.5)  # kind, colour, shape, word, centre x, centre y
+
+
+def crowding(split: str, progress: float) -> tuple[int, int]:
+    """Fewest and most elements on a screen at a point of training (0 … 1).
+
+    The vision tower sees full screens at once: each element is a lesson. Answers begin with screens of one or
+    two elements; on full ones the model would learn to ignore the image before it can find anything there.
+    """
+    if split == "vision":
+        return 8, 16
+    grown = min(1.0, max(0.0, (progress - 0.05) / 0.3))
+    return 1 + round(3 * grown), 2 + round(10 * grown)
 
 
 class Batches(Dataset[dict[str, Tensor]]):
@@ -44,7 +56,7 @@ class Batches(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         args, forward = self.args, self.forward
-        fewest, most = (8, 16) if self.split == "vision" else (4, 12)
+        fewest, most = crowding(self.split, index / self.count)
         drawn = [
             draw_screen(self.split, index * args.batch + row, args.size, fewest, most)
             for row in range(args.batch)
@@ -54,9 +66,11 @@ class Batches(Dataset[dict[str, Tensor]]):
             "cells": torch.from_numpy(np.stack([cell_targets(screen) for screen, _ in drawn])),
         }
         if self.split != "vision":
-            packed = [forward.pack(random_questions(rng, screen, forward.questions)) for screen, rng in drawn]
-            for name, column in zip(("ids", "targets", "starts"), zip(*packed, strict=True), strict=True):
-                batch[name] = torch.tensor(column)
+            asked = [random_questions(rng, screen, forward.questions) for screen, rng in drawn]
+            packed = [forward.pack(questions) for questions in asked]
+            batch["ids"] = torch.tensor([ids for ids, _, _ in packed])
+            batch["targets"] = torch.tensor([targets for _, targets, _ in packed])
+            batch["centers"] = torch.tensor([[q.element.center for q in questions] for questions in asked])
         return batch
 
 
@@ -96,18 +110,25 @@ class Stage:
         self.checkpoint: Path = args.work / f"{name}.pt"
 
     def loss(
-        self, pixels: Tensor, cells: Tensor, ids: Tensor | None, targets: Tensor | None
+        self,
+        pixels: Tensor,
+        cells: Tensor,
+        ids: Tensor | None,
+        targets: Tensor | None,
+        centers: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The loss and its parts, for the log."""
         visual = self.forward.vision(pixels)
-        if ids is None or targets is None:
+        if ids is None or targets is None or centers is None:
             parts = self.heads.losses(visual, cells)
             return (parts * self.weights).sum(), parts.detach()
-        hidden, tapped = self.forward.hidden(visual, ids)
+        hidden, tapped, attended_log = self.forward.hidden(visual, ids)
         logits = self.forward.logits(hidden).flatten(0, 1).float()
         answer = F.cross_entropy(logits, targets.flatten(), ignore_index=-100)
+        guidance = guidance_loss(attended_log, targets, cells, centers)
         parts = self.heads.losses(tapped, cells)
-        return answer + self.args.auxiliary * parts.sum(), torch.cat([answer[None], parts]).detach()
+        loss = answer + self.args.guidance * guidance + self.args.auxiliary * parts.sum()
+        return loss, torch.cat([answer[None], guidance[None], parts]).detach()
 
     def save(self, step: int) -> None:
         beside = self.checkpoint.with_suffix(".part")
@@ -153,7 +174,7 @@ class Stage:
                 pixels = self.forward.normalise(batch["patches"])
                 rest = [
                     batch[name].to(self.device) if name in batch else None
-                    for name in ("cells", "ids", "targets")
+                    for name in ("cells", "ids", "targets", "centers")
                 ]
                 with torch.autocast(self.device.type, torch.bfloat16):
                     loss, parts = loss_of(pixels, *rest)
@@ -197,13 +218,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="screens per forward")
     parser.add_argument("--accumulate", type=int, default=2, help="forwards per optimizer step")
     parser.add_argument("--questions", type=int, default=6, help="questions per screen")
-    parser.add_argument("--vision-steps", type=int, default=4000)
-    parser.add_argument("--language-steps", type=int, default=4000)
+    parser.add_argument("--vision-steps", type=int, default=3600)
+    parser.add_argument("--language-steps", type=int, default=5000)
     parser.add_argument("--matrix-lr", type=float, default=0.02, help="Muon's learning rate")
     parser.add_argument("--rest-lr", type=float, default=3e-3, help="AdamW's learning rate")
     parser.add_argument(
         "--auxiliary", type=float, default=0.5, help="weight of the dense losses in stage two"
     )
+    parser.add_argument("--guidance", type=float, default=0.2, help="weight of the attention's guidance")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw screens")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
