@@ -24,20 +24,25 @@ def staged_directory(out: Path, marker: str) -> Iterator[Path]:
         UsageError: ``out`` exists and is something else.
     """
     out = out.absolute()
-    _check_replaceable(out, marker)
+    check_replaceable(out, marker)
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
         # mkdtemp keeps everyone else out; the result is an ordinary directory.
         staging.chmod(0o777 & ~_umask())
         yield staging
-        _check_replaceable(out, marker)
+        check_replaceable(out, marker)
         _swap(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _check_replaceable(out: Path, marker: str) -> None:
+def check_replaceable(out: Path, marker: str) -> None:
+    """Refuse to replace anything but an empty directory or one of ours.
+
+    Raises:
+        UsageError: ``out`` exists and has no ``marker``.
+    """
     if not out.exists() and not out.is_symlink():
         return
     if not out.is_dir():

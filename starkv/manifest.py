@@ -121,6 +121,8 @@ class Manifest(_Strict):
     tool_versions: dict[str, str]
     files: dict[str, str]
     """File name → sha256 of its content; every file of the directory except the manifest."""
+    manifest_sha256: str = ""
+    """sha256 of ``manifest.json`` itself with this value left empty; see :func:`seal`."""
 
 
 def sha256_of(path: Path) -> str:
@@ -130,6 +132,13 @@ def sha256_of(path: Path) -> str:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def seal(manifest: Manifest) -> str:
+    """Text of ``manifest.json``, with the hash that covers all of it but itself."""
+    text = manifest.model_copy(update={"manifest_sha256": ""}).model_dump_json(indent=2) + "\n"
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return text.replace('"manifest_sha256": ""', f'"manifest_sha256": "{digest}"')
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -161,11 +170,15 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def verify_files(directory: Path, manifest: Manifest) -> None:
-    """Compare every file with the hash that the manifest recorded.
+    """Compare every file, the manifest included, with the hash that the manifest recorded.
 
     Raises:
         EngineError: a file is missing or its content changed.
     """
+    path, digest = directory / MANIFEST_NAME, manifest.manifest_sha256.encode()
+    unsealed = path.read_bytes().replace(b'"' + digest + b'"', b'""', 1)
+    if hashlib.sha256(unsealed).hexdigest().encode() != digest:
+        raise EngineError(f"{path} was changed since the build (sha256 differs); build the engine again")
     for name, expected in manifest.files.items():
         path = directory / name
         if not path.is_file():

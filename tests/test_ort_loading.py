@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opening an engine directory: what is checked, what is refused, and which form of the graphs is taken."""
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from tiny_model import HIDDEN
 
 from starkv.errors import EngineError
 from starkv.export.build.ort import build_ort_engine
-from starkv.manifest import MANIFEST_NAME, read_manifest
+from starkv.manifest import MANIFEST_NAME, read_manifest, seal
 from starkv.runtime.engines.base import Rope
 from starkv.runtime.engines.ort import OrtEngine
 from starkv.runtime.preprocess.positions import rope_tables, text_positions
@@ -52,8 +51,9 @@ def first_logits(engine: OrtEngine) -> np.ndarray:
 
 
 def edit_manifest(directory: Path, **changes: object) -> None:
-    path = directory / MANIFEST_NAME
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    """Change fields as a rebuild would: with a fresh seal."""
+    manifest = read_manifest(directory).model_copy(update=changes)
+    (directory / MANIFEST_NAME).write_text(seal(manifest))
 
 
 def test_the_list_of_files_is_complete(tiny: TinyModel) -> None:
@@ -67,6 +67,15 @@ def test_a_changed_byte_in_any_file_is_found(engine: Path, name: str) -> None:
     (engine / name).write_bytes(content)
     with pytest.raises(EngineError, match=rf"{name} was changed or damaged"):
         OrtEngine(engine, threads=1)
+
+
+@pytest.mark.parametrize(("before", "after"), [('"max_context": ', '"max_context": 1'), ("}\n", "} ")])
+def test_a_changed_manifest_is_found(engine: Path, before: str, after: str) -> None:
+    path = engine / MANIFEST_NAME
+    path.write_text(path.read_text().replace(before, after))
+    with pytest.raises(EngineError, match=r"manifest\.json was changed since the build"):
+        OrtEngine(engine, threads=1)
+    assert np.isfinite(first_logits(OrtEngine(engine, verify=False, threads=1))).all()
 
 
 def test_a_missing_file_is_found(engine: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from starkv.export.record import ExportRecord
-from starkv.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest, sha256_of
+from starkv.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest, seal, sha256_of
 
 
 def write_manifest(
@@ -39,5 +39,5 @@ def write_manifest(
         tool_versions=record.tool_versions | tool_versions,
         files={path.name: sha256_of(path) for path in sorted(directory.iterdir())},
     )
-    (directory / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n")
+    (directory / MANIFEST_NAME).write_text(seal(manifest))
     return manifest

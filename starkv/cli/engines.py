@@ -69,10 +69,13 @@ def build_engine(
     from starkv.export.cards import resolve_model
     from starkv.export.export_model import export_model
     from starkv.export.quantize.presets import load_preset
+    from starkv.export.staging import check_replaceable
 
     resolved = resolve_model(model)
     preset = load_preset(quantization or resolved.card.quantization)
     target = out or engine_directory(resolved.card.name, "ort", preset.name)
+    # The build checks it too, but that is minutes later for a large model.
+    check_replaceable(target, MANIFEST_NAME)
     # On the same file system as the engine: the weights become hard links and are written once.
     with (
         made_parents(target),
