@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw a held-out screen into a PNG and print what is on it.
 
-    python models/gui-tiny/train/draw.py --index 7 --scale 2 --out examples/screen.png
+python models/gui-tiny/train/draw.py --index 7 --scale 2 --out examples/screen.png
 """
 
 import argparse
