@@ -12,6 +12,7 @@ from pathlib import Path
 
 from common import Reference, engines, report, wilson_interval
 from PIL import Image
+from rich.console import Console
 from rich.progress import track
 from splits import held_out
 
@@ -37,7 +38,7 @@ def main() -> None:
     chance: dict[str, list[float]] = defaultdict(list)
     with engines("fp32", "int8", "int4") as directories:
         agents = {name: Agent.load(directory) for name, directory in directories.items()}
-        for index in track(range(args.screens), "screens"):
+        for index in track(range(args.screens), "screens", console=Console(stderr=True)):
             screen, drawn = held_out("test", index, SIZE, QUESTIONS)
             image = Image.fromarray(screen.image)
             # Twelve draws go round the elements: the first round asks about each element once.
