@@ -19,7 +19,8 @@ pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parent.parent
 SOURCES = ("starkv", "export", "runtime", "models", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
 EXAMPLE = REPOSITORY / "examples" / "screen.png"
-WEIGHTS = "starkv/models/gui-tiny/model.safetensors"
+STAR = (160, 228, 204, 272)
+"""Where the red star of the example is, in pixels."""
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,7 @@ def test_cards_and_the_embedded_model_are_in_it(names: set[str]) -> None:
     cards = {path.name for path in (REPOSITORY / "models").glob("*.toml")}
     files = {path.name for path in (REPOSITORY / "models" / "gui-tiny").iterdir() if path.is_file()}
     assert cards
+    assert "model.safetensors" in files
     assert {f"starkv/models/{name}" for name in cards} <= names
     assert {f"starkv/models/gui-tiny/{name}" for name in files} <= names
 
@@ -109,14 +111,12 @@ def test_the_command_starts(command: Path, tmp_path: Path) -> None:
     assert not findings["PyTorch"]["usable"], "this environment should not have PyTorch"
 
 
-def test_the_embedded_model_is_built_and_run(command: Path, names: set[str], tmp_path: Path) -> None:
-    if WEIGHTS not in names:
-        pytest.skip("models/gui-tiny has no weights yet")
-    if not EXAMPLE.is_file():
-        pytest.skip("examples/screen.png is not there yet")
+def test_the_embedded_model_is_built_and_run(command: Path, tmp_path: Path) -> None:
     engine = call(command, "build", "gui-tiny", cwd=tmp_path).strip()
     assert engine.endswith("gui-tiny-ort-int8")
     asking = ("--image", EXAMPLE, "--prompt", "Click the red star.", "--json")
     reply = json.loads(call(command, "run", "--engine", "gui-tiny", *asking, cwd=tmp_path))
     assert reply["action"]["type"] == "click"
-    assert len(reply["screen_xy"]) == 2
+    x, y = reply["screen_xy"]
+    assert STAR[0] <= x < STAR[2]
+    assert STAR[1] <= y < STAR[3]
