@@ -8,6 +8,8 @@ QUANT  ?=
 BACKEND ?= auto
 IMAGE  ?= examples/screen.png
 PROMPT ?= Click the red star.
+# Through the environment, so that quotes in a prompt reach the command as they are.
+export IMAGE PROMPT
 
 .DEFAULT_GOAL := help
 .PHONY: help demo engine run bench test lint train clean
@@ -30,13 +32,13 @@ $(VENV)/dev-ready: pyproject.toml $(VENV)/run-ready
 demo: $(VENV)/run-ready  ## Export, quantize, build and run the embedded model on a screenshot.
 	$(STARKV) export gui-tiny --out exports/demo
 	$(STARKV) build exports/demo --backend ort --out engines/demo
-	$(STARKV) run --engine engines/demo --image '$(IMAGE)' --prompt '$(PROMPT)' --draw demo.png
+	$(STARKV) run --engine engines/demo --image "$$IMAGE" --prompt "$$PROMPT" --draw demo.png
 
 engine: $(VENV)/run-ready  ## Build an engine: MODEL=… [QUANT=fp32|int8|int4] [BACKEND=auto|ort].
 	$(STARKV) build '$(MODEL)' --backend $(BACKEND) $(if $(QUANT),--quant $(QUANT))
 
 run: $(VENV)/run-ready  ## Ask an engine: [MODEL=…] [IMAGE=…] [PROMPT=…].
-	$(STARKV) run --engine '$(MODEL)' --image '$(IMAGE)' --prompt '$(PROMPT)'
+	$(STARKV) run --engine '$(MODEL)' --image "$$IMAGE" --prompt "$$PROMPT"
 
 bench: $(VENV)/run-ready  ## Measure an engine: [MODEL=…].
 	$(STARKV) bench --engine '$(MODEL)'
