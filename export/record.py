@@ -5,18 +5,10 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from starkv.errors import UsageError
-from starkv.manifest import (
-    CoordinateConvention,
-    ImageLimits,
-    PromptDialect,
-    Quantization,
-    SpecialTokens,
-    TextShape,
-    VisionShape,
-)
+from starkv.manifest import ModelDescription
 
 SCHEMA_VERSION = 1
 RECORD_NAME = "export.json"
@@ -38,28 +30,10 @@ def parse_route(name: str) -> Route:
     raise UsageError(f"unknown route {name!r}; known: build, trace")
 
 
-class ExportRecord(BaseModel):
-    """Fields mean what the fields of the same name mean in :class:`starkv.manifest.Manifest`."""
+class ExportRecord(ModelDescription):
+    """The model, how it was exported, and into which files."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    schema_version: int
-    name: str
-    family: str
-    licence: str
-    source: str
     route: Route
-    coordinates: CoordinateConvention
-    prompt: PromptDialect
-    text: TextShape
-    vision: VisionShape
-    tokens: SpecialTokens
-    image: ImageLimits
-    quantization: Quantization
-    observation_window: int
-    max_context: int
-    parameters: int
-    tool_versions: dict[str, str]
     files: list[str]
     """Every file of the directory but this one, sorted."""
 

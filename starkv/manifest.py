@@ -95,14 +95,13 @@ class Quantization(_Strict):
     """Rows of the reduction axis that share one scale, or None without quantized weights."""
 
 
-class Manifest(_Strict):
-    """Everything the runtime needs to know before it opens the first graph."""
+class ModelDescription(_Strict):
+    """What an exported model and the engine built from it say about the model in the same words."""
 
     schema_version: int
     name: str
     """Model card's name."""
     family: str
-    backend: Literal["ort", "trt"]
     licence: str
     source: str
     """Where the weights came from (a folder's name or a repository id, never an absolute path)."""
@@ -119,6 +118,12 @@ class Manifest(_Strict):
     """Most KV rows that one sequence may hold."""
     parameters: int
     tool_versions: dict[str, str]
+
+
+class Manifest(ModelDescription):
+    """Everything the runtime needs to know before it opens the first graph."""
+
+    backend: Literal["ort", "trt"]
     files: dict[str, str]
     """File name → sha256 of its content; every file of the directory except the manifest."""
     manifest_sha256: str = ""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from starkv.export.record import ExportRecord
-from starkv.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest, seal, sha256_of
+from starkv.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest, ModelDescription, seal, sha256_of
 
 
 def write_manifest(
@@ -19,25 +19,9 @@ def write_manifest(
         backend: which runtime loads the engine.
         tool_versions: versions the build depends on, added to those of the export.
     """
-    manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
-        name=record.name,
-        family=record.family,
-        backend=backend,
-        licence=record.licence,
-        source=record.source,
-        coordinates=record.coordinates,
-        prompt=record.prompt,
-        text=record.text,
-        vision=record.vision,
-        tokens=record.tokens,
-        image=record.image,
-        quantization=record.quantization,
-        observation_window=record.observation_window,
-        max_context=record.max_context,
-        parameters=record.parameters,
-        tool_versions=record.tool_versions | tool_versions,
-        files={path.name: sha256_of(path) for path in sorted(directory.iterdir())},
-    )
+    described = {name: getattr(record, name) for name in ModelDescription.model_fields}
+    described |= {"schema_version": SCHEMA_VERSION, "tool_versions": record.tool_versions | tool_versions}
+    hashes = {path.name: sha256_of(path) for path in sorted(directory.iterdir())}
+    manifest = Manifest(**described, backend=backend, files=hashes)
     (directory / MANIFEST_NAME).write_text(seal(manifest))
     return manifest
