@@ -30,8 +30,6 @@ class TinyModel:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     """Make the tiny model once; tests must not change its files or weights."""
-    for package in ("torch", "transformers", "onnx_ir", "onnxruntime"):
-        pytest.importorskip(package)
     from tiny_model import make_tiny_model, tiny_card
 
     from starkv.export.build.ort import build_ort_engine

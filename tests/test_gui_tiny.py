@@ -2,12 +2,17 @@
 """The embedded model: its checkpoint, screens and training, and that its engine clicks what is asked."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
+import packed
 import pytest
+import screens
+import splits
+import targets
+import tokens
 import torch
+import train
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
@@ -19,14 +24,6 @@ from starkv.runtime.actions.types import Click
 from starkv.runtime.agent import Agent
 
 MODEL = Path(__file__).parent.parent / "models" / "gui-tiny"
-sys.path.insert(0, str(MODEL / "train"))
-
-import packed  # noqa: E402
-import screens  # noqa: E402
-import splits  # noqa: E402
-import targets  # noqa: E402
-import tokens  # noqa: E402
-import train  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """M-RoPE positions and rotary tables against Hugging Face's Qwen2.5-VL."""
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -46,8 +47,8 @@ def prompt(*parts: int | tuple[int, int]) -> tuple[list[int], list[tuple[int, in
 @pytest.fixture(scope="module")
 def huggingface() -> Any:
     """HF's position function; it reads nothing of the model but two numbers of its config."""
-    torch = pytest.importorskip("torch")
-    modeling = pytest.importorskip("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
+    torch = importlib.import_module("torch")
+    modeling = importlib.import_module("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
     from types import SimpleNamespace
 
     class Positioner:
@@ -125,9 +126,9 @@ def test_placeholders_that_do_not_fit_the_grids_are_refused(
 
 @pytest.mark.parametrize("section", [[16, 24, 24], [2, 3, 3], [1, 1, 1, 1, 2, 2]])
 def test_rope_tables_equal_huggingface(section: list[int]) -> None:
-    torch = pytest.importorskip("torch")
-    modeling = pytest.importorskip("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
-    transformers = pytest.importorskip("transformers")
+    torch = importlib.import_module("torch")
+    modeling = importlib.import_module("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
+    transformers = importlib.import_module("transformers")
     shape = text_shape(section, head_dim=2 * sum(section))
     config = transformers.Qwen2_5_VLConfig().text_config
     config.head_dim = shape.head_dim
@@ -150,8 +151,8 @@ def test_rope_tables_equal_huggingface(section: list[int]) -> None:
 
 def test_rotation_with_the_half_table_equals_huggingface_rotation() -> None:
     """The layout that a non-interleaved RotaryEmbedding reads: pair i is channels i and i + D/2."""
-    torch = pytest.importorskip("torch")
-    modeling = pytest.importorskip("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
+    torch = importlib.import_module("torch")
+    modeling = importlib.import_module("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
     shape = text_shape([2, 3, 3], head_dim=16)
     ids, grids = prompt(3, (4, 6), 2)
     cos, sin = rope_tables(multimodal_positions(ids, IMAGE_PAD, grids).values, shape)

@@ -2,6 +2,7 @@
 """The vision plan against the window and position functions of Hugging Face's model."""
 
 import dataclasses
+import importlib
 from itertools import pairwise
 from typing import Any
 
@@ -30,8 +31,8 @@ BLOCK = 4
 
 def huggingface_order(grid: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
     """HF's merge blocks in window order, its window boundaries in patches, and cos/sin per patch."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    torch = importlib.import_module("torch")
+    transformers = importlib.import_module("transformers")
     from transformers import vision_utils
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionRotaryEmbedding
 

@@ -26,7 +26,6 @@ STAR = (160, 228, 204, 272)
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy: builds leave folders behind, whose files would get into the next wheel."""
-    pytest.importorskip("build")
     root = tmp_path_factory.mktemp("wheel")
     source = root / "source"
     source.mkdir()
