@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the user asked for: which rows to keep of a prompt's cache, and how many."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from starkv.methods.budget import Budget
+from starkv.methods.star_kv_config import StarKVConfig
+from starkv.methods.star_kv_plan import StarKVProgress
+
+FULL, STAR_KV, STREAMING_LLM, RANDOM = "full", "star_kv", "streaming_llm", "random"
+SNAPKV, PYRAMIDKV, GUI_KV = "snapkv", "pyramidkv", "gui_kv"
+
+
+@dataclass(frozen=True)
+class KvPolicy:
+    """A compression method with its budget."""
+
+    method: str = FULL
+    budget: Budget = field(default_factory=Budget)
+    star_kv: StarKVConfig = field(default_factory=StarKVConfig)
+    """Hyper-parameters of the method ``star_kv``."""
+    seed: int = 0
+    """Of the method ``random``."""
+
+    def kept_rows(self, prompt_rows: int) -> int:
+        """Rows to keep per layer on average."""
+        return prompt_rows if self.method == FULL else self.budget.rows(prompt_rows)
+
+
+@dataclass
+class StarKVMemory:
+    """What STaR-KV remembers of a trajectory, in host memory."""
+
+    progress: StarKVProgress
+    mi_ema: NDArray[np.float32]
+    """``[L, 1, G]``."""
+    pattern_ema: NDArray[np.float32]
+    """``[L, 1, G, N]`` for N tokens of the last screenshot."""
+    temperature: NDArray[np.float32]
+    """``[L, 1]``."""
+
+    @classmethod
+    def initial(cls, layers: int, kv_heads: int) -> "StarKVMemory":
+        """Before the first prompt."""
+        return cls(
+            StarKVProgress(),
+            np.zeros((layers, 1, kv_heads), np.float32),
+            np.zeros((layers, 1, kv_heads, 1), np.float32),
+            np.ones((layers, 1), np.float32),
+        )
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """Outcome of a compression."""
+
+    rows: NDArray[np.int64]
+    """``[L, N, K]``: row that each kept row had in the prompt, ascending, −1 behind the last. N is 1, or the number
+    of heads where each kept rows of its own."""
+    scores: NDArray[np.float32] | None = None
+    """``[L, N, C]``: final scores, where the method has any."""
+    memory: StarKVMemory | None = None
+    """What to hand to the trajectory's next compression."""

@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""STaR-KV (arXiv 2606.01790): keep the visual tokens that matter. The PyTorch reference.
+
+``score`` and ``compress`` are pure: a trajectory's state goes in and comes out. The stages lie in
+``star_kv_stages.py`` and ``window.py``; the numbers that depend on counters alone come from ``star_kv_plan.py``.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from starkv.errors import UsageError
+from starkv.methods import star_kv_stages as stages
+from starkv.methods.prefill import Prefill
+from starkv.methods.select import Kept, compact, select_rows
+from starkv.methods.star_kv_config import StarKVConfig
+from starkv.methods.star_kv_plan import StarKVPlan, StarKVProgress, plan_step, skipped_call
+from starkv.methods.window import hidden_norm_boost, pool_scores, window_scores
+
+
+@dataclass(frozen=True)
+class StarKVState:
+    """What one trajectory remembers between prompts."""
+
+    progress: StarKVProgress
+    mi_ema: Tensor
+    """``[L, B, G]`` f32: moving average of each group's spatial information."""
+    pattern_ema: Tensor
+    """``[L, B, G, N]`` f32: moving average of each group's attention over the newest screenshot."""
+    temperature: Tensor
+    """``[L, B]`` f32: last entropy temperature."""
+
+    @classmethod
+    def initial(cls, layers: int, batch: int, groups: int, device: torch.device | str = "cpu") -> "StarKVState":
+        """State before the first prompt of a trajectory."""
+        zeros = torch.zeros(layers, batch, groups, device=device)
+        ones = torch.ones(layers, batch, device=device)
+        return cls(StarKVProgress(), zeros, zeros.new_zeros(layers, batch, groups, 0), ones)
+
+    def next_sample(self) -> "StarKVState":
+        """Forget the trajectory as the official drivers do, see :meth:`StarKVProgress.next_sample`."""
+        return replace(self, progress=self.progress.next_sample())
+
+
+@dataclass(frozen=True)
+class StarKVScores:
+    """Final scores and every stage on the way, for tests and for people who want to see what happens.
+
+    All ``[L, B, …]``; rows outside the past hold 0 or nothing meaningful, ``priorities`` excepted.
+    """
+
+    pooled: Tensor
+    """``[L, B, H, C]``: pooled attention of the window."""
+    boost: Tensor
+    """``[L, B, C]``."""
+    groups: Tensor
+    """``[L, B, G, C]``: boosted scores per KV head."""
+    information: Tensor | None
+    """``[L, B, G]``: spatial information of this prompt, if it was worked out."""
+    weights: Tensor
+    """``[L, B, G]``: weights of the groups, sum 1."""
+    mi_weight: float
+    """How strongly they counted."""
+    after_mi: Tensor
+    """``[L, B, C]``."""
+    stability: Tensor | None
+    """``[L, B, G]``, if there are older screenshots."""
+    distance: Tensor | None
+    """``[L, B, C]``."""
+    discount: Tensor | None
+    """``[L, B, C]``; not applied during warm-up."""
+    after_temporal: Tensor
+    """``[L, B, C]``."""
+    entropy: Tensor
+    """``[L, B]``: normalized entropy of the boosted scores."""
+    temperature: Tensor
+    """``[L, B]``."""
+    final: Tensor
+    """``[L, B, C]``."""
+    priorities: Tensor
+    """``[L, B, 1, C]`` f32, see :meth:`Prefill.priorities`."""
+
+
+def score(
+    prefill: Prefill, state: StarKVState, config: StarKVConfig
+) -> tuple[StarKVScores, StarKVState, StarKVPlan]:
+    """Score every row of a prefilled cache.
+
+    In official mode a batch shares one state, sequence after sequence, and one temperature, as in the official
+    code; its state has B = 1. In native mode every sequence has its own.
+
+    Returns:
+        the scores, the state after this prompt, and the plan that acted (that of the first sequence).
+    """
+    groups = prefill.keys.shape[2]
+    dtype = torch.float32 if config.score_dtype == "float32" else prefill.keys.dtype
+    plan, progress = plan_step(config, state.progress, prefill.frame)
+
+    mass = window_scores(prefill.window_queries.to(dtype), prefill.keys.to(dtype), prefill.kv_len)
+    pooled = pool_scores(mass, prefill.is_past, config.kernel, config.pooling)
+    if prefill.hidden_norm is not None and plan.boost > 0:
+        norm = prefill.hidden_norm.to(dtype)
+        boost = hidden_norm_boost(norm, prefill.in_frame, plan.boost, plan.boost_temperature).to(dtype)
+    else:
+        boost = torch.zeros_like(pooled[:, :, 0])
+    boosted = pooled + boost[:, :, None]
+    grouped = stages.group_scores(boosted, groups)
+    base = boosted.mean(2)
+
+    entropy = stages.normalized_entropy(base, prefill.past)
+    temperature = stages.entropy_temperature(entropy, plan.entropy_min, plan.entropy_max)
+    if plan.entropy_smooth:
+        temperature = plan.entropy_smooth * state.temperature + (1.0 - plan.entropy_smooth) * temperature
+    shared = config.is_official
+    if shared:
+        temperature = temperature.mean(1, keepdim=True)
+
+    if shared and len(grouped[0]) > 1:
+        parts, after = [], replace(state, progress=progress)
+        for sequence in range(len(grouped[0])):
+            if sequence:
+                plan_of, progress = plan_step(
+                    config, after.progress, prefill.frame, count_temporal_step=False
+                )
+            else:
+                plan_of = plan
+            one = slice(sequence, sequence + 1)
+            part, after = _prior_and_discount(
+                prefill, grouped[:, one], base[:, one], one, replace(after, progress=progress), plan_of
+            )
+            parts.append(part)
+        prior = _Prior.joined(parts)
+    else:
+        prior, after = _prior_and_discount(
+            prefill, grouped, base, slice(None), replace(state, progress=progress), plan
+        )
+
+    final = prior.after_temporal
+    if plan.entropy_power:
+        final = stages.sharpen(final, temperature.expand_as(entropy))
+    scores = StarKVScores(
+        pooled=pooled,
+        boost=boost,
+        groups=grouped,
+        information=prior.information,
+        weights=prior.weights,
+        mi_weight=plan.mi_weight,
+        after_mi=prior.after_mi,
+        stability=prior.stability,
+        distance=prior.distance,
+        discount=prior.discount,
+        after_temporal=prior.after_temporal,
+        entropy=entropy,
+        temperature=temperature.expand_as(entropy),
+        final=final,
+        priorities=prefill.priorities(final[:, :, None]),
+    )
+    return scores, replace(after, temperature=temperature), plan
+
+
+@dataclass(frozen=True)
+class _Prior:
+    """Results of the stages that have a state."""
+
+    information: Tensor | None
+    weights: Tensor
+    after_mi: Tensor
+    stability: Tensor | None
+    distance: Tensor | None
+    discount: Tensor | None
+    after_temporal: Tensor
+
+    @classmethod
+    def joined(cls, parts: "list[_Prior]") -> "_Prior":
+        """One after another along the batch."""
+
+        def cat(name: str) -> Tensor | None:
+            tensors = [getattr(part, name) for part in parts]
+            return None if tensors[0] is None else torch.cat(tensors, 1)
+
+        return cls(**{name: cat(name) for name in cls.__dataclass_fields__})
+
+
+def _prior_and_discount(
+    prefill: Prefill,
+    grouped: Tensor,
+    base: Tensor,
+    sequences: slice,
+    state: StarKVState,
+    plan: StarKVPlan,
+) -> tuple[_Prior, StarKVState]:
+    """Spatial prior and temporal discount of some sequences, with their state."""
+    frame, count = prefill.frame, grouped.shape[2]
+    start, is_past = prefill.frame_start[:, sequences], prefill.is_past[:, sequences]
+    leading = grouped.argmax(2)
+    inside = stages.frame_values(grouped, start, frame.cells)
+
+    information, mi_ema = None, state.mi_ema
+    if plan.mi_enabled:
+        plug_in = stages.spatial_information(inside, frame.grid_rows, frame.grid_columns)
+        information = plug_in
+        if not plan.mi_stretch:
+            information = (plug_in - plan.mi_chance).clamp(min=0) * plan.mi_scale
+        information = information.to(grouped.dtype)
+        mi_ema = plan.mi_decay * mi_ema + (1.0 - plan.mi_decay) * information
+    if plan.mi_usable:
+        weights = stages.group_weights(mi_ema, plan.mi_tau, plan.mi_stretch)
+    else:
+        weights = torch.full_like(mi_ema, 1.0 / count)
+    after_mi = stages.weigh_groups(base, leading, weights, plan.mi_weight)
+
+    stability = distance = discount = None
+    after_temporal, pattern_ema = after_mi, state.pattern_ema
+    if plan.temporal_update:
+        pattern = stages.attention_pattern(inside.float())
+        updated = pattern
+        if plan.pattern_usable:
+            updated = plan.temporal_rho * pattern_ema + (1.0 - plan.temporal_rho) * pattern
+        if not plan.temporal_earlier:
+            stability = stages.pattern_stability(pattern, updated)
+        elif plan.pattern_usable:
+            stability = stages.pattern_stability(pattern, pattern_ema)
+        else:
+            stability = torch.zeros_like(pattern[..., 0])
+        pattern_ema = updated
+        distance = stages.frame_distance(prefill.row_frame[:, sequences], is_past, frame)
+        discount = stages.temporal_discount(
+            distance,
+            stability.gather(-1, leading),
+            plan.temporal_delta,
+            plan.temporal_eps,
+            plan.temporal_floor,
+        )
+        if plan.temporal_apply:
+            after_temporal = after_mi * discount.to(after_mi.dtype)
+    prior = _Prior(information, weights, after_mi, stability, distance, discount, after_temporal)
+    return prior, replace(state, mi_ema=mi_ema, pattern_ema=pattern_ema)
+
+
+def kept_rows(
+    scores: StarKVScores, plan: StarKVPlan, prefill: Prefill, rows: int, past: int, protected: int = 0
+) -> tuple[Tensor, int]:
+    """Rows that each layer keeps.
+
+    Args:
+        scores: from :func:`score`.
+        plan: likewise.
+        prefill: the cache.
+        rows: rows per layer on average, the window included.
+        past: rows that compete in each layer.
+        protected: rows of them that may not be evicted.
+
+    Returns:
+        ``[L, B]`` int64, and the most that any layer can have.
+    """
+    if not plan.layer_budget or len(scores.entropy) == 1:
+        return torch.full_like(scores.entropy, rows, dtype=torch.int64), rows
+    spread = (plan.entropy_min, plan.entropy_max)
+    keep = stages.layer_rows(scores.temperature, rows, prefill.window, past, max(1, protected), spread)
+    return keep, most_rows(plan, rows, prefill.window, past)
+
+
+def most_rows(plan: StarKVPlan, rows: int, window: int, past: int) -> int:
+    """Most rows that a layer can keep when the average is ``rows``: what memory has to be there for."""
+    if not plan.layer_budget:
+        return rows
+    mean = rows - window
+    return window + max(mean, min(past, int(plan.entropy_max * mean)))
+
+
+def compress(
+    prefill: Prefill,
+    state: StarKVState,
+    config: StarKVConfig,
+    rows: int,
+    length: int,
+    protected: int = 0,
+) -> tuple[Kept | None, StarKVScores | None, StarKVState]:
+    """Score and compact a prompt's cache.
+
+    Args:
+        prefill: the cache of sequences of equal length.
+        state: the trajectory's state.
+        config: hyper-parameters.
+        rows: rows per layer to keep, the window included (the official ``capacity``).
+        length: rows of the prompt, ``kv_len`` as the host knows it.
+        protected: how many rows of ``row_meta`` may not be evicted.
+
+    Returns:
+        the compacted cache, the scores and the new state; the first two are None where the prompt is shorter
+        than ``rows`` and stays as it is.
+
+    Raises:
+        UsageError: the window is longer than the prompt, or ``rows`` is too small for window and protected rows.
+    """
+    if length < rows:
+        return None, None, replace(state, progress=skipped_call(config, state.progress))
+    check_rows(length, rows, prefill.window, protected)
+    scores, after, plan = score(prefill, state, config)
+    past = length - prefill.window
+    # Window included, but one competing row stays even where the window alone fills the budget.
+    rows = prefill.window + max(1, min(rows - prefill.window, past))
+    keep, most = kept_rows(scores, plan, prefill, rows, past, protected)
+    chosen = select_rows(scores.priorities, keep, most)
+    return compact(prefill, chosen, keep), scores, after
+
+
+def check_rows(length: int, rows: int, window: int, protected: int) -> None:
+    """Refuse budgets that can't be met.
+
+    Raises:
+        UsageError: see :func:`compress`.
+    """
+    if rows < 1:
+        raise UsageError(f"a compressed cache must keep at least one row, not {rows}")
+    if window >= length:
+        raise UsageError(
+            f"the observation window of {window} rows leaves nothing of the prompt's {length} to compete"
+        )
+    if protected > max(0, rows - window):
+        raise UsageError(
+            f"{protected} protected rows and a window of {window} exceed the {rows} rows of the budget"
+        )
