@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 
 from starkv.errors import UsageError
 from starkv.manifest import Manifest
+from starkv.methods.rows import PromptRows
 from starkv.runtime.kv.buffers import Arena, Pool
+from starkv.runtime.kv.policy import FULL, Compressed, KvPolicy, StarKVMemory
 from starkv.runtime.preprocess.image import ImageInputs
 
 Floats = NDArray[np.float32]
@@ -80,8 +82,12 @@ class Engine(Protocol):
         """Memory to prefill up to ``rows`` rows in."""
         ...
 
-    def new_pool(self, slots: int, rows: int) -> Pool:
-        """Memory to decode ``slots`` sequences of up to ``rows`` rows in."""
+    def new_pool(self, slots: int, rows: int, method: str = FULL) -> Pool:
+        """Memory to decode ``slots`` sequences of up to ``rows`` rows in, as the method ``method`` keeps them."""
+        ...
+
+    def most_kept_rows(self, prompt_rows: int, policy: KvPolicy) -> int:
+        """Most rows that any layer can hold after :meth:`compress`: what a slot needs before the first token."""
         ...
 
     def prefill(self, arena: Arena, embeds: Floats, rope: Rope) -> Floats:
@@ -95,11 +101,29 @@ class Engine(Protocol):
         """
         ...
 
-    def compress(self, arena: Arena, pool: Pool, handle: int, method: str) -> None:
-        """Move the arena's sequence into a slot of the pool, keeping the rows that ``method`` chooses.
+    def compress(
+        self,
+        arena: Arena,
+        pool: Pool,
+        handle: int,
+        prompt: PromptRows,
+        policy: KvPolicy,
+        memory: StarKVMemory | None = None,
+    ) -> Compressed:
+        """Move the arena's sequence into a slot of the pool, keeping the rows that the policy chooses.
+
+        Args:
+            arena: a prefilled prompt.
+            pool: where to.
+            handle: the sequence in it.
+            prompt: what the arena's rows are.
+            policy: method and budget.
+            memory: what STaR-KV remembers of the trajectory's earlier prompts.
 
         Raises:
-            UsageError: ``method`` is none of ``info.kv_methods``, or the slot is too small.
+            UsageError: the method is none of ``info.kv_methods``, the slot is too small, or the budget too small
+                for the method.
+            EngineError: the model's keys or queries are not numbers.
         """
         ...
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from starkv.errors import UsageError
 from starkv.manifest import TextShape
+from starkv.methods.rows import ROW_COLUMNS
 
 ROW_STEP = 64
 """Capacities are multiples of this, so that few different ones exist."""
@@ -32,15 +33,25 @@ class KvBuffers:
     """``[L, N, Hkv, C, D]``."""
     lengths: NDArray[np.int32]
     """``[L, N]``: valid rows; layers may differ after compaction."""
+    row_meta: NDArray[np.int32]
+    """``[L, N, C, 4]``: what is known of each row, see ``starkv.methods.rows``; −1 where nothing is."""
 
     @classmethod
-    def allocate(cls, text: TextShape, slots: int, rows: int) -> "KvBuffers":
-        """Zeroed buffers for ``slots`` sequences of up to ``rows`` rows (rounded up to ``ROW_STEP``)."""
-        shape = (text.layers, slots, text.kv_heads, round_up_rows(rows), text.head_dim)
+    def allocate(cls, text: TextShape, slots: int, rows: int, heads: int | None = None) -> "KvBuffers":
+        """Zeroed buffers for ``slots`` sequences of up to ``rows`` rows (rounded up to ``ROW_STEP``).
+
+        Args:
+            text: sizes of the decoder.
+            slots: N.
+            rows: least capacity.
+            heads: heads that rows are stored for; the KV heads by default.
+        """
+        shape = (text.layers, slots, heads or text.kv_heads, round_up_rows(rows), text.head_dim)
         return cls(
             np.zeros(shape, np.float32),
             np.zeros(shape, np.float32),
             np.zeros((text.layers, slots), np.int32),
+            np.full((text.layers, slots, shape[3], ROW_COLUMNS), -1, np.int32),
         )
 
     @property
@@ -136,6 +147,7 @@ class Pool:
             longest = int(self.kv.lengths[:, last].max())
             for buffer in (self.kv.keys, self.kv.values):
                 buffer[:, slot, :, :longest] = buffer[:, last, :, :longest]
+            self.kv.row_meta[:, slot, :longest] = self.kv.row_meta[:, last, :longest]
             self.kv.lengths[:, slot] = self.kv.lengths[:, last]
             self.handles[slot] = self.handles[last]
         self.handles.pop()
