@@ -11,6 +11,7 @@ import starkv
 from starkv.errors import UsageError
 from starkv.export.cards import ModelCard
 from starkv.export.checkpoint import Checkpoint
+from starkv.export.compress import write_compress_graphs
 from starkv.export.embedding import write_embedding
 from starkv.export.graph import GraphBuilder
 from starkv.export.models.qwen2_5_vl_config import Qwen25VLConfig, parse_config
@@ -57,6 +58,7 @@ def export_model(
                 _trace_decoder(folder, config, card, staging, preset, progress)
             else:
                 _export_decoder(checkpoint, config, card, staging, preset, progress)
+            write_compress_graphs(staging, config.text)
             progress.start("embedding", 1)
             write_embedding(checkpoint, f"{EMBEDDING}.weight", staging)
             progress.advance(EMBEDDING)

@@ -17,9 +17,12 @@ from numpy.typing import NDArray
 from starkv.errors import EngineError, UsageError
 from starkv.host import cpu_model, usable_processors
 from starkv.manifest import Manifest, read_manifest, verify_files
+from starkv.methods.rows import PromptRows
 from starkv.runtime.engines.base import EngineInfo, Floats, Rope, check_kv_method
 from starkv.runtime.engines.embedding import EmbeddingTable
+from starkv.runtime.engines.ort_compress import OrtCompressor
 from starkv.runtime.kv.buffers import Arena, KvBuffers, Pool
+from starkv.runtime.kv.policy import ENGINE_METHODS, FULL, Compressed, KvPolicy, StarKVMemory
 from starkv.runtime.preprocess.image import ImageInputs
 from starkv.runtime.preprocess.vision_plan import VisionPlan, plan_vision
 
@@ -70,6 +73,11 @@ class OrtEngine:
         self._vision = self._open(directory, "vision")
         self._decoder = self._open(directory, "decoder")
         self._decode_step: _DecodeStep | None = None
+        self._compressor = OrtCompressor(
+            self._manifest.text,
+            self._manifest.observation_window,
+            lambda graph: self._load(directory / f"{graph}.onnx", optimized=False),
+        )
 
     def _prepacked_fits(self) -> bool:
         versions = self._manifest.tool_versions
@@ -77,15 +85,18 @@ class OrtEngine:
         return (versions.get("prepacked_onnxruntime"), versions.get("prepacked_cpu")) == here
 
     def _open(self, directory: Path, graph: str) -> Any:
+        if self._prepacked:
+            return self._load(directory / f"{graph}.prepacked.onnx", optimized=True)
+        return self._load(directory / f"{graph}.onnx", optimized=False)
+
+    def _load(self, path: Path, optimized: bool) -> Any:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        path = directory / f"{graph}.onnx"
-        if self._prepacked:
-            # It is optimized already; doing so again would cost the load time that it saves.
+        if optimized:
+            # Doing so again would cost the load time that it saves.
             options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-            path = directory / f"{graph}.prepacked.onnx"
         try:
             return self._ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the binding raises many classes, all of its own
@@ -105,7 +116,7 @@ class OrtEngine:
             compute_dtype="float32",
             kv_dtype="float32",
             kv_bytes_per_row=2 * text.layers * text.kv_heads * text.head_dim * 4,
-            kv_methods=("full",),
+            kv_methods=ENGINE_METHODS,
             threads=self._threads,
             loaded_form="prepacked" if self._prepacked else "portable",
         )
@@ -125,9 +136,14 @@ class OrtEngine:
         self._check_rows(rows)
         return Arena.allocate(self._manifest.text, rows)
 
-    def new_pool(self, slots: int, rows: int) -> Pool:
+    def new_pool(self, slots: int, rows: int, method: str = FULL) -> Pool:
+        check_kv_method(self.info, method)
         self._check_rows(rows)
         return Pool(KvBuffers.allocate(self._manifest.text, slots, rows))
+
+    def most_kept_rows(self, prompt_rows: int, policy: KvPolicy) -> int:
+        check_kv_method(self.info, policy.method)
+        return self._compressor.most_rows(prompt_rows, policy)
 
     def _check_rows(self, rows: int) -> None:
         limit = self._manifest.max_context
@@ -178,14 +194,17 @@ class OrtEngine:
             arena.hidden_norm[layer, :, start : start + rows] = norms[layer]
         lengths += rows
 
-    def compress(self, arena: Arena, pool: Pool, handle: int, method: str) -> None:
-        check_kv_method(self.info, method)
-        rows, slot = int(arena.kv.lengths.max()), pool.slot_of(handle)
-        if rows > pool.kv.capacity:
-            raise UsageError(f"{rows} kept rows do not fit a slot of {pool.kv.capacity}")
-        pool.kv.keys[:, slot, :, :rows] = arena.kv.keys[:, 0, :, :rows]
-        pool.kv.values[:, slot, :, :rows] = arena.kv.values[:, 0, :, :rows]
-        pool.kv.lengths[:, slot] = arena.kv.lengths[:, 0]
+    def compress(
+        self,
+        arena: Arena,
+        pool: Pool,
+        handle: int,
+        prompt: PromptRows,
+        policy: KvPolicy,
+        memory: StarKVMemory | None = None,
+    ) -> Compressed:
+        check_kv_method(self.info, policy.method)
+        return self._compressor.compress(arena, pool, pool.slot_of(handle), prompt, policy, memory)
 
     def decode(self, pool: Pool, embeds: Floats, rope: Rope) -> Floats:
         expected = (pool.active, self._manifest.text.hidden)

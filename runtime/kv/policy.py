@@ -12,6 +12,8 @@ from starkv.methods.star_kv_plan import StarKVProgress
 
 FULL, STAR_KV, STREAMING_LLM, RANDOM = "full", "star_kv", "streaming_llm", "random"
 SNAPKV, PYRAMIDKV, GUI_KV = "snapkv", "pyramidkv", "gui_kv"
+ENGINE_METHODS = (FULL, STAR_KV, SNAPKV, PYRAMIDKV, GUI_KV, STREAMING_LLM, RANDOM)
+"""Methods that need nothing but what the decoder puts out."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,9 @@ class Compressed:
     """``[L, N, K]``: row that each kept row had in the prompt, ascending, −1 behind the last. N is 1, or the number
     of heads where each kept rows of its own."""
     scores: NDArray[np.float32] | None = None
-    """``[L, N, C]``: final scores, where the method has any."""
+    """``[L, N, S]`` for the prompt's S rows: final scores, where the method has any."""
+    stages: NDArray[np.float32] | None = None
+    """``[L, 4, S]``: STaR-KV's score after each stage: window attention, hidden-norm boost, spatial prior, temporal
+    discount; all as means over heads."""
     memory: StarKVMemory | None = None
     """What to hand to the trajectory's next compression."""

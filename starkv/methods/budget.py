@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many rows a compressed cache may keep, in total and per layer. Host arithmetic, needs numpy alone."""
+"""How many rows a compressed cache may keep, in total and per layer. Host arithmetic."""
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
 
 from starkv.errors import UsageError
 
@@ -37,11 +34,19 @@ class Budget:
         if self.capacity is not None and self.capacity < LEAST_ROWS:
             raise UsageError(f"a KV capacity must be at least {LEAST_ROWS} rows, not {self.capacity}")
 
+    def spares(self, prompt_rows: int) -> bool:
+        """Whether a prompt stays as it is because it is shorter than the capacity.
+
+        A prompt of a whole budget (1.0) is compressed all the same, to all of its rows: so it counts in what the
+        method remembers of a trajectory, as in the official code.
+        """
+        return self.ratio == 1.0 and self.capacity is not None and prompt_rows < self.capacity
+
     def rows(self, prompt_rows: int) -> int:
         """Rows to keep of ``prompt_rows``: the share rounded down, at least ``LEAST_ROWS``, never more than
         there are."""
         # 0.29 * 100 is 28.999…96: an exact share must not lose a row to binary fractions.
-        share = int(np.floor(prompt_rows * self.ratio + 1e-9))
+        share = math.floor(prompt_rows * self.ratio + 1e-9)
         most = share if self.capacity is None else min(share, self.capacity)
         return min(prompt_rows, max(LEAST_ROWS, most))
 
@@ -75,30 +80,3 @@ def pyramid_rows(
     step = (most - least) // (layers - 1)
     # A past shorter than a layer's share keeps all of it; a layer always keeps one row beside its window.
     return tuple(window + min(past, max(1, most - layer * step)) for layer in range(layers))
-
-
-def proportional_rows(
-    scales: NDArray[np.floating] | Sequence[float], total: int, floor: int, ceiling: int
-) -> NDArray[np.int64]:
-    """Divide ``total`` rows among layers in proportion to ``scales``, exactly.
-
-    Where a layer would get less than ``floor`` or more than ``ceiling``, all shares are drawn towards equal
-    ones until none does. Rounding is cumulative: layer i gets ``round(t_i) − round(t_{i−1})`` of the running
-    total t, so that the sum is ``total`` and no share is off by a whole row.
-
-    Args:
-        scales: ``[L]``, positive.
-        total: rows of all layers together; ``total / L`` must lie between floor and ceiling.
-        floor: fewest rows of a layer.
-        ceiling: most rows of a layer.
-    """
-    weights = np.asarray(scales, np.float64)
-    relative = weights / weights.mean() - 1.0
-    mean = total / len(weights)
-    # Largest step from equal shares that keeps every layer inside the limits.
-    up = (ceiling / mean - 1.0) / max(relative.max(), 1e-12)
-    down = (1.0 - floor / mean) / max(-relative.min(), 1e-12)
-    shares = mean * (1.0 + min(1.0, up, down) * relative)
-    running = np.floor(np.cumsum(shares) + 0.5).astype(np.int64)
-    running[-1] = total
-    return np.diff(running, prepend=0)

@@ -10,12 +10,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from starkv.errors import UsageError
 from starkv.methods import star_kv_stages as stages
 from starkv.methods.prefill import Prefill
 from starkv.methods.select import Kept, compact, select_rows
 from starkv.methods.star_kv_config import StarKVConfig
-from starkv.methods.star_kv_plan import StarKVPlan, StarKVProgress, plan_step, skipped_call
+from starkv.methods.star_kv_plan import (
+    LayerLimits,
+    StarKVPlan,
+    StarKVProgress,
+    layer_limits,
+    plan_step,
+    skipped_call,
+)
 from starkv.methods.window import hidden_norm_boost, pool_scores, window_scores
 
 
@@ -84,14 +90,14 @@ class StarKVScores:
 
 def score(
     prefill: Prefill, state: StarKVState, config: StarKVConfig
-) -> tuple[StarKVScores, StarKVState, StarKVPlan]:
+) -> tuple[StarKVScores, StarKVState]:
     """Score every row of a prefilled cache.
 
     In official mode a batch shares one state, sequence after sequence, and one temperature, as in the official
     code; its state has B = 1. In native mode every sequence has its own.
 
     Returns:
-        the scores, the state after this prompt, and the plan that acted (that of the first sequence).
+        the scores and the state after this prompt.
     """
     groups = prefill.keys.shape[2]
     dtype = torch.float32 if config.score_dtype == "float32" else prefill.keys.dtype
@@ -156,7 +162,7 @@ def score(
         final=final,
         priorities=prefill.priorities(final[:, :, None]),
     )
-    return scores, replace(after, temperature=temperature), plan
+    return scores, replace(after, temperature=temperature)
 
 
 @dataclass(frozen=True)
@@ -199,10 +205,7 @@ def _prior_and_discount(
     information, mi_ema = None, state.mi_ema
     if plan.mi_enabled:
         plug_in = stages.spatial_information(inside, frame.grid_rows, frame.grid_columns)
-        information = plug_in
-        if not plan.mi_stretch:
-            information = (plug_in - plan.mi_chance).clamp(min=0) * plan.mi_scale
-        information = information.to(grouped.dtype)
+        information = ((plug_in - plan.mi_chance).clamp(min=0) * plan.mi_scale).to(grouped.dtype)
         mi_ema = plan.mi_decay * mi_ema + (1.0 - plan.mi_decay) * information
     if plan.mi_usable:
         weights = stages.group_weights(mi_ema, plan.mi_tau, plan.mi_stretch)
@@ -238,37 +241,6 @@ def _prior_and_discount(
     return prior, replace(state, mi_ema=mi_ema, pattern_ema=pattern_ema)
 
 
-def kept_rows(
-    scores: StarKVScores, plan: StarKVPlan, prefill: Prefill, rows: int, past: int, protected: int = 0
-) -> tuple[Tensor, int]:
-    """Rows that each layer keeps.
-
-    Args:
-        scores: from :func:`score`.
-        plan: likewise.
-        prefill: the cache.
-        rows: rows per layer on average, the window included.
-        past: rows that compete in each layer.
-        protected: rows of them that may not be evicted.
-
-    Returns:
-        ``[L, B]`` int64, and the most that any layer can have.
-    """
-    if not plan.layer_budget or len(scores.entropy) == 1:
-        return torch.full_like(scores.entropy, rows, dtype=torch.int64), rows
-    spread = (plan.entropy_min, plan.entropy_max)
-    keep = stages.layer_rows(scores.temperature, rows, prefill.window, past, max(1, protected), spread)
-    return keep, most_rows(plan, rows, prefill.window, past)
-
-
-def most_rows(plan: StarKVPlan, rows: int, window: int, past: int) -> int:
-    """Most rows that a layer can keep when the average is ``rows``: what memory has to be there for."""
-    if not plan.layer_budget:
-        return rows
-    mean = rows - window
-    return window + max(mean, min(past, int(plan.entropy_max * mean)))
-
-
 def compress(
     prefill: Prefill,
     state: StarKVState,
@@ -283,7 +255,7 @@ def compress(
         prefill: the cache of sequences of equal length.
         state: the trajectory's state.
         config: hyper-parameters.
-        rows: rows per layer to keep, the window included (the official ``capacity``).
+        rows: rows per layer to keep on average, the window included (the official ``capacity``).
         length: rows of the prompt, ``kv_len`` as the host knows it.
         protected: how many rows of ``row_meta`` may not be evicted.
 
@@ -292,33 +264,19 @@ def compress(
         than ``rows`` and stays as it is.
 
     Raises:
-        UsageError: the window is longer than the prompt, or ``rows`` is too small for window and protected rows.
+        UsageError: the window leaves nothing to compete, or ``rows`` is too small for the protected rows.
     """
     if length < rows:
         return None, None, replace(state, progress=skipped_call(config, state.progress))
-    check_rows(length, rows, prefill.window, protected)
-    scores, after, plan = score(prefill, state, config)
-    past = length - prefill.window
-    # Window included, but one competing row stays even where the window alone fills the budget.
-    rows = prefill.window + max(1, min(rows - prefill.window, past))
-    keep, most = kept_rows(scores, plan, prefill, rows, past, protected)
-    chosen = select_rows(scores.priorities, keep, most)
-    return compact(prefill, chosen, keep), scores, after
+    plan, _ = plan_step(config, state.progress, prefill.frame)
+    limits = layer_limits(plan, rows, prefill.window, length - prefill.window, protected)
+    scores, after = score(prefill, state, config)
+    return keep_best(prefill, scores, limits), scores, after
 
 
-def check_rows(length: int, rows: int, window: int, protected: int) -> None:
-    """Refuse budgets that can't be met.
-
-    Raises:
-        UsageError: see :func:`compress`.
-    """
-    if rows < 1:
-        raise UsageError(f"a compressed cache must keep at least one row, not {rows}")
-    if window >= length:
-        raise UsageError(
-            f"the observation window of {window} rows leaves nothing of the prompt's {length} to compete"
-        )
-    if protected > max(0, rows - window):
-        raise UsageError(
-            f"{protected} protected rows and a window of {window} exceed the {rows} rows of the budget"
-        )
+def keep_best(prefill: Prefill, scores: StarKVScores, limits: LayerLimits) -> Kept:
+    """Give every layer its budget and keep the best rows."""
+    competing = stages.layer_rows(scores.temperature, limits.mean, limits.floor, limits.ceiling)
+    keep = prefill.window + competing
+    chosen = select_rows(scores.priorities, keep, prefill.window + limits.ceiling)
+    return compact(prefill, chosen, keep)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from starkv.errors import UsageError
 
+Pooling = Literal["avgpool", "maxpool"]
 Mode = Literal["native", "official"]
 
 
@@ -22,7 +23,7 @@ class StarKVConfig:
     """Rows at the end of the prompt whose attention scores the others; always kept."""
     kernel: int = 5
     """Width of the pooling over neighbouring tokens, odd."""
-    pooling: Literal["avgpool", "maxpool"] = "avgpool"
+    pooling: Pooling = "avgpool"
     boost: float = 2.0
     """Mass that the hidden-norm boost spreads over the newest screenshot (``alpha``); 0 turns it off."""
     boost_temperature: float = 3.5

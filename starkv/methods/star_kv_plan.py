@@ -6,10 +6,12 @@ once, for the PyTorch reference and every engine alike. What depends on scores s
 """
 
 from dataclasses import astuple, dataclass, replace
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
 
+from starkv.errors import UsageError
 from starkv.methods.expected_information import chance_and_span
 from starkv.methods.rows import Frame
 from starkv.methods.star_kv_config import StarKVConfig
@@ -77,6 +79,46 @@ class StarKVPlan:
     def as_array(self) -> NDArray[np.float32]:
         """``parameters [P] f32`` of the ONNX operators."""
         return np.array(astuple(self), np.float32)
+
+
+@dataclass(frozen=True)
+class LayerLimits:
+    """Rows that a layer keeps beside its window."""
+
+    mean: int
+    """On average."""
+    floor: int
+    ceiling: int
+
+    def as_array(self) -> NDArray[np.int64]:
+        """``limits [3] i64`` of the ONNX operators."""
+        return np.array(astuple(self), np.int64)
+
+
+def layer_limits(plan: StarKVPlan, kept_rows: int, window: int, past: int, protected: int) -> LayerLimits:
+    """Between how many rows a layer's budget may lie.
+
+    Args:
+        plan: whether entropy moves rows at all, and within which multiples of the average.
+        kept_rows: rows per layer on average, the window included.
+        window: W.
+        past: rows that compete in each layer.
+        protected: rows of them that may not be evicted.
+
+    Raises:
+        UsageError: the window leaves nothing to compete, or the budget is too small for the protected rows.
+    """
+    if past < 1:
+        raise UsageError(f"the observation window of {window} rows leaves nothing of the prompt to compete")
+    # One competing row stays even where the window alone fills the budget.
+    mean = max(1, min(kept_rows - window, past))
+    if protected > mean:
+        raise UsageError(f"{protected} protected rows exceed the {mean} that a layer keeps beside its window")
+    if not plan.layer_budget:
+        return LayerLimits(mean, mean, mean)
+    floor = max(1, protected, ceil(plan.entropy_min * mean))
+    ceiling = min(past, int(plan.entropy_max * mean))
+    return LayerLimits(mean, min(mean, floor), max(mean, ceiling))
 
 
 def skipped_call(config: StarKVConfig, progress: StarKVProgress) -> StarKVProgress:

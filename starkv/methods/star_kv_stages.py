@@ -5,8 +5,6 @@ All are vectorised over layers and sequences, loop over nothing and never wait f
 B sequences, H query heads in G groups (one KV head each), C rows, N tokens of the newest screenshot.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -166,34 +164,26 @@ def sharpen(scores: Tensor, temperature: Tensor) -> Tensor:
     return scores.clamp(min=0).pow(1.0 / temperature[..., None].to(scores.dtype))
 
 
-def layer_rows(
-    temperature: Tensor, kept_rows: int, window: int, past: int, floor: int, spread: tuple[float, float]
-) -> Tensor:
-    """Rows that each layer keeps when entropy moves rows between layers, the total staying ``L · kept_rows``.
+def layer_rows(temperature: Tensor, mean: int, floor: int, ceiling: int) -> Tensor:
+    """Competing rows that each layer keeps when entropy moves rows between layers, ``L · mean`` in total.
 
-    A layer's share of the competing rows is in proportion to its temperature. The same arithmetic as
-    :func:`starkv.methods.budget.proportional_rows`, on the device, for all sequences at once.
+    A layer's share is in proportion to its temperature. Where a layer would get less than ``floor`` or more than
+    ``ceiling``, all shares are drawn towards the mean until none does. Rounding is cumulative (layer i gets what
+    the running total grows by, rounded), so the sum is exact and no share is off by a whole row.
 
     Args:
         temperature: ``[L, B]``, positive.
-        kept_rows: rows per layer on average, the window included.
-        window: W.
-        past: rows that compete in each layer.
-        floor: fewest rows that a layer keeps beside its window.
-        spread: least and most multiple of the average that a layer may keep beside its window.
+        mean: rows of a layer on average, its window not counted.
+        floor: fewest rows of a layer.
+        ceiling: most rows of a layer; equal to ``mean`` where nothing is to move.
 
     Returns:
         ``[L, B]`` int64.
     """
-    layers = len(temperature)
-    mean = kept_rows - window
-    floor = min(mean, max(floor, math.ceil(spread[0] * mean)))
-    ceiling = max(mean, min(past, math.floor(spread[1] * mean)))
     weights = temperature.double()
     relative = weights / weights.mean(0) - 1.0
     up = (ceiling / mean - 1.0) / relative.amax(0).clamp(min=1e-12)
     down = (1.0 - floor / mean) / (-relative).amax(0).clamp(min=1e-12)
     shares = mean * (1.0 + torch.minimum(up, down).clamp(max=1.0) * relative)
     running = (shares.cumsum(0) + 0.5).floor()
-    running[-1] = mean * layers
-    return window + torch.diff(running, dim=0, prepend=torch.zeros_like(running[:1])).long()
+    return torch.diff(running, dim=0, prepend=torch.zeros_like(running[:1])).long()

@@ -2,13 +2,12 @@
 """Scores from the attention of a prompt's last queries: the common ground of SnapKV and its descendants."""
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Pooling = Literal["avgpool", "maxpool"]
+from starkv.methods.star_kv_config import Pooling
 
 
 def window_scores(queries: Tensor, keys: Tensor, kv_len: Tensor) -> Tensor:

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KV compression with ONNX Runtime: three small graphs that work in place on the numpy buffers.
+
+``compress.onnx`` is STaR-KV as a whole, ``score_window.onnx`` what SnapKV and its descendants score with, and
+``compact.onnx`` moves the rows that any other method chose.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from starkv.errors import EngineError, UsageError
+from starkv.manifest import TextShape
+from starkv.methods.budget import LEAST_ROWS
+from starkv.methods.rows import PromptRows
+from starkv.methods.star_kv_plan import StarKVProgress, skipped_call
+from starkv.methods.star_kv_request import StarKVRequest, request_star_kv
+from starkv.runtime.kv import baselines
+from starkv.runtime.kv.buffers import Arena, Pool
+from starkv.runtime.kv.policy import FULL, STAR_KV, Compressed, KvPolicy, StarKVMemory
+
+Array = NDArray[Any]
+
+
+class OrtCompressor:
+    """Compresses the sequence of an arena into a slot of a pool."""
+
+    def __init__(self, text: TextShape, observation_window: int, open_graph: Callable[[str], Any]) -> None:
+        """Graphs are opened when a method first needs them.
+
+        Args:
+            text: sizes of the decoder.
+            observation_window: most queries that the decoder puts out.
+            open_graph: makes the session of ``{name}.onnx``.
+        """
+        self._text, self._observation_window, self._open_graph = text, observation_window, open_graph
+        self._sessions: dict[str, Any] = {}
+
+    def _session(self, graph: str) -> Any:
+        if graph not in self._sessions:
+            self._sessions[graph] = self._open_graph(graph)
+        return self._sessions[graph]
+
+    def most_rows(self, prompt_rows: int, policy: KvPolicy) -> int:
+        """Most rows that any layer can keep of a prompt of so many rows."""
+        if policy.method == FULL or _stays_whole(prompt_rows, policy):
+            return prompt_rows
+        if policy.method != STAR_KV:
+            return max(baselines.kept_rows_per_layer(policy, self._text.layers, prompt_rows))
+        # What the prompt is made of does not change the bound.
+        blank = PromptRows(np.zeros((prompt_rows, 4), np.int32), (), ())
+        return self._request(blank, policy, StarKVProgress()).most_rows
+
+    def compress(
+        self,
+        arena: Arena,
+        pool: Pool,
+        slot: int,
+        prompt: PromptRows,
+        policy: KvPolicy,
+        memory: StarKVMemory | None,
+    ) -> Compressed:
+        """See :meth:`Engine.compress`."""
+        if int(arena.kv.lengths.max()) != prompt.length:
+            raise UsageError(
+                f"the arena holds {int(arena.kv.lengths.max())} rows, the prompt {prompt.length}; prefill it whole"
+            )
+        arena.kv.row_meta[:, 0, : prompt.length] = prompt.row_meta
+        star_kv = policy.method == STAR_KV
+        if star_kv and memory is None:
+            memory = StarKVMemory.initial(self._text.layers, self._text.kv_heads)
+        if policy.method == FULL or _stays_whole(prompt.length, policy):
+            if memory is not None and star_kv:
+                memory = replace(memory, progress=skipped_call(policy.star_kv, memory.progress))
+            return self._copy(arena, pool, slot, memory)
+        if star_kv and memory is not None:
+            return self._star_kv(arena, pool, slot, prompt, policy, memory)
+        return self._baseline(arena, pool, slot, prompt, policy, memory)
+
+    def _request(self, prompt: PromptRows, policy: KvPolicy, progress: StarKVProgress) -> StarKVRequest:
+        kept = policy.kept_rows(prompt.length)
+        return request_star_kv(policy.star_kv, prompt, kept, progress, self._observation_window)
+
+    def _copy(self, arena: Arena, pool: Pool, slot: int, memory: StarKVMemory | None) -> Compressed:
+        rows = int(arena.kv.lengths.max())
+        _check_room(rows, pool)
+        for source, target in ((arena.kv.keys, pool.kv.keys), (arena.kv.values, pool.kv.values)):
+            target[:, slot, :, :rows] = source[:, 0, :, :rows]
+        pool.kv.row_meta[:, slot, :rows] = arena.kv.row_meta[:, 0, :rows]
+        pool.kv.lengths[:, slot] = arena.kv.lengths[:, 0]
+        every = np.broadcast_to(np.arange(rows), (self._text.layers, 1, rows))
+        return Compressed(every, memory=memory)
+
+    def _star_kv(
+        self, arena: Arena, pool: Pool, slot: int, prompt: PromptRows, policy: KvPolicy, memory: StarKVMemory
+    ) -> Compressed:
+        request = self._request(prompt, policy, memory.progress)
+        _check_room(request.most_rows, pool)
+        arena.kv.row_meta[:, 0, : prompt.length] = request.prompt.marked(request.protected)
+        pattern = memory.pattern_ema
+        missing = max(1, request.frame.cells) - pattern.shape[-1]
+        if missing > 0:
+            pattern = np.pad(pattern, ((0, 0), (0, 0), (0, 0), (0, missing)))
+        outputs = self._run(
+            "compress",
+            pool,
+            {
+                "k": arena.kv.keys,
+                "v": arena.kv.values,
+                "q_window": np.ascontiguousarray(arena.q_window[..., -request.window :, :]),
+                "hidden_norm": arena.hidden_norm,
+                "kv_len": arena.kv.lengths,
+                "row_meta": arena.kv.row_meta,
+                "frame": request.frame.as_array(),
+                "parameters": request.plan.as_array(),
+                "limits": request.limits.as_array(),
+                "mi_ema": memory.mi_ema,
+                "pattern_ema": np.ascontiguousarray(pattern),
+                "temperature": memory.temperature,
+                "slot": np.array([slot], np.int32),
+            },
+            ("new_len", "rows", "scores", "stages", "new_mi_ema", "new_pattern_ema", "new_temperature"),
+        )
+        length, scores = prompt.length, outputs["scores"][..., :length]
+        _check_numbers(scores)
+        pool.kv.lengths[:, slot] = outputs["new_len"][:, 0]
+        after = StarKVMemory(
+            request.progress, outputs["new_mi_ema"], outputs["new_pattern_ema"], outputs["new_temperature"]
+        )
+        return Compressed(outputs["rows"][:, 0], scores, outputs["stages"][:, 0, :, :length], after)
+
+    def _baseline(
+        self,
+        arena: Arena,
+        pool: Pool,
+        slot: int,
+        prompt: PromptRows,
+        policy: KvPolicy,
+        memory: StarKVMemory | None,
+    ) -> Compressed:
+        def score_window(window: int) -> NDArray[np.float32]:
+            feeds = {
+                "k": arena.kv.keys,
+                "q_window": np.ascontiguousarray(arena.q_window[..., -window:, :]),
+                "kv_len": arena.kv.lengths,
+            }
+            scores: NDArray[np.float32] = self._run("score_window", None, feeds, ("group_scores",))["group_scores"]
+            return scores[:, 0, :, : prompt.length]
+
+        choice = baselines.choose(policy, prompt, arena, score_window)
+        _check_room(max(choice.keep), pool)
+        _check_numbers(choice.scores)
+        feeds = {
+            "k": arena.kv.keys,
+            "v": arena.kv.values,
+            "row_meta": arena.kv.row_meta,
+            "priorities": baselines.priorities(choice, arena.kv.capacity),
+            "keep": np.array(choice.keep, np.int64)[:, None],
+            "slot": np.array([slot], np.int32),
+        }
+        outputs = self._run("compact", pool, feeds, ("new_len", "rows"))
+        pool.kv.lengths[:, slot] = outputs["new_len"][:, 0]
+        return Compressed(outputs["rows"][:, 0], choice.scores, memory=memory)
+
+    def _run(
+        self, graph: str, pool: Pool | None, feeds: dict[str, Array], wanted: tuple[str, ...]
+    ) -> dict[str, Array]:
+        """Run a graph on memory that stays where it is; the pool is destination and result at once."""
+        session = self._session(graph)
+        binding = session.io_binding()
+        if pool is not None:
+            buffers = {"k": pool.kv.keys, "v": pool.kv.values, "meta": pool.kv.row_meta}
+            feeds |= {f"dst_{name}": buffer for name, buffer in buffers.items()}
+        for name, array in feeds.items():
+            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        for name in wanted:
+            binding.bind_output(name, "cpu")
+        if pool is not None:
+            for name, array in buffers.items():
+                binding.bind_output(f"new_{name}", "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        session.run_with_iobinding(binding)
+        return {
+            name: value.numpy() for name, value in zip(wanted, binding.get_outputs(), strict=False)
+        }
+
+
+def _stays_whole(prompt_rows: int, policy: KvPolicy) -> bool:
+    """Whether there is nothing to choose: the prompt is shorter than its capacity, or as short as a cache can be."""
+    return policy.budget.spares(prompt_rows) or prompt_rows <= LEAST_ROWS
+
+
+def _check_room(rows: int, pool: Pool) -> None:
+    if rows > pool.kv.capacity:
+        raise UsageError(f"{rows} kept rows do not fit a slot of {pool.kv.capacity}")
+
+
+def _check_numbers(scores: NDArray[np.float32]) -> None:
+    bad = np.isnan(scores).any(axis=tuple(range(1, scores.ndim)))
+    if bad.any():
+        layer = int(np.flatnonzero(bad)[0])
+        raise EngineError(
+            f"KV scores of layer {layer} are not numbers: the model's keys or queries overflowed; "
+            "try another quantization"
+        )
