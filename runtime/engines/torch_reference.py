@@ -1,50 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference engine: a plain PyTorch decoder in float32, and every compression method there is.
 
-Images, embeddings and the manifest come from an engine directory, so that a difference between this engine and
-that one is the decoder's and the method's alone.
+Images, embeddings and the manifest come from an engine directory, so that a difference between this engine
+and that one is the decoder's and the method's alone.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from starkv.errors import CheckpointError, EngineError, UsageError
 from starkv.host import cpu_model
 from starkv.manifest import Manifest, TextShape
-from starkv.methods import star_kv
-from starkv.methods.budget import window_rows
-from starkv.methods.prefill import Prefill
-from starkv.methods.rows import NO_FRAME, PromptRows, official_rows
-from starkv.methods.select import Kept
-from starkv.methods.star_kv_plan import StarKVProgress, layer_limits, plan_step
+from starkv.methods.rows import PromptRows
 from starkv.runtime.engines.base import EngineInfo, Floats, Rope, check_kv_method
 from starkv.runtime.engines.ort import OrtEngine
+from starkv.runtime.engines.torch_compress import (
+    REFERENCE_METHODS,
+    ReferenceArena,
+    cached_heads,
+    compress,
+    most_kept_rows,
+)
 from starkv.runtime.engines.torch_decoder import TorchCache, TorchDecoder, decoder_name, decoder_weights
 from starkv.runtime.kv.buffers import Arena, KvBuffers, Pool
-from starkv.runtime.kv.policy import FULL, STAR_KV, Compressed, KvPolicy, StarKVMemory
+from starkv.runtime.kv.policy import FULL, Compressed, KvPolicy, StarKVMemory
 from starkv.runtime.preprocess.image import ImageInputs
-
-
-@dataclass
-class ReferenceArena(Arena):
-    """Also remembers every query: some methods ask how much attention each row got from all rows."""
-
-    queries: NDArray[np.float32]
-    """``[L, 1, H, C, D]`` after rotation."""
-
-    @classmethod
-    def allocate(cls, text: TextShape, rows: int) -> "ReferenceArena":
-        plain = Arena.allocate(text, rows)
-        queries = np.zeros((text.layers, 1, text.heads, plain.kv.capacity, text.head_dim), np.float32)
-        return cls(plain.kv, plain.q_window, plain.hidden_norm, queries)
 
 
 class TorchReferenceEngine:
@@ -84,7 +71,7 @@ class TorchReferenceEngine:
             self._engine.info,
             backend="torch-reference",
             device=cpu_model(),
-            kv_methods=(FULL, STAR_KV),
+            kv_methods=REFERENCE_METHODS,
             threads=torch.get_num_threads(),
         )
 
@@ -99,14 +86,17 @@ class TorchReferenceEngine:
         return ReferenceArena.allocate(self.manifest.text, rows)
 
     def new_pool(self, slots: int, rows: int, method: str = FULL) -> Pool:
+        check_kv_method(self.info, method)
         self._check_rows(rows)
         text = self.manifest.text
-        return Pool(KvBuffers.allocate(text, slots, rows))
+        return Pool(KvBuffers.allocate(text, slots, rows, cached_heads(method, text)))
 
     def _check_rows(self, rows: int) -> None:
         limit = self.manifest.max_context
         if rows > limit:
-            raise UsageError(f"{rows} KV rows are needed, but {self.manifest.name} was built for {limit} at most")
+            raise UsageError(
+                f"{rows} KV rows are needed, but {self.manifest.name} was built for {limit} at most"
+            )
 
     def prefill(self, arena: Arena, embeds: Floats, rope: Rope) -> Floats:
         arena, start, total = _own(arena), int(arena.kv.lengths.max()), len(embeds)
@@ -117,7 +107,10 @@ class TorchReferenceEngine:
                 f"prefill of {total} rows behind {start} exceeds the arena of {arena.kv.capacity} rows"
             )
         step = self._decoder.step(
-            torch.from_numpy(embeds[None]), torch.from_numpy(rope.cos), torch.from_numpy(rope.sin), _cache(arena.kv, 1)
+            torch.from_numpy(embeds[None]),
+            torch.from_numpy(rope.cos),
+            torch.from_numpy(rope.sin),
+            _cache(arena.kv, 1),
         )
         rows, end = slice(start, start + total), start + total
         arena.queries[:, :, :, rows] = step.queries.numpy()
@@ -129,12 +122,7 @@ class TorchReferenceEngine:
 
     def most_kept_rows(self, prompt_rows: int, policy: KvPolicy) -> int:
         check_kv_method(self.info, policy.method)
-        kept = policy.kept_rows(prompt_rows)
-        if policy.method == STAR_KV:
-            window = window_rows(policy.star_kv.window, kept)
-            plan, _ = plan_step(policy.star_kv, StarKVProgress(), NO_FRAME)
-            return window + layer_limits(plan, kept, window, prompt_rows - window, 0).ceiling
-        return kept
+        return most_kept_rows(self.manifest.text, prompt_rows, policy)
 
     def compress(
         self,
@@ -147,36 +135,15 @@ class TorchReferenceEngine:
     ) -> Compressed:
         check_kv_method(self.info, policy.method)
         arena, slot, length = _own(arena), pool.slot_of(handle), int(arena.kv.lengths.max())
-        if prompt.length != length:
-            raise UsageError(f"the prompt has {prompt.length} rows, but {length} were prefilled")
-        cache = (arena.kv.keys, arena.queries)
-        if policy.method != FULL and not all(np.isfinite(part[:, :, :, :length]).all() for part in cache):
-            raise EngineError("the model's keys or queries are not numbers; nothing can be scored")
-        kept, scores = None, None
-        if policy.method == STAR_KV:
-            kept, scores, memory = self._star_kv(arena, prompt, policy, memory)
-        if kept is None:
-            kept = _all_rows(arena, prompt)
-        _store(kept, pool, slot, policy.method)
-        return Compressed(kept.rows[:, 0].numpy(), scores, memory)
-
-    def _star_kv(
-        self, arena: ReferenceArena, prompt: PromptRows, policy: KvPolicy, memory: StarKVMemory | None
-    ) -> tuple[Kept | None, Floats | None, StarKVMemory]:
-        """Kept rows, scores ``[L, 1, C]`` and memory; the first two are None where the prompt stays as it is."""
-        config, text, kept_rows = policy.star_kv, self.manifest.text, policy.kept_rows(prompt.length)
-        window = window_rows(config.window, kept_rows)
-        rows = official_rows(prompt.length, prompt.spans, window) if config.is_official else prompt
-        protected = rows.protected(kept_rows, window) if config.protect_rows else ()
-        kept, scores, after = star_kv.compress(
-            _prefill(arena, rows, window, protected),
-            _state_of(memory or StarKVMemory.initial(text.layers, text.kv_heads)),
-            config,
-            kept_rows,
-            prompt.length,
-            len(protected),
-        )
-        return kept, None if scores is None else scores.final.numpy(), _memory_of(after)
+        if length != prompt.length:
+            raise UsageError(f"the arena holds {length} rows, the prompt {prompt.length}; prefill it whole")
+        if policy.method != FULL:
+            for layer, (keys, queries) in enumerate(zip(arena.kv.keys, arena.queries, strict=True)):
+                if not all(np.isfinite(rows[:, :, :length]).all() for rows in (keys, queries)):
+                    raise EngineError(
+                        f"keys or queries of layer {layer} are not numbers; nothing can be scored"
+                    )
+        return compress(arena, pool.kv, slot, prompt, policy, memory)
 
     def decode(self, pool: Pool, embeds: Floats, rope: Rope) -> Floats:
         expected = (pool.active, self.manifest.text.hidden)
@@ -192,3 +159,41 @@ class TorchReferenceEngine:
         )
         logits: Floats = step.logits.numpy()
         return logits
+
+
+def _own(arena: Arena) -> ReferenceArena:
+    if not isinstance(arena, ReferenceArena):
+        raise UsageError("this arena is another engine's; make it with the reference engine's new_arena")
+    return arena
+
+
+def _cache(kv: KvBuffers, batch: int) -> TorchCache:
+    """The first sequences of the buffers; the decoder writes into their memory."""
+    buffers = (kv.keys[:, :batch], kv.values[:, :batch], kv.lengths[:, :batch])
+    return TorchCache(*(torch.from_numpy(buffer) for buffer in buffers))
+
+
+def _norm_epsilon(checkpoint: Path) -> float:
+    path = checkpoint / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        return float(config.get("text_config", config)["rms_norm_eps"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} gives no rms_norm_eps ({error!r}); is this the checkpoint?") from None
+
+
+def _read_weights(checkpoint: Path, text: TextShape) -> dict[str, Tensor]:
+    """The decoder's weights; those of the vision tower stay on the disk."""
+    paths = sorted(checkpoint.glob("*.safetensors"))
+    if not paths:
+        raise CheckpointError(f"{checkpoint} holds no safetensors; check the path or download the model")
+    needed, weights = decoder_weights(text), {}
+    for path in paths:
+        try:
+            with safe_open(path, "pt") as stored:
+                for name in stored.keys():  # noqa: SIM118 (not a mapping)
+                    if decoder_name(name) in needed:
+                        weights[name] = stored.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}); download it again") from None
+    return weights

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compression in the reference engine: the pure functions of ``starkv.methods`` on a prefilled arena."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from starkv.errors import UsageError
+from starkv.manifest import TextShape
+from starkv.methods import star_kv
+from starkv.methods.budget import LEAST_ROWS
+from starkv.methods.prefill import Prefill
+from starkv.methods.rows import ROW_COLUMNS, PromptRows
+from starkv.methods.select import Kept
+from starkv.methods.star_kv import StarKVScores, StarKVState
+from starkv.methods.star_kv_plan import StarKVProgress, skipped_call
+from starkv.methods.star_kv_request import StarKVRequest, request_star_kv
+from starkv.runtime.kv.buffers import Arena, KvBuffers
+from starkv.runtime.kv.policy import FULL, STAR_KV, Compressed, KvPolicy, StarKVMemory
+
+REFERENCE_METHODS = (FULL, STAR_KV)
+
+
+@dataclass
+class ReferenceArena(Arena):
+    """Also remembers every query: some methods ask how much attention each row got from all others."""
+
+    queries: NDArray[np.float32]
+    """``[L, 1, H, C, D]`` after rotation."""
+
+    @classmethod
+    def allocate(cls, text: TextShape, rows: int) -> "ReferenceArena":
+        plain = Arena.allocate(text, rows)
+        queries = np.zeros((text.layers, 1, text.heads, plain.kv.capacity, text.head_dim), np.float32)
+        return cls(plain.kv, plain.q_window, plain.hidden_norm, queries)
+
+
+def cached_heads(method: str, text: TextShape) -> int:
+    """Heads that a method stores rows for."""
+    return text.kv_heads
+
+
+def most_kept_rows(text: TextShape, prompt_rows: int, policy: KvPolicy) -> int:
+    """See :meth:`Engine.most_kept_rows`."""
+    if _stays_whole(prompt_rows, policy):
+        return prompt_rows
+    if policy.method == STAR_KV:
+        # What the prompt is made of does not change the bound.
+        blank = PromptRows(np.zeros((prompt_rows, ROW_COLUMNS), np.int32), (), ())
+        return _request(blank, policy, StarKVProgress()).most_rows
+    return policy.kept_rows(prompt_rows)
+
+
+def compress(
+    arena: ReferenceArena,
+    kv: KvBuffers,
+    slot: int,
+    prompt: PromptRows,
+    policy: KvPolicy,
+    memory: StarKVMemory | None,
+) -> Compressed:
+    """Copy the rows that a policy chooses from an arena into a slot; see :meth:`Engine.compress`.
+
+    Raises:
+        UsageError: the budget is too small for the method, or the slot for the budget.
+    """
+    if policy.method == STAR_KV:
+        kept, compressed = _star_kv(arena, prompt, policy, memory)
+    else:
+        kept = _all_rows(arena, prompt)
+        compressed = Compressed(_rows_of(kept), memory=memory)
+    _store(kept, kv, slot, policy.method)
+    return compressed
+
+
+def _stays_whole(prompt_rows: int, policy: KvPolicy) -> bool:
+    """Whether there is nothing to choose."""
+    return policy.method == FULL or policy.budget.spares(prompt_rows) or prompt_rows <= LEAST_ROWS
+
+
+def _request(prompt: PromptRows, policy: KvPolicy, progress: StarKVProgress) -> StarKVRequest:
+    # The arena holds all queries, so a window may be as long as it likes.
+    kept, window = policy.kept_rows(prompt.length), policy.star_kv.window
+    return request_star_kv(policy.star_kv, prompt, kept, progress, observation_window=window)
+
+
+def _star_kv(
+    arena: ReferenceArena, prompt: PromptRows, policy: KvPolicy, memory: StarKVMemory | None
+) -> tuple[Kept, Compressed]:
+    layers, _, groups = arena.kv.keys.shape[:3]
+    memory = memory or StarKVMemory.initial(layers, groups)
+    if _stays_whole(prompt.length, policy):
+        kept = _all_rows(arena, prompt)
+        memory = replace(memory, progress=skipped_call(policy.star_kv, memory.progress))
+        return kept, Compressed(_rows_of(kept), memory=memory)
+    request = _request(prompt, policy, memory.progress)
+    prefill = _prefill(arena, request.prompt, request.window, request.protected)
+    scores, after = star_kv.score(prefill, _state_of(memory), policy.star_kv)
+    kept = star_kv.keep_best(prefill, scores, request.limits)
+    compressed = Compressed(_rows_of(kept), scores.final.numpy(), _stages_of(scores), _memory_of(after))
+    return kept, compressed
+
+
+def _prefill(arena: ReferenceArena, rows: PromptRows, window: int, protect: Sequence[int] = ()) -> Prefill:
+    """The arena as the methods see it, without a copy."""
+
+    def valid(cache: NDArray[np.float32]) -> Tensor:
+        return torch.from_numpy(cache[:, :, :, : rows.length])
+
+    return Prefill.of_prompt(
+        keys=valid(arena.kv.keys),
+        values=valid(arena.kv.values),
+        queries=valid(arena.queries),
+        rows=rows,
+        window=window,
+        hidden_norm=torch.from_numpy(arena.hidden_norm[:, :, : rows.length]),
+        protect=protect,
+    )
+
+
+def _all_rows(arena: Arena, prompt: PromptRows) -> Kept:
+    layers, length = len(arena.kv.keys), prompt.length
+    return Kept(
+        keys=torch.from_numpy(arena.kv.keys[:, :, :, :length]),
+        values=torch.from_numpy(arena.kv.values[:, :, :, :length]),
+        row_meta=torch.from_numpy(prompt.row_meta).expand(layers, 1, -1, -1),
+        rows=torch.arange(length).expand(layers, 1, 1, -1),
+        kv_len=torch.full((layers, 1), length),
+    )
+
+
+def _store(kept: Kept, kv: KvBuffers, slot: int, method: str) -> None:
+    heads, rows = kept.keys.shape[2], kept.keys.shape[3]
+    if heads != kv.keys.shape[2]:
+        raise UsageError(
+            f"{method} keeps rows of {heads} heads, but the pool was made for {kv.keys.shape[2]}; "
+            "name the method when making it"
+        )
+    if rows > kv.capacity:
+        raise UsageError(f"{rows} kept rows do not fit a slot of {kv.capacity}")
+    kv.keys[:, slot, :, :rows] = kept.keys[:, 0].numpy()
+    kv.values[:, slot, :, :rows] = kept.values[:, 0].numpy()
+    kv.row_meta[:, slot, :rows] = -1 if kept.row_meta is None else kept.row_meta[:, 0].numpy()
+    kv.lengths[:, slot] = kept.kv_len[:, 0].numpy()
+
+
+def _rows_of(kept: Kept) -> NDArray[np.int64]:
+    rows: NDArray[np.int64] = kept.rows[:, 0, :, : int(kept.kv_len.max())].numpy()
+    return rows
+
+
+def _stages_of(scores: StarKVScores) -> NDArray[np.float32]:
+    boosted = scores.groups.mean(2)
+    stages = [scores.pooled.mean(2), boosted, scores.after_mi, scores.after_temporal]
+    stacked: NDArray[np.float32] = torch.cat(stages, 1).float().numpy()
+    return stacked
+
+
+def _state_of(memory: StarKVMemory) -> StarKVState:
+    arrays = (memory.mi_ema, memory.pattern_ema, memory.temperature)
+    return StarKVState(memory.progress, *(torch.from_numpy(array) for array in arrays))
+
+
+def _memory_of(state: StarKVState) -> StarKVMemory:
+    tensors = (state.mi_ema, state.pattern_ema, state.temperature)
+    return StarKVMemory(state.progress, *(tensor.float().numpy() for tensor in tensors))
