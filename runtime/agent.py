@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A screenshot and an instruction in, a typed action on the screen out."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,9 +13,12 @@ from starkv.runtime.actions.types import Action
 from starkv.runtime.engines.base import Engine
 from starkv.runtime.engines.ort import OrtEngine
 from starkv.runtime.generation import SamplingParameters
+from starkv.runtime.kv.policy import KvPolicy
 from starkv.runtime.preprocess.image import load_image
 from starkv.runtime.preprocess.tokenizer import ChatTokenizer, Message
 from starkv.runtime.session import Session, Timings
+
+Screenshot = str | Path | bytes | Image.Image
 
 
 @dataclass(frozen=True)
@@ -84,41 +87,43 @@ class Agent:
 
     def act(
         self,
-        screenshot: str | Path | bytes | Image.Image,
+        screenshot: Screenshot,
         instruction: str,
         parameters: SamplingParameters | None = None,
-        kv_method: str = "full",
+        kv_policy: KvPolicy | None = None,
         on_text: Callable[[str], None] | None = None,
+        earlier: Sequence[Screenshot] = (),
     ) -> AgentReply:
-        """Ask the model what to do on one screenshot.
+        """Ask the model what to do on a screenshot.
 
         Args:
-            screenshot: a file, its bytes, or an image.
+            screenshot: a file, its bytes, or an image; coordinates are on this one.
             instruction: what the user wants.
             parameters: sampling and stopping; greedy by default.
-            kv_method: KV compression, one of ``engine.info.kv_methods``.
+            kv_policy: which rows of the prompt's KV cache are kept; all by default.
             on_text: called with each piece of the reply as it comes.
+            earlier: screenshots of earlier steps, oldest first.
 
         Raises:
             ImageError: the screenshot can't be read.
             UsageError: the prompt doesn't fit the engine.
         """
-        image = load_image(screenshot)
+        images = [load_image(shown) for shown in (*earlier, screenshot)]
         # The prompt dialect ``plain``: the instruction itself is the user's text.
         message: Message = {
             "role": "user",
-            "content": [{"type": "image"}, {"type": "text", "text": instruction}],
+            "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": instruction}],
         }
-        session = Session(self.engine, self.tokenizer, kv_method)
+        session = Session(self.engine, self.tokenizer, kv_policy or KvPolicy())
         pieces = []
-        for piece in session.reply([message], [image], parameters):
+        for piece in session.reply([message], images, parameters):
             pieces.append(piece)
             if on_text:
                 on_text(piece)
         return self._understand("".join(pieces), session)
 
     def _understand(self, text: str, session: Session) -> AgentReply:
-        seen = session.images[0]
+        seen = session.images[-1]
         resized = Size(seen.resized_width, seen.resized_height)
         original = Size(seen.original_width, seen.original_height)
         convention = self.engine.manifest.coordinates

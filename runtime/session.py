@@ -14,8 +14,11 @@ import numpy as np
 from PIL import Image
 
 from starkv.errors import UsageError
+from starkv.methods.rows import PromptRows
 from starkv.runtime.engines.base import Engine, Floats, Rope, check_kv_method
 from starkv.runtime.generation import Sampler, SamplingParameters, StopScanner
+from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
+from starkv.runtime.kv.prompt import describe_prompt
 from starkv.runtime.preprocess.image import ImageInputs, preprocess
 from starkv.runtime.preprocess.positions import multimodal_positions, rope_tables, text_positions
 from starkv.runtime.preprocess.tokenizer import ChatTokenizer, Message, expand_image_tokens
@@ -35,11 +38,16 @@ class Timings:
     generated_tokens: int = 0
     kv_tokens_full: int = 0
     """Rows that the prompt filled before compression."""
-    kv_tokens_kept: int = 0
-    """Rows left of them, the most of any layer."""
+    kv_tokens_kept: float = 0
+    """Rows left of them, mean over the layers: a method may give layers different budgets."""
+    kv_bytes_full: int = 0
+    """Bytes of the prompt's rows before compression."""
+    kv_bytes_kept: int = 0
+    """Bytes of the rows left of them."""
     kv_bytes_held: int = 0
-    """Bytes of the valid rows after the reply."""
+    """Bytes of the valid rows after the reply: those and the generated tokens'."""
     kv_bytes_reserved: int = 0
+    """Bytes allocated for the prompt and for the reply."""
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
@@ -63,19 +71,25 @@ class Timings:
 
 @dataclass
 class Session:
-    """Answers one prompt.
+    """Answers prompts, one after the other; each holds the whole conversation.
 
     Args:
         engine: the engine; it may serve other sessions in between.
         tokenizer: the engine's tokenizer.
-        kv_method: compression method, one of ``engine.info.kv_methods``.
+        kv_policy: which rows of the prompt's cache are kept.
     """
 
     engine: Engine
     tokenizer: ChatTokenizer
-    kv_method: str = "full"
+    kv_policy: KvPolicy = field(default_factory=KvPolicy)
     timings: Timings = field(default_factory=Timings)
     images: list[ImageInputs] = field(default_factory=list)
+    prompt: PromptRows | None = None
+    """What the rows of the last prompt were."""
+    compressed: Compressed | None = None
+    """What was kept of it."""
+    kv_memory: StarKVMemory | None = None
+    """What STaR-KV remembers from reply to reply: the replies of one session are a trajectory."""
     finish_reason: str | None = None
     """``stop`` (end token or stop string) or ``length``, once the reply is over."""
 
@@ -98,9 +112,10 @@ class Session:
                 the engine has no such KV method.
         """
         parameters = parameters or SamplingParameters()
-        engine, timings, text = self.engine, self.timings, self.engine.manifest.text
+        self.timings = timings = Timings()
+        engine, text = self.engine, self.engine.manifest.text
         # Whatever can be refused is refused before the first expensive step.
-        check_kv_method(engine.info, self.kv_method)
+        check_kv_method(engine.info, self.kv_policy.method)
         with timings.measure("preprocess"):
             ids = self._prompt_ids(messages, images)
         rows = len(ids) + parameters.max_new_tokens
@@ -114,14 +129,21 @@ class Session:
         positions = multimodal_positions(
             ids, engine.manifest.tokens.image_pad, [image.merged_grid for image in self.images]
         )
-        arena, pool = engine.new_arena(len(ids)), engine.new_pool(1, rows)
+        policy = self.kv_policy
+        kept_rows = engine.most_kept_rows(len(ids), policy)
+        arena = engine.new_arena(len(ids))
+        pool = engine.new_pool(1, kept_rows + parameters.max_new_tokens, policy.method)
         handle = pool.acquire()
         with timings.measure("prefill"):
             logits = engine.prefill(arena, embeds, Rope(*rope_tables(positions.values, text)))
+        grids = [image.merged_grid for image in self.images]
+        self.prompt = describe_prompt(ids, grids, engine.manifest, self.tokenizer)
         with timings.measure("compress"):
-            engine.compress(arena, pool, handle, self.kv_method)
+            self.compressed = engine.compress(arena, pool, handle, self.prompt, policy, self.kv_memory)
+        self.kv_memory = self.compressed.memory
         timings.prompt_tokens = timings.kv_tokens_full = len(ids)
-        timings.kv_tokens_kept = int(pool.kv.lengths.max())
+        timings.kv_tokens_kept = float(pool.kv.lengths.mean())
+        timings.kv_bytes_full, timings.kv_bytes_kept = arena.kv.bytes_held, pool.kv.bytes_held
         timings.kv_bytes_reserved = arena.kv.bytes_reserved + pool.kv.bytes_reserved
 
         sampler, scanner, stream = Sampler(parameters), StopScanner(parameters.stop), self.tokenizer.stream()

@@ -4,7 +4,7 @@
     WindowScores   attention of the last queries, pooled, for one layer
     LayerStarKV    all of STaR-KV's scoring for one layer
     ScoreStarKV    the same for all layers: a Scan, so that only one layer's scores are alive at a time
-    ScoreWindow    WindowScores averaged per KV head, for all layers: what SnapKV's descendants start from
+    ScoreWindow    WindowScores for all layers: what SnapKV's descendants start from
     LayerRows      entropy moves rows between layers
     Compact        selection and compaction, in place or out of place
     Compress       ScoreStarKV + LayerRows + Compact: a prompt's whole compression in one call

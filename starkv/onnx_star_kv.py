@@ -11,21 +11,42 @@ from starkv.methods.star_kv_plan import StarKVPlan
 _PLACES = SPATIAL_BINS * SPATIAL_BINS
 _HEADER = '<domain: "ai.starkv", opset_import: ["" : 23, "ai.starkv" : 1]>'
 _POOL = {
-    "avgpool": "AveragePool <count_include_pad = 1, kernel_shape = [{kernel}], pads = [{pad}, {pad}]>",
-    "maxpool": "MaxPool <kernel_shape = [{kernel}], pads = [{pad}, {pad}]>",
+    "avgpool": """
+    summed = ReduceSum <keepdims = 0> (attention, axis_2)
+    mean_mass = Div (summed, sharing)
+    past_mass = Where (is_past, mean_mass, nothing)
+    spread = AveragePool <count_include_pad = 1, kernel_shape = [{kernel}], pads = [{pad}, {pad}]> (past_mass)
+""",
+    "maxpool": """
+    batch = Shape <start = 0, end = 1> (k)
+    score_shape = Concat <axis = 0> (batch, infer, window_1d, capacity_1d)
+    by_head = Reshape (attention, score_shape)
+    mass = ReduceSum <keepdims = 0> (by_head, axis_2)
+    past_mass = Where (is_past, mass, nothing)
+    pooled_mass = MaxPool <kernel_shape = [{kernel}], pads = [{pad}, {pad}]> (past_mass)
+    pooled_shape = Concat <axis = 0> (batch_groups, infer, capacity_1d)
+    by_group = Reshape (pooled_mass, pooled_shape)
+    spread = ReduceMean <keepdims = 0> (by_group, axis_2)
+""",
 }
+"""Averaging commutes with the mean over a group's heads, so it runs on the few groups instead of the many heads."""
 _PARAMETERS = ", ".join(f"p_{field.name}" for field in fields(StarKVPlan))
 
-# k [B,G,C,D], q [B,H,W,D], kv_len [B] i32 -> pooled [B,H,C]: attention mass of the window, pooled along the rows.
+# k [B,G,C,D], q [B,G,R,D] (R = H / G * W: queries of a group, head after head), window [1] i64, kv_len [B] i32
+# -> pooled [B,G,C]: attention mass of the window, pooled along the rows,
+# mean over the heads of each group. Only the last columns hold rows that some query doesn't see. They are worked out
+# once more, masked and written over the others: a mask over all scores would cost as much as their softmax, and with a
+# single reader the scores are overwritten in place.
 _WINDOW_SCORES_BODY = """
 {header}
-WindowScores (k, q, kv_len) => (pooled)
+WindowScores (k, q, window_1d, kv_len) => (pooled)
 {{
     zero = Constant <value_int = 0> ()
     one = Constant <value_int = 1> ()
     axis_1 = Constant <value_ints = [1]> ()
     axes_12 = Constant <value_ints = [1, 2]> ()
     axis_2 = Constant <value_ints = [2]> ()
+    axis_3 = Constant <value_ints = [3]> ()
     infer = Constant <value_ints = [-1]> ()
     hidden_score = Constant <value = float {{-inf}}> ()
     nothing = Constant <value_float = 0.0> ()
@@ -34,35 +55,46 @@ WindowScores (k, q, kv_len) => (pooled)
     dim_f32 = Cast <to = 1> (dim)
     root = Sqrt (dim_f32)
     scale = Reciprocal (root)
-    scaled = Mul (q, scale)
+    grouped = Mul (q, scale)
     batch_groups = Shape <start = 0, end = 2> (k)
-    grouped_shape = Concat <axis = 0> (batch_groups, infer, dim)
-    grouped = Reshape (scaled, grouped_shape)
     k_transposed = Transpose <perm = [0, 1, 3, 2]> (k)
     products = MatMul (grouped, k_transposed)
-    query_shape = Shape <start = 0, end = 3> (q)
-    capacity_1d = Shape <start = 2, end = 3> (k)
-    score_shape = Concat <axis = 0> (query_shape, capacity_1d)
-    scores = Reshape (products, score_shape)
 
+    capacity_1d = Shape <start = 2, end = 3> (k)
     capacity = Squeeze (capacity_1d)
-    window_1d = Shape <start = 2, end = 3> (q)
     window = Squeeze (window_1d)
-    row = Range (zero, capacity, one)
     query = Range (zero, window, one)
     length = Cast <to = 7> (kv_len)
     past = Sub (length, window_1d)
     past_3d = Unsqueeze (past, axes_12)
     query_2d = Unsqueeze (query, axis_1)
     last_seen = Add (past_3d, query_2d)
-    seen = LessOrEqual (row, last_seen)
-    seen_4d = Unsqueeze (seen, axis_1)
-    visible = Where (seen_4d, scores, hidden_score)
+    least_past = ReduceMin <keepdims = 0> (past)
+    tail_start = Max (least_past, zero)
+    tail_start_1d = Reshape (tail_start, infer)
+    tail_row = Range (tail_start, capacity, one)
+    tail_seen = LessOrEqual (tail_row, last_seen)
+    tail_seen_5d = Unsqueeze (tail_seen, axes_12)
+    tail_k = Slice (k, tail_start_1d, capacity_1d, axis_2)
+    tail_k_transposed = Transpose <perm = [0, 1, 3, 2]> (tail_k)
+    tail_products = MatMul (grouped, tail_k_transposed)
+    per_query = Shape <start = 0, end = 3> (products)
+    tail_rows_count = Shape (tail_row)
+    by_head_shape = Concat <axis = 0> (batch_groups, infer, window_1d, tail_rows_count)
+    tail_by_head = Reshape (tail_products, by_head_shape)
+    tail_visible = Where (tail_seen_5d, tail_by_head, hidden_score)
+    tail_shape = Concat <axis = 0> (per_query, tail_rows_count)
+    tail_scores = Reshape (tail_visible, tail_shape)
+    tail_rows = Expand (tail_row, tail_shape)
+    visible = ScatterElements <axis = 3> (products, tail_rows, tail_scores)
     attention = Softmax <axis = -1> (visible)
-    mass = ReduceSum <keepdims = 0> (attention, axis_2)
+
+    row = Range (zero, capacity, one)
     is_past = Less (row, past_3d)
-    past_mass = Where (is_past, mass, nothing)
-    spread = {pool} (past_mass)
+    queries = Shape <start = 2, end = 3> (q)
+    sharing_i64 = Div (queries, window_1d)
+    sharing = Cast <to = 1> (sharing_i64)
+    {pool}
     pooled = Where (is_past, spread, nothing)
 }}
 """
@@ -70,7 +102,7 @@ WindowScores (k, q, kv_len) => (pooled)
 # One layer of ScoreStarKV: the same without the dimension L, and row_frame [B,C] i32 instead of row_meta.
 _LAYER_BODY = """
 {header}
-LayerStarKV (k, q, hidden_norm, kv_len, row_frame, frame, parameters, mi_ema, pattern_ema, temperature)
+LayerStarKV (k, q, window, hidden_norm, kv_len, row_frame, frame, parameters, mi_ema, pattern_ema, temperature)
     => (scores, stages, new_mi_ema, new_pattern_ema, new_temperature)
 {{
     {parameters} = Split <axis = 0, num_outputs = {count}> (parameters)
@@ -88,10 +120,9 @@ LayerStarKV (k, q, hidden_norm, kv_len, row_frame, frame, parameters, mi_ema, pa
     tiny_8 = Constant <value_float = 1e-8> ()
     hidden_score = Constant <value = float {{-inf}}> ()
 
-    pooled = ai.starkv.WindowScores (k, q, kv_len)
+    pooled = ai.starkv.WindowScores (k, q, window, kv_len)
     capacity_1d = Shape <start = 2, end = 3> (k)
     capacity = Squeeze (capacity_1d)
-    window = Shape <start = 2, end = 3> (q)
     row = Range (zero, capacity, one)
     length = Cast <to = 7> (kv_len)
     past = Sub (length, window)
@@ -125,14 +156,11 @@ LayerStarKV (k, q, hidden_norm, kv_len, row_frame, frame, parameters, mi_ema, pa
     mass = Mul (shares, p_boost)
     boost = Where (in_frame, mass, f0)
     boost_3d = Unsqueeze (boost, axis_1)
-    boosted = Add (pooled, boost_3d)
+    groups = Add (pooled, boost_3d)
 
     batch = Shape <start = 0, end = 1> (k)
     group_count = Shape <start = 1, end = 2> (k)
-    grouped_shape = Concat <axis = 0> (batch, group_count, last, capacity_1d)
-    by_group = Reshape (boosted, grouped_shape)
-    groups = ReduceMean <keepdims = 0> (by_group, axis_2)
-    base = ReduceMean <keepdims = 0> (boosted, axis_1)
+    base = ReduceMean <keepdims = 0> (groups, axis_1)
     plain = ReduceMean <keepdims = 0> (pooled, axis_1)
 
     base_sum = ReduceSum <keepdims = 1> (base, last)
@@ -369,39 +397,44 @@ _SCORE_BODY = """
 ScoreStarKV (k, q_window, hidden_norm, kv_len, row_meta, frame, parameters, mi_ema, pattern_ema, temperature)
     => (scores, stages, new_mi_ema, new_pattern_ema, new_temperature)
 {{
+    outer = Shape <start = 0, end = 3> (k)
+    infer = Constant <value_ints = [-1]> ()
+    dim = Shape <start = 4, end = 5> (k)
+    window = Shape <start = 3, end = 4> (q_window)
+    grouped_shape = Concat <axis = 0> (outer, infer, dim)
+    grouped = Reshape (q_window, grouped_shape)
     frame_column = Constant <value_int = 0> ()
     row_frame = Gather <axis = 3> (row_meta, frame_column)
     scores, stages, new_mi_ema, new_pattern_ema, new_temperature = Scan <num_scan_inputs = 8, body = layer
-        (float[B,G,C,D] k_l, float[B,H,W,D] q_l, float[B,C] norm_l, int32[B] len_l, int32[B,C] frame_l,
+        (float[B,G,C,D] k_l, float[B,G,R,D] q_l, float[B,C] norm_l, int32[B] len_l, int32[B,C] frame_l,
          float[B,G] mi_l, float[B,G,V] pattern_l, float[B] temperature_l)
         => (float[B,C] scores_l, float[B,4,C] stages_l, float[B,G] new_mi_l, float[B,G,V] new_pattern_l,
             float[B] new_temperature_l)
         {{
             scores_l, stages_l, new_mi_l, new_pattern_l, new_temperature_l = ai.starkv.LayerStarKV
-                (k_l, q_l, norm_l, len_l, frame_l, frame, parameters, mi_l, pattern_l, temperature_l)
+                (k_l, q_l, window, norm_l, len_l, frame_l, frame, parameters, mi_l, pattern_l, temperature_l)
         }}
-    > (k, q_window, hidden_norm, kv_len, row_frame, mi_ema, pattern_ema, temperature)
+    > (k, grouped, hidden_norm, kv_len, row_frame, mi_ema, pattern_ema, temperature)
 }}
 """
 
-# k [L,B,G,C,D], q_window [L,B,H,W,D], kv_len [L,B] -> group_scores [L,B,G,C]: mean over the heads of each group.
+# k [L,B,G,C,D], q_window [L,B,H,W,D], kv_len [L,B] -> group_scores [L,B,G,C].
 _SCORE_WINDOW_BODY = """
 {header}
 ScoreWindow (k, q_window, kv_len) => (group_scores)
 {{
+    outer = Shape <start = 0, end = 3> (k)
+    infer = Constant <value_ints = [-1]> ()
+    dim = Shape <start = 4, end = 5> (k)
+    window = Shape <start = 3, end = 4> (q_window)
+    grouped_shape = Concat <axis = 0> (outer, infer, dim)
+    grouped = Reshape (q_window, grouped_shape)
     group_scores = Scan <num_scan_inputs = 3, body = layer
-        (float[B,G,C,D] k_l, float[B,H,W,D] q_l, int32[B] len_l) => (float[B,G,C] groups_l)
+        (float[B,G,C,D] k_l, float[B,G,R,D] q_l, int32[B] len_l) => (float[B,G,C] groups_l)
         {{
-            pooled = ai.starkv.WindowScores (k_l, q_l, len_l)
-            batch_groups = Shape <start = 0, end = 2> (k_l)
-            infer = Constant <value_ints = [-1]> ()
-            capacity = Shape <start = 2, end = 3> (k_l)
-            grouped_shape = Concat <axis = 0> (batch_groups, infer, capacity)
-            by_group = Reshape (pooled, grouped_shape)
-            axis_2 = Constant <value_ints = [2]> ()
-            groups_l = ReduceMean <keepdims = 0> (by_group, axis_2)
+            groups_l = ai.starkv.WindowScores (k_l, q_l, window, len_l)
         }}
-    > (k, q_window, kv_len)
+    > (k, grouped, kv_len)
 }}
 """
 

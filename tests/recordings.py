@@ -36,9 +36,7 @@ class Recording:
     def call(self, index: int) -> dict[str, np.ndarray]:
         """Arrays of one call, without their prefix."""
         prefix = f"c{index}_"
-        return {
-            name[len(prefix) :]: array for name, array in self.arrays.items() if name.startswith(prefix)
-        }
+        return {name[len(prefix) :]: array for name, array in self.arrays.items() if name.startswith(prefix)}
 
 
 def assert_relative(actual: Any, expected: np.ndarray, tolerance: float, name: str) -> None:

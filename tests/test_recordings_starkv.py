@@ -20,7 +20,9 @@ SCORES = 2e-6
 def prefill_of(call: dict[str, np.ndarray], window: int) -> Prefill:
     """One layer's prefill from a recorded call."""
     tensors = {
-        name: torch.from_numpy(call[name])[None] for name in ("key", "value", "query_tail", "hidden") if name in call
+        name: torch.from_numpy(call[name])[None]
+        for name in ("key", "value", "query_tail", "hidden")
+        if name in call
     }
     length = call["key"].shape[2]
     rows = official_rows(length, [(int(a), int(b)) for a, b in call["spans"]], window)

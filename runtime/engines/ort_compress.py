@@ -20,9 +20,12 @@ from starkv.methods.star_kv_plan import StarKVProgress, skipped_call
 from starkv.methods.star_kv_request import StarKVRequest, request_star_kv
 from starkv.runtime.kv import baselines
 from starkv.runtime.kv.buffers import Arena, Pool
-from starkv.runtime.kv.policy import FULL, STAR_KV, Compressed, KvPolicy, StarKVMemory
+from starkv.runtime.kv.policy import FULL, RANDOM, STAR_KV, STREAMING_LLM, Compressed, KvPolicy, StarKVMemory
 
 Array = NDArray[Any]
+
+_GRAPHS_OF = {STAR_KV: ("compress",), STREAMING_LLM: ("compact",), RANDOM: ("compact",)}
+"""Graphs of the methods that don't need both of the others."""
 
 
 class OrtCompressor:
@@ -45,9 +48,14 @@ class OrtCompressor:
         return self._sessions[graph]
 
     def most_rows(self, prompt_rows: int, policy: KvPolicy) -> int:
-        """Most rows that any layer can keep of a prompt of so many rows."""
+        """Most rows that any layer can keep of a prompt of so many rows.
+
+        Opens the graphs that the policy needs, so that the first compression takes no longer than the others.
+        """
         if policy.method == FULL or _stays_whole(prompt_rows, policy):
             return prompt_rows
+        for graph in _GRAPHS_OF.get(policy.method, ("compact", "score_window")):
+            self._session(graph)
         if policy.method != STAR_KV:
             return max(baselines.kept_rows_per_layer(policy, self._text.layers, prompt_rows))
         # What the prompt is made of does not change the bound.
@@ -124,7 +132,9 @@ class OrtCompressor:
             },
             ("new_len", "rows", "scores", "stages", "new_mi_ema", "new_pattern_ema", "new_temperature"),
         )
-        length, scores = prompt.length, outputs["scores"][..., :length]
+        length = prompt.length
+        # [L,B,C] with B = 1: the one sequence stands for the one index set per layer.
+        scores = outputs["scores"][..., :length]
         _check_numbers(scores)
         pool.kv.lengths[:, slot] = outputs["new_len"][:, 0]
         after = StarKVMemory(
@@ -142,18 +152,20 @@ class OrtCompressor:
         memory: StarKVMemory | None,
     ) -> Compressed:
         def score_window(window: int) -> NDArray[np.float32]:
-            feeds = {
+            feeds: dict[str, Array] = {
                 "k": arena.kv.keys,
                 "q_window": np.ascontiguousarray(arena.q_window[..., -window:, :]),
                 "kv_len": arena.kv.lengths,
             }
-            scores: NDArray[np.float32] = self._run("score_window", None, feeds, ("group_scores",))["group_scores"]
+            scores: NDArray[np.float32] = self._run("score_window", None, feeds, ("group_scores",))[
+                "group_scores"
+            ]
             return scores[:, 0, :, : prompt.length]
 
         choice = baselines.choose(policy, prompt, arena, score_window)
         _check_room(max(choice.keep), pool)
         _check_numbers(choice.scores)
-        feeds = {
+        feeds: dict[str, Array] = {
             "k": arena.kv.keys,
             "v": arena.kv.values,
             "row_meta": arena.kv.row_meta,
@@ -182,9 +194,7 @@ class OrtCompressor:
             for name, array in buffers.items():
                 binding.bind_output(f"new_{name}", "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         session.run_with_iobinding(binding)
-        return {
-            name: value.numpy() for name, value in zip(wanted, binding.get_outputs(), strict=False)
-        }
+        return {name: value.numpy() for name, value in zip(wanted, binding.get_outputs(), strict=False)}
 
 
 def _stays_whole(prompt_rows: int, policy: KvPolicy) -> bool:

@@ -80,9 +80,14 @@ class ChatTokenizer:
         Raises:
             EngineError: the vocabulary doesn't have it.
         """
-        found: int | None = self._tokenizer.token_to_id(token)
+        found = self.find_token(token)
         if found is None:
             raise EngineError(f"the tokenizer has no token {token!r}; its checkpoint is of another family")
+        return found
+
+    def find_token(self, token: str) -> int | None:
+        """Id of one token of the vocabulary, or None if the vocabulary doesn't have it."""
+        found: int | None = self._tokenizer.token_to_id(token)
         return found
 
     def stream(self, skip_special_tokens: bool = True) -> "StreamDecoder":

@@ -8,17 +8,23 @@ from typing import Annotated
 import typer
 
 from starkv.cli.console import note
+from starkv.cli.kv import KvBudget, KvCapacity, KvMethod, KvMode, kept_rows, kv_policy
 from starkv.cli.options import Engine, Json, NoVerify, Threads
 
 
 def run(
     engine: Engine,
-    image: Annotated[Path, typer.Option(help="Screenshot.")],
+    image: Annotated[
+        list[Path], typer.Option(help="Screenshot; may be repeated, oldest first. Clicks are on the last.")
+    ],
     prompt: Annotated[str, typer.Option(help='Instruction, such as "Click the red star."')],
     draw: Annotated[
         Path | None, typer.Option(help="Write a PNG with the action drawn on the screenshot.")
     ] = None,
-    kv_method: Annotated[str, typer.Option(help="KV compression method; `full` keeps everything.")] = "full",
+    kv_method: KvMethod = None,
+    kv_budget: KvBudget = None,
+    kv_capacity: KvCapacity = None,
+    kv_mode: KvMode = "native",
     max_new_tokens: Annotated[int, typer.Option(help="Longest reply.", min=1)] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus of the sampling.")] = 1.0,
@@ -32,7 +38,8 @@ def run(
 ) -> None:
     """Ask an engine what to do on a screenshot.
 
-    Example: [bold]starkv run --engine gui-tiny --image examples/screen.png --prompt "Click the red star."[/]
+    Example: [bold]starkv run --engine gui-tiny --image examples/screen.png --prompt "Click the red star."
+    --kv-budget 0.4[/]
     """
     from starkv.cli.engines import find_engine
     from starkv.runtime.agent import Agent
@@ -43,14 +50,16 @@ def run(
     if draw:
         check_place(draw)
     parameters = SamplingParameters(max_new_tokens, temperature, top_p, seed, tuple(stop or ()))
-    screenshot = load_image(image)
+    policy = kv_policy(kv_method, kv_budget, kv_capacity, kv_mode)
+    *earlier, screenshot = [load_image(path) for path in image]
     agent = Agent.load(find_engine(engine), not no_verify, threads)
     reply = agent.act(
         screenshot,
         prompt,
         parameters,
-        kv_method,
+        policy,
         None if json else lambda piece: print(piece, end="", flush=True),
+        earlier,
     )
     if draw:
         save_png(draw_actions(screenshot, reply.action_json), draw)
@@ -67,8 +76,8 @@ def run(
     note(
         f"{timings.prompt_tokens} prompt tokens ({timings.image_tokens} of the image), "
         f"{timings.generated_tokens} generated; vision {timings.vision_ms:.1f} ms, "
-        f"prefill {timings.prefill_ms:.1f} ms, decode {timings.decode_per_second:.0f} tokens/s; "
-        f"KV {timings.kv_tokens_kept} of {timings.kv_tokens_full} rows"
+        f"prefill {timings.prefill_ms:.1f} ms, compression {timings.compress_ms:.1f} ms, "
+        f"decode {timings.decode_per_second:.0f} tokens/s; {kept_rows(timings)}"
     )
     if draw:
         note(f"drawn to {draw}")

@@ -83,7 +83,7 @@ class PromptRows:
 
     def marked(self, protected: Sequence[int]) -> NDArray[np.int32]:
         """``row_meta`` with these rows marked as not to be evicted."""
-        meta = self.row_meta.copy()
+        meta: NDArray[np.int32] = self.row_meta.copy()
         meta[list(protected), ROW_PROTECTED] = 1
         return meta
 

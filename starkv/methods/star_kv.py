@@ -38,7 +38,9 @@ class StarKVState:
     """``[L, B]`` f32: last entropy temperature."""
 
     @classmethod
-    def initial(cls, layers: int, batch: int, groups: int, device: torch.device | str = "cpu") -> "StarKVState":
+    def initial(
+        cls, layers: int, batch: int, groups: int, device: torch.device | str = "cpu"
+    ) -> "StarKVState":
         """State before the first prompt of a trajectory."""
         zeros = torch.zeros(layers, batch, groups, device=device)
         ones = torch.ones(layers, batch, device=device)
@@ -88,9 +90,7 @@ class StarKVScores:
     """``[L, B, 1, C]`` f32, see :meth:`Prefill.priorities`."""
 
 
-def score(
-    prefill: Prefill, state: StarKVState, config: StarKVConfig
-) -> tuple[StarKVScores, StarKVState]:
+def score(prefill: Prefill, state: StarKVState, config: StarKVConfig) -> tuple[StarKVScores, StarKVState]:
     """Score every row of a prefilled cache.
 
     In official mode a batch shares one state, sequence after sequence, and one temperature, as in the official

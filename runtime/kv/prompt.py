@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the rows of a prompt are: which screenshot they belong to, and which of them an agent can't do without."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from starkv.manifest import Manifest
+from starkv.methods.rows import ROW_FRAME, PromptRows, prompt_rows
+from starkv.runtime.preprocess.tokenizer import ChatTokenizer
+
+ATTENTION_SINKS = 4
+"""First rows, which collect the attention that has nowhere to go (StreamingLLM, arXiv 2309.17453)."""
+_TURN_START = "<|im_start|>"
+_LONGEST_ROLE = 4
+
+
+def describe_prompt(
+    ids: Sequence[int], grids: Sequence[tuple[int, int]], manifest: Manifest, tokenizer: ChatTokenizer
+) -> PromptRows:
+    """Metadata of a prompt's rows.
+
+    Worth keeping whatever their score are, in this order: attention sinks, the users' words (the newest turn
+    first), the system prompt.
+
+    Args:
+        ids: ``[S]`` token ids, one placeholder per image token.
+        grids: rows and columns of the tokens of each screenshot, in order.
+        manifest: tells the placeholder.
+        tokenizer: knows how turns begin.
+    """
+    tokens = np.asarray(ids)
+    placeholders = np.flatnonzero(tokens == manifest.tokens.image_pad)
+    spans, taken = [], 0
+    for rows, columns in grids:
+        first = int(placeholders[taken])
+        spans.append((first, first + rows * columns))
+        taken += rows * columns
+    plain = prompt_rows(len(ids), spans, grids)
+    text_rows = np.flatnonzero(plain.row_meta[:, ROW_FRAME] < 0)
+    order = dict.fromkeys(range(min(ATTENTION_SINKS, len(ids))))
+    turns = _turns(ids, tokenizer)
+    wanted = [turn for turn in reversed(turns) if turn[0] == "user"]
+    wanted += [turn for turn in turns if turn[0] == "system"]
+    for _, start, end in wanted:
+        order |= dict.fromkeys(text_rows[(text_rows >= start) & (text_rows < end)].tolist())
+    return prompt_rows(len(ids), spans, grids, tuple(order))
+
+
+def _turns(ids: Sequence[int], tokenizer: ChatTokenizer) -> list[tuple[str, int, int]]:
+    """Role, first row and end of each turn; none for templates that don't mark turns."""
+    marker = tokenizer.find_token(_TURN_START)
+    starts = [row for row, token in enumerate(ids) if token == marker]
+    turns = []
+    for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+        # The role ends its line and is a word or two of the vocabulary.
+        head = tokenizer.decode(ids[start + 1 : start + 1 + _LONGEST_ROLE])
+        turns.append((head.split("\n")[0].strip(), start, end))
+    return turns
