@@ -15,8 +15,8 @@ COMPRESS_GRAPHS = {"compress": COMPRESS, "compact": COMPACT, "score_window": SCO
 def write_compress_graphs(directory: Path, text: TextShape) -> None:
     """Write ``compress.onnx``, ``compact.onnx`` and ``score_window.onnx`` for a decoder of this shape.
 
-    Heads and head size are fixed; layers, rows and slots stay open, so that a runtime may call a graph once for all
-    layers or for one at a time.
+    Heads and head size are fixed; layers, rows and slots stay open, so that a runtime may call a graph once
+    for all layers or for one at a time.
     """
     sizes = {"G": text.kv_heads, "H": text.heads, "D": text.head_dim}
     for name, operator in COMPRESS_GRAPHS.items():

@@ -7,7 +7,8 @@ See ``onnx_compress.py`` for the symbols and ``methods/select.py`` for the meani
 _HEADER = '<domain: "ai.starkv", opset_import: ["" : 23]>'
 
 # sets [L,B,N,C] f32, kv_len [L,B] i32, row_meta [L,B,C,4] i32, window [1] i64 -> priorities [L,B,N,C] f32:
-# +inf in the window, the largest finite number where protected, -inf behind the rows and where a score is NaN.
+# +inf in the window, the largest finite number where protected, -inf behind the rows and where a score is
+# NaN.
 PRIORITIES_BODY = f"""
 {_HEADER}
 Priorities (sets, kv_len, row_meta, window) => (priorities)
@@ -89,12 +90,11 @@ LayerRows (temperature, limits) => (competing)
 }}
 """
 
-# k, v [L,B,G,C,D], row_meta [L,B,C,4] i32, priorities [L,B,N,C] f32 without NaN (N is 1 or G), keep [L,B] i64,
-# dst_k, dst_v [L,S,G,E,D], dst_meta [L,S,E,4] i32, slot [B] i32
-# -> new_k, new_v, new_meta, new_len [L,B] i32, rows [L,B,N,K] i64.
-# All rows are gathered before the first is written, so source and destination may be the same memory. Layers that
-# keep fewer than K rows get copies of row 0 behind theirs, which nothing reads. Metadata of layers whose heads keep
-# different rows are unknown: -1.
+# k, v [L,B,G,C,D], row_meta [L,B,C,4] i32, priorities [L,B,N,C] f32 without NaN (N is 1 or G), keep [L,B]
+# i64, dst_k, dst_v [L,S,G,E,D], dst_meta [L,S,E,4] i32, slot [B] i32 -> new_k, new_v, new_meta, new_len [L,B]
+# i32, rows [L,B,N,K] i64. All rows are gathered before the first is written, so source and destination may be
+# the same memory. Layers that keep fewer than K rows get copies of row 0 behind theirs, which nothing reads.
+# Metadata of layers whose heads keep different rows are unknown: -1.
 COMPACT_BODY = f"""
 {_HEADER}
 Compact (k, v, row_meta, priorities, keep, dst_k, dst_v, dst_meta, slot)

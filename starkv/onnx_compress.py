@@ -9,9 +9,10 @@
     Compact        selection and compaction, in place or out of place
     Compress       ScoreStarKV + LayerRows + Compact: a prompt's whole compression in one call
 
-Their meaning is that of ``starkv/methods``, where each stage is documented; the tests compare the two on every
-recording. Symbols: L layers, B sequences, G KV heads, H query heads, C rows of capacity, W window, D head dim,
-N index sets per layer, K most kept rows, S slots, E rows of capacity of the destination, V length of a pattern.
+Their meaning is that of ``starkv/methods``, where each stage is documented; the tests compare the two on
+every recording. Symbols: L layers, B sequences, G KV heads, H query heads, C rows of capacity, W window, D
+head dim, N index sets per layer, K most kept rows, S slots, E rows of capacity of the destination, V length
+of a pattern.
 """
 
 import onnx
@@ -29,9 +30,9 @@ SCORE_WINDOW, COMPACT, COMPRESS = "ScoreWindow", "Compact", "Compress"
 # frame [5] i32 (rows.Frame), parameters [P] f32 (star_kv_plan.StarKVPlan), limits [3] i64 (LayerLimits),
 # mi_ema [L,B,G], pattern_ema [L,B,G,V], temperature [L,B],
 # dst_k, dst_v [L,S,G,E,D], dst_meta [L,S,E,4] i32, slot [B] i32: the destination of each sequence
-# -> new_k, new_v, new_meta (the destination with the kept rows in front; may share its memory, which may be that
-#    of the source), new_len [L,B] i32, rows [L,B,1,K] i64 (ascending, -1 behind the last),
-#    scores [L,B,C], stages [L,B,4,C] (attention, boosted, weighted, discounted), and the new state.
+# -> new_k, new_v, new_meta (the destination with the kept rows in front; may share its memory, which may be
+# that    of the source), new_len [L,B] i32, rows [L,B,1,K] i64 (ascending, -1 behind the last),    scores
+# [L,B,C], stages [L,B,4,C] (attention, boosted, weighted, discounted), and the new state.
 _COMPRESS_BODY = """
 <domain: "ai.starkv", opset_import: ["" : 23, "ai.starkv" : 1]>
 Compress (k, v, q_window, hidden_norm, kv_len, row_meta, frame, parameters, limits,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX definitions of STaR-KV's scoring. See ``onnx_compress.py`` for the symbols and ``methods/star_kv.py`` for the
-meaning of every stage."""
+"""ONNX definitions of STaR-KV's scoring. See ``onnx_compress.py`` for the symbols and ``methods/star_kv.py``
+for the meaning of every stage."""
 
 from dataclasses import fields
 
@@ -29,14 +29,15 @@ _POOL = {
     spread = ReduceMean <keepdims = 0> (by_group, axis_2)
 """,
 }
-"""Averaging commutes with the mean over a group's heads, so it runs on the few groups instead of the many heads."""
+"""Averaging commutes with the mean over a group's heads, so it runs on the few groups instead of the many
+heads."""
 _PARAMETERS = ", ".join(f"p_{field.name}" for field in fields(StarKVPlan))
 
-# k [B,G,C,D], q [B,G,R,D] (R = H / G * W: queries of a group, head after head), window [1] i64, kv_len [B] i32
-# -> pooled [B,G,C]: attention mass of the window, pooled along the rows,
-# mean over the heads of each group. Only the last columns hold rows that some query doesn't see. They are worked out
-# once more, masked and written over the others: a mask over all scores would cost as much as their softmax, and with a
-# single reader the scores are overwritten in place.
+# k [B,G,C,D], q [B,G,R,D] (R = H / G * W: queries of a group, head after head), window [1] i64, kv_len [B]
+# i32 -> pooled [B,G,C]: attention mass of the window, pooled along the rows, mean over the heads of each
+# group. Only the last columns hold rows that some query doesn't see. They are worked out once more, masked
+# and written over the others: a mask over all scores would cost as much as their softmax, and with a single
+# reader the scores are overwritten in place.
 _WINDOW_SCORES_BODY = """
 {header}
 WindowScores (k, q, window_1d, kv_len) => (pooled)
@@ -102,7 +103,8 @@ WindowScores (k, q, window_1d, kv_len) => (pooled)
 # One layer of ScoreStarKV: the same without the dimension L, and row_frame [B,C] i32 instead of row_meta.
 _LAYER_BODY = """
 {header}
-LayerStarKV (k, q, window, hidden_norm, kv_len, row_frame, frame, parameters, mi_ema, pattern_ema, temperature)
+LayerStarKV (k, q, window, hidden_norm, kv_len, row_frame, frame, parameters, mi_ema, pattern_ema,
+temperature)
     => (scores, stages, new_mi_ema, new_pattern_ema, new_temperature)
 {{
     {parameters} = Split <axis = 0, num_outputs = {count}> (parameters)

@@ -83,11 +83,13 @@ class Engine(Protocol):
         ...
 
     def new_pool(self, slots: int, rows: int, method: str = FULL) -> Pool:
-        """Memory to decode ``slots`` sequences of up to ``rows`` rows in, as the method ``method`` keeps them."""
+        """Memory to decode ``slots`` sequences of up to ``rows`` rows in, as the method ``method`` keeps
+        them."""
         ...
 
     def most_kept_rows(self, prompt_rows: int, policy: KvPolicy) -> int:
-        """Most rows that any layer can hold after :meth:`compress`: what a slot needs before the first token."""
+        """Most rows that any layer can hold after :meth:`compress`: what a slot needs before the first
+        token."""
         ...
 
     def prefill(self, arena: Arena, embeds: Floats, rope: Rope) -> Floats:
@@ -121,7 +123,8 @@ class Engine(Protocol):
             memory: what STaR-KV remembers of the trajectory's earlier prompts.
 
         Raises:
-            UsageError: the method is none of ``info.kv_methods``, the slot is too small, or the budget too small
+            UsageError: the method is none of ``info.kv_methods``, the slot is too small, or the budget too
+            small
                 for the method.
             EngineError: the model's keys or queries are not numbers.
         """

@@ -72,10 +72,9 @@ class OrtCompressor:
         memory: StarKVMemory | None,
     ) -> Compressed:
         """See :meth:`Engine.compress`."""
-        if int(arena.kv.lengths.max()) != prompt.length:
-            raise UsageError(
-                f"the arena holds {int(arena.kv.lengths.max())} rows, the prompt {prompt.length}; prefill it whole"
-            )
+        held = int(arena.kv.lengths.max())
+        if held != prompt.length:
+            raise UsageError(f"the arena holds {held} rows, the prompt {prompt.length}; prefill it whole")
         arena.kv.row_meta[:, 0, : prompt.length] = prompt.row_meta
         star_kv = policy.method == STAR_KV
         if star_kv and memory is None:
@@ -198,7 +197,8 @@ class OrtCompressor:
 
 
 def _stays_whole(prompt_rows: int, policy: KvPolicy) -> bool:
-    """Whether there is nothing to choose: the prompt is shorter than its capacity, or as short as a cache can be."""
+    """Whether there is nothing to choose: the prompt is shorter than its capacity, or as short as a cache can
+    be."""
     return policy.budget.spares(prompt_rows) or prompt_rows <= LEAST_ROWS
 
 

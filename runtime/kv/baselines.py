@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Baselines in the engine: which rows they keep, in numpy, from what the decoder puts out anyway.
 
-These are the variants with one index set per KV head, so that a cache keeps its size; the forms of the papers,
-one index set per attention head, run in the PyTorch reference (``starkv/methods``), which the tests compare.
+These are the variants with one index set per KV head, so that a cache keeps its size; the forms of the
+papers, one index set per attention head, run in the PyTorch reference (``starkv/methods``), which the tests
+compare.
 """
 
 from collections.abc import Callable
@@ -56,7 +57,8 @@ def choose(
         policy: method, budget and seed.
         prompt: what the rows are.
         arena: the prefilled prompt.
-        score_window: pooled attention ``[L, G, S]`` of the last so many queries, mean over each KV head's queries.
+        score_window: pooled attention ``[L, G, S]`` of the last so many queries, mean over each KV head's
+            queries.
     """
     layers, length = len(arena.kv.keys), prompt.length
     keep = kept_rows_per_layer(policy, layers, length)
@@ -104,7 +106,8 @@ def _gui_kv(scores: Floats, prompt: PromptRows, arena: Arena, window: int, kept:
 
 
 def priorities(choice: Choice, capacity: int) -> Floats:
-    """Scores as the operator ``Compact`` takes them: ``[L, 1, N, C]``, +inf in the window, −inf behind the rows."""
+    """Scores as the operator ``Compact`` takes them: ``[L, 1, N, C]``, +inf in the window, −inf behind the
+    rows."""
     layers, sets, length = choice.scores.shape
     ranked = np.full((layers, 1, sets, capacity), -np.inf, np.float32)
     ranked[:, 0, :, :length] = choice.scores

@@ -60,12 +60,12 @@ class Compressed:
     """Outcome of a compression."""
 
     rows: NDArray[np.int64]
-    """``[L, N, K]``: row that each kept row had in the prompt, ascending, −1 behind the last. N is 1, or the number
-    of heads where each kept rows of its own."""
+    """``[L, N, K]``: row that each kept row had in the prompt, ascending, −1 behind the last. N is 1, or the
+    number of heads where each kept rows of its own."""
     scores: NDArray[np.float32] | None = None
     """``[L, N, S]`` for the prompt's S rows: final scores, where the method has any."""
     stages: NDArray[np.float32] | None = None
-    """``[L, 4, S]``: STaR-KV's score after each stage: window attention, hidden-norm boost, spatial prior, temporal
-    discount; all as means over heads."""
+    """``[L, 4, S]``: STaR-KV's score after each stage: window attention, hidden-norm boost, spatial prior,
+    temporal discount; all as means over heads."""
     memory: StarKVMemory | None = None
     """What to hand to the trajectory's next compression."""

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the rows of a prompt are: which screenshot they belong to, and which of them an agent can't do without."""
+"""What the rows of a prompt are: which screenshot they belong to, and which of them an agent can't do
+without."""
 
 from collections.abc import Sequence
 

@@ -37,8 +37,8 @@ class Budget:
     def spares(self, prompt_rows: int) -> bool:
         """Whether a prompt stays as it is because it is shorter than the capacity.
 
-        A prompt of a whole budget (1.0) is compressed all the same, to all of its rows: so it counts in what the
-        method remembers of a trajectory, as in the official code.
+        A prompt of a whole budget (1.0) is compressed all the same, to all of its rows: so it counts in what
+        the method remembers of a trajectory, as in the official code.
         """
         return self.ratio == 1.0 and self.capacity is not None and prompt_rows < self.capacity
 
@@ -52,7 +52,8 @@ class Budget:
 
 
 def window_rows(wanted: int, kept_rows: int) -> int:
-    """Observation window that leaves at least two kept rows to compete for: ``max(1, min(wanted, kept − 2))``.
+    """Observation window that leaves at least two kept rows to compete for: ``max(1, min(wanted, kept −
+    2))``.
 
     The window's rows are always kept and lie inside the budget (spec star-kv.md §2).
     """
@@ -64,8 +65,8 @@ def pyramid_rows(
 ) -> tuple[int, ...]:
     """Rows that each layer keeps under PyramidKV, its window included (spec baselines.md, PyramidKV).
 
-    First layers keep the most. As in the official code the sum is not ``layers * kept_rows``: the step between
-    layers is rounded down, so the pyramid is larger than its budget.
+    First layers keep the most. As in the official code the sum is not ``layers * kept_rows``: the step
+    between layers is rounded down, so the pyramid is larger than its budget.
     """
     past, competing = prompt_rows - window, kept_rows - window
     if prompt_rows < kept_rows:

@@ -2,11 +2,12 @@
 """What mutual information pure chance shows on a screenshot's grid. Host arithmetic, needs numpy alone.
 
 The estimator of STaR-KV ranks a screenshot's scores into 16 equally full bins and counts them against 12 x 12
-cells of the screen. Even a random order then shows mutual information, all the more the smaller the screenshot:
-0.47 nats at 1080p, and at 144 tokens or fewer, each in a cell of its own, the most there can be. Since the
-counts of both axes are fixed (equal bins here, the grid there), the expectation over random orders is a number
-that depends on the grid alone. Subtracting it and dividing by what is left to reach gives the *adjusted* mutual
-information (Vinh, Epps and Bailey, JMLR 11, 2010): 0 for chance, 1 for the most there can be.
+cells of the screen. Even a random order then shows mutual information, all the more the smaller the
+screenshot: 0.47 nats at 1080p, and at 144 tokens or fewer, each in a cell of its own, the most there can be.
+Since the counts of both axes are fixed (equal bins here, the grid there), the expectation over random orders
+is a number that depends on the grid alone. Subtracting it and dividing by what is left to reach gives the
+*adjusted* mutual information (Vinh, Epps and Bailey, JMLR 11, 2010): 0 for chance, 1 for the most there can
+be.
 """
 
 from functools import lru_cache

@@ -19,8 +19,8 @@ from starkv.methods.rows import ROW_FRAME, ROW_PROTECTED, Frame, PromptRows
 class Prefill:
     """The cache of B prefilled sequences and their last queries.
 
-    Layers and sequences are leading dimensions everywhere: an engine may hand over all layers or one at a time
-    (L = 1), with the same result.
+    Layers and sequences are leading dimensions everywhere: an engine may hand over all layers or one at a
+    time (L = 1), with the same result.
     """
 
     keys: Tensor
@@ -157,8 +157,8 @@ class Prefill:
             scores: ``[L, B, N, C]`` for N index sets per layer.
 
         Returns:
-            ``[L, B, N, C]`` f32: +inf in the window, the largest finite number where protected, −inf where there
-            is no row and where a score is not a number.
+            ``[L, B, N, C]`` f32: +inf in the window, the largest finite number where protected, −inf where
+            there is no row and where a score is not a number.
         """
         finite = torch.nan_to_num(scores.float(), nan=-torch.inf)
         # A row that competes never beats one that may not be evicted, whatever its score.

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is known of each cached row beside its key and value, and where the newest screenshot lies.
 
-Row and token are different things once a cache is compacted, and every layer keeps other rows, so this travels
-with the rows as one int32 tensor ``row_meta [L, B, C, 4]`` that is gathered like a key of four numbers.
+Row and token are different things once a cache is compacted, and every layer keeps other rows, so this
+travels with the rows as one int32 tensor ``row_meta [L, B, C, 4]`` that is gathered like a key of four
+numbers.
 """
 
 from collections.abc import Sequence
@@ -14,8 +15,8 @@ from numpy.typing import NDArray
 from starkv.errors import UsageError
 
 ROW_FRAME, ROW_CELL, ROW_PROTECTED, ROW_TOKEN = range(4)
-"""Columns of ``row_meta``: screenshot (−1 for text), cell in its grid in reading order (−1 for text), 1 where the
-row may not be evicted, index of the token in the uncompressed sequence."""
+"""Columns of ``row_meta``: screenshot (−1 for text), cell in its grid in reading order (−1 for text), 1 where
+the row may not be evicted, index of the token in the uncompressed sequence."""
 ROW_COLUMNS = 4
 TEXT_FRAME = -1
 

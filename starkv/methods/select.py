@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Selection and compaction, the same for every method: which rows stay, and moving them together.
 
-Selection is deterministic: the higher priority first, of equal ones the lower row, kept rows in ascending order.
+Selection is deterministic: the higher priority first, of equal ones the lower row, kept rows in ascending
+order.
 """
 
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ class Kept:
     """A compacted cache."""
 
     keys: Tensor
-    """``[L, B, M, K, D]`` for K the most rows of any layer; rows from ``kv_len`` on are zero. M is G, or H where
-    every query head kept rows of its own (which needs H / G times the bytes)."""
+    """``[L, B, M, K, D]`` for K the most rows of any layer; rows from ``kv_len`` on are zero. M is G, or H
+    where every query head kept rows of its own (which needs H / G times the bytes)."""
     values: Tensor
     row_meta: Tensor | None
     """``[L, B, K, 4]`` int32, or None where the heads of a layer kept different rows."""

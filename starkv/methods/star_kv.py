@@ -2,7 +2,8 @@
 """STaR-KV (arXiv 2606.01790): keep the visual tokens that matter. The PyTorch reference.
 
 ``score`` and ``compress`` are pure: a trajectory's state goes in and comes out. The stages lie in
-``star_kv_stages.py`` and ``window.py``; the numbers that depend on counters alone come from ``star_kv_plan.py``.
+``star_kv_stages.py`` and ``window.py``; the numbers that depend on counters alone come from
+``star_kv_plan.py``.
 """
 
 from dataclasses import dataclass, replace
@@ -93,8 +94,8 @@ class StarKVScores:
 def score(prefill: Prefill, state: StarKVState, config: StarKVConfig) -> tuple[StarKVScores, StarKVState]:
     """Score every row of a prefilled cache.
 
-    In official mode a batch shares one state, sequence after sequence, and one temperature, as in the official
-    code; its state has B = 1. In native mode every sequence has its own.
+    In official mode a batch shares one state, sequence after sequence, and one temperature, as in the
+    official code; its state has B = 1. In native mode every sequence has its own.
 
     Returns:
         the scores and the state after this prompt.

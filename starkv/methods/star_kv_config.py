@@ -54,12 +54,12 @@ class StarKVConfig:
     entropy_smooth: float = 0.0
 
     grid: Literal["true", "square"] = "true"
-    """``square``: the official code takes every screenshot for a square, so rows of its 39 x 69 tokens slide by
-    17 columns. ``true``: the grid that the image processor made."""
+    """``square``: the official code takes every screenshot for a square, so rows of its 39 x 69 tokens slide
+    by 17 columns. ``true``: the grid that the image processor made."""
     mi_estimator: Literal["adjusted", "plug_in"] = "adjusted"
     """``plug_in`` is biased (0.47 nats of pure noise at 1080p) and saturates up to 144 tokens; then min-max
-    stretching blows any difference up to a factor e^(1/tau). ``adjusted``: 0 for chance, 1 for the most there can be,
-    not stretched, so noise weighs all groups alike."""
+    stretching blows any difference up to a factor e^(1/tau). ``adjusted``: 0 for chance, 1 for the most there
+    can be, not stretched, so noise weighs all groups alike."""
     skip_idle_mi: bool = True
     """Don't work information out where it can't count: a weight of zero, or a screenshot so small that chance
     alone reaches all the information there can be."""
@@ -69,13 +69,13 @@ class StarKVConfig:
     was seen before; nothing seen, nothing discounted."""
     entropy_acts_on: Literal["layer_budget", "temperature"] = "layer_budget"
     """``temperature``: scores are raised to 1/T at the very end, which changes no order and no kept set.
-    ``layer_budget``: layers whose scores are spread out get rows from those whose scores are concentrated, the
-    total staying the same."""
+    ``layer_budget``: layers whose scores are spread out get rows from those whose scores are concentrated,
+    the total staying the same."""
     protect_rows: bool = True
     """Keep attention sinks, instruction and system prompt, within half of the budget."""
     score_dtype: Literal["float32", "model"] = "float32"
-    """``model`` rounds every stage to the cache's dtype, as the official code does: in bf16 hundreds of tokens
-    tie at the cut."""
+    """``model`` rounds every stage to the cache's dtype, as the official code does: in bf16 hundreds of
+    tokens tie at the cut."""
 
     def __post_init__(self) -> None:
         if self.window < 1:
@@ -124,15 +124,16 @@ class StarKVConfig:
 
     @property
     def is_official(self) -> bool:
-        """Whether a batch shares one state, as in the official code, and spans are clamped instead of refused."""
+        """Whether a batch shares one state, as in the official code, and spans are clamped instead of
+        refused."""
         return self.grid == "square"
 
 
 def official_flags(flags: Mapping[str, Any], pooling: str = "avgpool", kernel: int = 5) -> StarKVConfig:
     """Official mode from the flags of the official command line, with its way of reading zeros.
 
-    There ``lambda`` 0 means 0.5, ``decay`` 0 means 0.9, ``tau`` 0 means 1, ``ramp`` 0 means the profile steps, and a
-    temperature of 0 means 1 (spec star-kv.md §4, "falsy" quirks).
+    There ``lambda`` 0 means 0.5, ``decay`` 0 means 0.9, ``tau`` 0 means 1, ``ramp`` 0 means the profile
+    steps, and a temperature of 0 means 1 (spec star-kv.md §4, "falsy" quirks).
 
     Args:
         flags: names as in the official parsers, such as ``kv_group_soft_prior_lambda`` and ``alpha``.

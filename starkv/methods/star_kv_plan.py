@@ -138,8 +138,9 @@ def plan_step(
         config: hyper-parameters.
         progress: counters before the call.
         frame: the newest screenshot.
-        count_temporal_step: False for every sequence of a batch but the first, in official mode: there a batch
-            shares one state and advances the temporal step once, but the profile step for every sequence.
+        count_temporal_step: False for every sequence of a batch but the first, in official mode: there a
+            batch shares one state and advances the temporal step once, but the profile step for every
+            sequence.
     """
     if count_temporal_step:
         progress = skipped_call(config, progress)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stages of STaR-KV's scoring (arXiv 2606.01790), each a pure function (spec star-kv.md §1-6).
 
-All are vectorised over layers and sequences, loop over nothing and never wait for the device. Symbols: L layers,
-B sequences, H query heads in G groups (one KV head each), C rows, N tokens of the newest screenshot.
+All are vectorised over layers and sequences, loop over nothing and never wait for the device. Symbols: L
+layers, B sequences, H query heads in G groups (one KV head each), C rows, N tokens of the newest screenshot.
 """
 
 import torch
@@ -37,8 +37,8 @@ def frame_values(per_row: Tensor, start: Tensor, cells: int) -> Tensor:
 def spatial_information(values: Tensor, grid_rows: int, grid_columns: int) -> Tensor:
     """Mutual information between where a token lies on the screen and how its score ranks (step 8, §4.2).
 
-    The score's rank falls into 16 equally full bins, the place into 12 x 12 cells; plug-in estimate in float64.
-    Equal scores rank by row. A screenshot without any score, or of one token, shows none.
+    The score's rank falls into 16 equally full bins, the place into 12 x 12 cells; plug-in estimate in
+    float64. Equal scores rank by row. A screenshot without any score, or of one token, shows none.
 
     Args:
         values: ``[..., N]`` scores of the screenshot's tokens in reading order.
@@ -105,7 +105,8 @@ def attention_pattern(values: Tensor) -> Tensor:
 
 
 def pattern_stability(pattern: Tensor, reference: Tensor) -> Tensor:
-    """Cosine between a group's pattern and a reference, clipped to [0, 1]: ``[L, B, G, N]`` twice → ``[L, B, G]``."""
+    """Cosine between a group's pattern and a reference, clipped to [0, 1]: ``[L, B, G, N]`` twice → ``[L, B,
+    G]``."""
     cosine = torch.cosine_similarity(pattern, reference, dim=-1, eps=1e-8)
     return cosine.clamp(0.0, 1.0)
 
@@ -119,8 +120,9 @@ def frame_distance(row_frame: Tensor, is_past: Tensor, frame: Frame) -> Tensor:
 def temporal_discount(distance: Tensor, stability: Tensor, delta: float, eps: float, floor: float) -> Tensor:
     """Discount of rows of older screenshots, the deeper the more stable their group's attention is (§6).
 
-    ``floor + (1 − floor) · exp(−delta · distance · (eps + (1 − eps) · stability))``: entries of subspaces that keep
-    looking at the same places are redundant ("suppresses redundant entries from persistently attended subspaces").
+    ``floor + (1 − floor) · exp(−delta · distance · (eps + (1 − eps) · stability))``: entries of subspaces
+    that keep looking at the same places are redundant ("suppresses redundant entries from persistently
+    attended subspaces").
 
     Args:
         distance: ``[L, B, C]``.
@@ -167,9 +169,9 @@ def sharpen(scores: Tensor, temperature: Tensor) -> Tensor:
 def layer_rows(temperature: Tensor, mean: int, floor: int, ceiling: int) -> Tensor:
     """Competing rows that each layer keeps when entropy moves rows between layers, ``L · mean`` in total.
 
-    A layer's share is in proportion to its temperature. Where a layer would get less than ``floor`` or more than
-    ``ceiling``, all shares are drawn towards the mean until none does. Rounding is cumulative (layer i gets what
-    the running total grows by, rounded), so the sum is exact and no share is off by a whole row.
+    A layer's share is in proportion to its temperature. Where a layer would get less than ``floor`` or more
+    than ``ceiling``, all shares are drawn towards the mean until none does. Rounding is cumulative (layer i
+    gets what the running total grows by, rounded), so the sum is exact and no share is off by a whole row.
 
     Args:
         temperature: ``[L, B]``, positive.
