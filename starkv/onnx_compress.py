@@ -39,13 +39,13 @@ Compress (k, v, q_window, hidden_norm, kv_len, row_meta, frame, parameters, limi
           mi_ema, pattern_ema, temperature, dst_k, dst_v, dst_meta, slot)
     => (new_k, new_v, new_meta, new_len, rows, scores, stages, new_mi_ema, new_pattern_ema, new_temperature)
 {
-    scores, stages, new_mi_ema, new_pattern_ema, new_temperature = ai.starkv.ScoreStarKV
+    scores, stages, needed, new_mi_ema, new_pattern_ema, new_temperature = ai.starkv.ScoreStarKV
         (k, q_window, hidden_norm, kv_len, row_meta, frame, parameters, mi_ema, pattern_ema, temperature)
     window = Shape <start = 3, end = 4> (q_window)
     axis_2 = Constant <value_ints = [2]> ()
     sets = Unsqueeze (scores, axis_2)
     priorities = ai.starkv.Priorities (sets, kv_len, row_meta, window)
-    competing = ai.starkv.LayerRows (new_temperature, limits)
+    competing = ai.starkv.LayerRows (needed, limits)
     keep = Add (competing, window)
     new_k, new_v, new_meta, new_len, rows = ai.starkv.Compact
         (k, v, row_meta, priorities, keep, dst_k, dst_v, dst_meta, slot)

@@ -105,7 +105,7 @@ _LAYER_BODY = """
 {header}
 LayerStarKV (k, q, window, hidden_norm, kv_len, row_frame, frame, parameters, mi_ema, pattern_ema,
 temperature)
-    => (scores, stages, new_mi_ema, new_pattern_ema, new_temperature)
+    => (scores, stages, needed, new_mi_ema, new_pattern_ema, new_temperature)
 {{
     {parameters} = Split <axis = 0, num_outputs = {count}> (parameters)
     frame_i64 = Cast <to = 7> (frame)
@@ -181,6 +181,9 @@ temperature)
     log_eps = Add (log_f64, tiny_f64)
     largest_entropy = Cast <to = 1> (log_eps)
     normalized = Div (entropy, largest_entropy)
+    log_past = Cast <to = 1> (log_f64)
+    spread_entropy = Mul (normalized, log_past)
+    needed = Exp (spread_entropy)
     range = Sub (p_entropy_max, p_entropy_min)
     above_least = Mul (range, normalized)
     fresh = Add (p_entropy_min, above_least)
@@ -393,11 +396,12 @@ SpatialInformation (positive, cells, rows, columns) => (information)
 
 # k [L,B,G,C,D], q_window [L,B,H,W,D], hidden_norm [L,B,C], kv_len [L,B], row_meta [L,B,C,4], frame [5],
 # parameters [P], mi_ema [L,B,G], pattern_ema [L,B,G,V], temperature [L,B]
-# -> scores [L,B,C], stages [L,B,4,C], and the new state.
+# -> scores [L,B,C], stages [L,B,4,C], needed [L,B] (rows that a layer's scores are spread over), the new
+# state.
 _SCORE_BODY = """
 {header}
 ScoreStarKV (k, q_window, hidden_norm, kv_len, row_meta, frame, parameters, mi_ema, pattern_ema, temperature)
-    => (scores, stages, new_mi_ema, new_pattern_ema, new_temperature)
+    => (scores, stages, needed, new_mi_ema, new_pattern_ema, new_temperature)
 {{
     outer = Shape <start = 0, end = 3> (k)
     infer = Constant <value_ints = [-1]> ()
@@ -407,13 +411,15 @@ ScoreStarKV (k, q_window, hidden_norm, kv_len, row_meta, frame, parameters, mi_e
     grouped = Reshape (q_window, grouped_shape)
     frame_column = Constant <value_int = 0> ()
     row_frame = Gather <axis = 3> (row_meta, frame_column)
-    scores, stages, new_mi_ema, new_pattern_ema, new_temperature = Scan <num_scan_inputs = 8, body = layer
+    scores, stages, needed, new_mi_ema, new_pattern_ema, new_temperature = Scan <num_scan_inputs = 8, body =
+    layer
         (float[B,G,C,D] k_l, float[B,G,R,D] q_l, float[B,C] norm_l, int32[B] len_l, int32[B,C] frame_l,
          float[B,G] mi_l, float[B,G,V] pattern_l, float[B] temperature_l)
-        => (float[B,C] scores_l, float[B,4,C] stages_l, float[B,G] new_mi_l, float[B,G,V] new_pattern_l,
+        => (float[B,C] scores_l, float[B,4,C] stages_l, float[B] needed_l, float[B,G] new_mi_l, float[B,G,V]
+        new_pattern_l,
             float[B] new_temperature_l)
         {{
-            scores_l, stages_l, new_mi_l, new_pattern_l, new_temperature_l = ai.starkv.LayerStarKV
+            scores_l, stages_l, needed_l, new_mi_l, new_pattern_l, new_temperature_l = ai.starkv.LayerStarKV
                 (k_l, q_l, window, norm_l, len_l, frame_l, frame, parameters, mi_l, pattern_l, temperature_l)
         }}
     > (k, grouped, hidden_norm, kv_len, row_frame, mi_ema, pattern_ema, temperature)

@@ -74,11 +74,9 @@ class PromptRows:
         return Frame(index, self.length - start, end - start, *self.grids[index], len(competing))
 
     def protected(self, kept_rows: int, window: int) -> tuple[int, ...]:
-        """Rows that may not be evicted: as many of ``protect_order`` as fit into half of the kept rows.
-
-        Rows of the window are kept anyway and use up nothing, but one row at least always has to compete.
-        """
-        most = max(0, min(kept_rows // 2, kept_rows - window - 1))
+        """Rows that may not be evicted: as many of ``protect_order`` as half of the kept rows beside the
+        window can hold. Rows of the window are kept anyway and use up none of them."""
+        most = max(0, (kept_rows - window) // 2)
         past = self.length - window
         return tuple(row for row in self.protect_order if row < past)[:most]
 

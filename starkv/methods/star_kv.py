@@ -277,7 +277,8 @@ def compress(
 
 def keep_best(prefill: Prefill, scores: StarKVScores, limits: LayerLimits) -> Kept:
     """Give every layer its budget and keep the best rows."""
-    competing = stages.layer_rows(scores.temperature, limits.mean, limits.floor, limits.ceiling)
+    needed = stages.effective_rows(scores.entropy, prefill.past)
+    competing = stages.layer_rows(needed, limits.mean, limits.floor, limits.ceiling)
     keep = prefill.window + competing
     chosen = select_rows(scores.priorities, keep, prefill.window + limits.ceiling)
     return compact(prefill, chosen, keep)

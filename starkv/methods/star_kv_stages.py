@@ -166,15 +166,26 @@ def sharpen(scores: Tensor, temperature: Tensor) -> Tensor:
     return scores.clamp(min=0).pow(1.0 / temperature[..., None].to(scores.dtype))
 
 
-def layer_rows(temperature: Tensor, mean: int, floor: int, ceiling: int) -> Tensor:
-    """Competing rows that each layer keeps when entropy moves rows between layers, ``L · mean`` in total.
-
-    A layer's share is in proportion to its temperature. Where a layer would get less than ``floor`` or more
-    than ``ceiling``, all shares are drawn towards the mean until none does. Rounding is cumulative (layer i
-    gets what the running total grows by, rounded), so the sum is exact and no share is off by a whole row.
+def effective_rows(normalized: Tensor, past: Tensor) -> Tensor:
+    """How many rows a layer's scores are spread over: the exponential of their entropy, 1 … past.
 
     Args:
-        temperature: ``[L, B]``, positive.
+        normalized: ``[L, B]``, entropy divided by that of equal scores.
+        past: ``[L, B]`` rows that compete.
+    """
+    return torch.exp(normalized * past.clamp(min=1).double().log().float())
+
+
+def layer_rows(needed: Tensor, mean: int, floor: int, ceiling: int) -> Tensor:
+    """Competing rows that each layer keeps when entropy moves rows between layers, ``L · mean`` in total.
+
+    Every layer gets ``clip(f · needed, floor, ceiling)`` for the one factor f that makes the total right. The
+    total is piecewise linear in f with its knees where a layer meets a limit, so f lies on the line between
+    two neighbouring knees. Rounding is cumulative (layer i gets what the running total grows by, rounded):
+    the sum is exact, and no share is off by a whole row.
+
+    Args:
+        needed: ``[L, B]``, positive: what shares are in proportion to.
         mean: rows of a layer on average, its window not counted.
         floor: fewest rows of a layer.
         ceiling: most rows of a layer; equal to ``mean`` where nothing is to move.
@@ -182,10 +193,16 @@ def layer_rows(temperature: Tensor, mean: int, floor: int, ceiling: int) -> Tens
     Returns:
         ``[L, B]`` int64.
     """
-    weights = temperature.double()
-    relative = weights / weights.mean(0) - 1.0
-    up = (ceiling / mean - 1.0) / relative.amax(0).clamp(min=1e-12)
-    down = (1.0 - floor / mean) / (-relative).amax(0).clamp(min=1e-12)
-    shares = mean * (1.0 + torch.minimum(up, down).clamp(max=1.0) * relative)
+    weights = needed.double()
+    wanted = mean * len(weights)
+    knees = torch.cat([floor / weights, ceiling / weights])
+    totals = (knees[:, None] * weights).clamp(floor, ceiling).sum(1)
+    below, above = totals <= wanted, totals >= wanted
+    low = torch.where(below, knees, 0.0).amax(0)
+    high = torch.where(above, knees, torch.inf).amin(0)
+    low_total = torch.where(below, totals, 0.0).amax(0)
+    high_total = torch.where(above, totals, torch.inf).amin(0)
+    way = (wanted - low_total) / (high_total - low_total).clamp(min=1e-9)
+    shares = ((low + way * (high - low)) * weights).clamp(floor, ceiling)
     running = (shares.cumsum(0) + 0.5).floor()
     return torch.diff(running, dim=0, prepend=torch.zeros_like(running[:1])).long()
