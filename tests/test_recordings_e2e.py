@@ -21,7 +21,7 @@ from starkv.runtime.preprocess.positions import rope_tables
 
 LOGITS, CACHE = 1e-4, 1e-5
 SCORES = 1e-4
-"""Relative. Unlike in the other recordings, queries and keys are worked out here and differ in their last bits."""
+"""Relative; wider than for the other recordings, since here queries and keys are worked out as well."""
 
 
 class RecordedModel:
@@ -110,7 +110,7 @@ def test_a_trajectory_is_decoded_as_recorded(path: Path) -> None:
             stored = {key.removeprefix(f"L{layer}_"): array for key, array in call.items()}
             np.testing.assert_array_equal(kept.rows[layer, 0, 0], stored["cache_positions"], err_msg=name)
             for cache, key in ((kept.keys, "k_cache"), (kept.values, "v_cache")):
-                np.testing.assert_allclose(cache[layer, 0], stored[key], rtol=0, atol=CACHE, err_msg=name)
+                np.testing.assert_allclose(cache[layer, 0], stored[key], rtol=CACHE, atol=CACHE, err_msg=name)
             past = scores.final[layer, 0, : length - window]
             assert_relative(past, stored["score_final"], SCORES, name)
             if "state_mi_ema" in stored:

@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -13,16 +14,31 @@ from starkv.errors import UsageError
 from starkv.manifest import TextShape
 from starkv.methods import star_kv
 from starkv.methods.budget import LEAST_ROWS
+from starkv.methods.h2o import H2O
+from starkv.methods.method import KvMethod, keep_best
+from starkv.methods.names import FULL, RANDOM, STAR_KV
+from starkv.methods.oracle import Oracle
 from starkv.methods.prefill import Prefill
+from starkv.methods.registry import FORMS, make_method
 from starkv.methods.rows import ROW_COLUMNS, PromptRows
 from starkv.methods.select import Kept
 from starkv.methods.star_kv import StarKVScores, StarKVState
 from starkv.methods.star_kv_plan import StarKVProgress, skipped_call
 from starkv.methods.star_kv_request import StarKVRequest, request_star_kv
+from starkv.methods.vl_cache import VLCache, with_sparsity
+from starkv.runtime.engines.torch_decoder import attention_sums
 from starkv.runtime.kv.buffers import Arena, KvBuffers
-from starkv.runtime.kv.policy import FULL, STAR_KV, Compressed, KvPolicy, StarKVMemory
+from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
 
-REFERENCE_METHODS = (FULL, STAR_KV)
+PER_HEAD = "_per_head"
+"""Ends the names of forms in which every query head keeps rows of its own, for H / G times the bytes, as in
+the papers' code: ``snapkv_per_head``. A plain name means what it means in every engine."""
+_FORMS = {
+    form.name + (PER_HEAD if form.index_sets == "attention_head" else ""): form
+    for form in FORMS
+    if form.name != Oracle.name
+}
+REFERENCE_METHODS = tuple(_FORMS)
 
 
 @dataclass
@@ -41,18 +57,22 @@ class ReferenceArena(Arena):
 
 def cached_heads(method: str, text: TextShape) -> int:
     """Heads that a method stores rows for."""
-    return text.kv_heads
+    return text.kv_heads * _FORMS[method].bytes_factor(text.heads, text.kv_heads)
 
 
 def most_kept_rows(text: TextShape, prompt_rows: int, policy: KvPolicy) -> int:
     """See :meth:`Engine.most_kept_rows`."""
     if _stays_whole(prompt_rows, policy):
         return prompt_rows
+    # What the prompt is made of does not change the bound.
+    blank = PromptRows(np.zeros((prompt_rows, ROW_COLUMNS), np.int32), (), ())
     if policy.method == STAR_KV:
-        # What the prompt is made of does not change the bound.
-        blank = PromptRows(np.zeros((prompt_rows, ROW_COLUMNS), np.int32), (), ())
         return _request(blank, policy, StarKVProgress()).most_rows
-    return policy.kept_rows(prompt_rows)
+    method, kept = _method_of(policy), policy.kept_rows(prompt_rows)
+    if isinstance(method, VLCache):
+        # How it divides the rows is known only when the attention is.
+        return min(prompt_rows, text.layers * kept)
+    return max(method.keep_rows(text.layers, prompt_rows, kept, method.window_for(blank, kept)))
 
 
 def compress(
@@ -70,9 +90,11 @@ def compress(
     """
     if policy.method == STAR_KV:
         kept, compressed = _star_kv(arena, prompt, policy, memory)
-    else:
-        kept = _all_rows(arena, prompt)
+    elif _stays_whole(prompt.length, policy):
+        kept = _all_rows(arena, prompt, policy.method)
         compressed = Compressed(_rows_of(kept), memory=memory)
+    else:
+        kept, compressed = _baseline(arena, prompt, policy, memory)
     _store(kept, kv, slot, policy.method)
     return compressed
 
@@ -94,7 +116,7 @@ def _star_kv(
     layers, _, groups = arena.kv.keys.shape[:3]
     memory = memory or StarKVMemory.initial(layers, groups)
     if _stays_whole(prompt.length, policy):
-        kept = _all_rows(arena, prompt)
+        kept = _all_rows(arena, prompt, STAR_KV)
         memory = replace(memory, progress=skipped_call(policy.star_kv, memory.progress))
         return kept, Compressed(_rows_of(kept), memory=memory)
     request = _request(prompt, policy, memory.progress)
@@ -103,6 +125,30 @@ def _star_kv(
     kept = star_kv.keep_best(prefill, scores, request.limits)
     compressed = Compressed(_rows_of(kept), scores.final.numpy(), _stages_of(scores), _memory_of(after))
     return kept, compressed
+
+
+def _method_of(policy: KvPolicy) -> KvMethod:
+    form = _FORMS[policy.method]
+    parameters: dict[str, object] = {}
+    if form.index_sets != "layer":
+        parameters["heads"] = "kv" if form.index_sets == "kv_head" else "attention"
+    if form.name == RANDOM:
+        parameters["seed"] = policy.seed
+    return cast(KvMethod, make_method(form.name, **parameters))
+
+
+def _baseline(
+    arena: ReferenceArena, prompt: PromptRows, policy: KvPolicy, memory: StarKVMemory | None
+) -> tuple[Kept, Compressed]:
+    method, kept_rows = _method_of(policy), policy.kept_rows(prompt.length)
+    prefill = _prefill(arena, prompt, method.window_for(prompt, kept_rows))
+    if isinstance(method, H2O):
+        prefill = replace(prefill, attention_sums=attention_sums(prefill.queries, prefill.keys))
+    if isinstance(method, VLCache):
+        prefill = with_sparsity(prefill, method.window)
+    scores = method.score(prefill, kept_rows)
+    kept = keep_best(method, prefill, scores, kept_rows, prompt.length)
+    return kept, Compressed(_rows_of(kept), scores[:, 0].numpy(), memory=memory)
 
 
 def _prefill(arena: ReferenceArena, rows: PromptRows, window: int, protect: Sequence[int] = ()) -> Prefill:
@@ -122,11 +168,13 @@ def _prefill(arena: ReferenceArena, rows: PromptRows, window: int, protect: Sequ
     )
 
 
-def _all_rows(arena: Arena, prompt: PromptRows) -> Kept:
-    layers, length = len(arena.kv.keys), prompt.length
+def _all_rows(arena: ReferenceArena, prompt: PromptRows, method: str) -> Kept:
+    layers, _, groups = arena.kv.keys.shape[:3]
+    length, copies = prompt.length, _FORMS[method].bytes_factor(arena.queries.shape[2], groups)
+    keys, values = (torch.from_numpy(cache[:, :, :, :length]) for cache in (arena.kv.keys, arena.kv.values))
     return Kept(
-        keys=torch.from_numpy(arena.kv.keys[:, :, :, :length]),
-        values=torch.from_numpy(arena.kv.values[:, :, :, :length]),
+        keys=keys.repeat_interleave(copies, 2),
+        values=values.repeat_interleave(copies, 2),
         row_meta=torch.from_numpy(prompt.row_meta).expand(layers, 1, -1, -1),
         rows=torch.arange(length).expand(layers, 1, 1, -1),
         kv_len=torch.full((layers, 1), length),
@@ -161,7 +209,9 @@ def _stages_of(scores: StarKVScores) -> NDArray[np.float32]:
 
 
 def _state_of(memory: StarKVMemory) -> StarKVState:
-    arrays = (memory.mi_ema, memory.pattern_ema, memory.temperature)
+    # Engines that reuse their buffers hand on more columns than the last screenshot had.
+    pattern = memory.pattern_ema[..., : memory.progress.pattern_cells]
+    arrays = (memory.mi_ema, pattern, memory.temperature)
     return StarKVState(memory.progress, *(torch.from_numpy(array) for array in arrays))
 
 

@@ -6,7 +6,7 @@ cache stores M = G heads, or M = H where every query head kept rows of its own.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from starkv.errors import CheckpointError
 from starkv.manifest import TextShape
 
 QUERY_CHUNK = 256
-"""Queries at a time where attention weights are looked at: those of all together would be S x S per head."""
+"""Queries at a time whose attention weights are in memory."""
 
 _PREFIXES = ("model.language_model.", "model.")
 _HEAD, _EMBEDDING, _NORM = "lm_head.weight", "embed_tokens.weight", "norm.weight"
@@ -206,44 +206,15 @@ def attention_sums(queries: Tensor, keys: Tensor) -> Tensor:
     Returns:
         ``[L, B, H, S]`` f32: column sums of the causal attention weights.
     """
+    copies, rows = queries.shape[2] // keys.shape[2], queries.shape[3]
     sums = torch.zeros(queries.shape[:4], device=queries.device)
+    # One layer and a few queries at a time: the weights of all together would be L x H x S x S.
     for layer in range(len(queries)):
-        for _, weights in _causal_weights(queries[layer], keys[layer], 0):
-            sums[layer, ..., : weights.shape[-1]] += weights.sum(-2)
+        for start in range(0, rows, QUERY_CHUNK):
+            end = min(start + QUERY_CHUNK, rows)
+            seen = keys[layer, :, :, :end].float().repeat_interleave(copies, 1)
+            scores = queries[layer, :, :, start:end].float() @ seen.mT / math.sqrt(queries.shape[-1])
+            query, row = (torch.arange(first, end, device=queries.device) for first in (start, 0))
+            weights = scores.masked_fill_(row > query[:, None], -torch.inf).softmax(-1)
+            sums[layer, :, :, :end] += weights.sum(-2)
     return sums
-
-
-def negligible_share(queries: Tensor, keys: Tensor, first: int, threshold: float = 0.01) -> Tensor:
-    """Share of negligible attention in the rows from ``first`` on, for VL-Cache.
-
-    Only rows that a query may see count; the share is the mean over heads.
-
-    Args:
-        queries: ``[L, B, H, S, D]``, of every row.
-        keys: ``[L, B, G, S, D]``.
-        first: the first query that counts, below S.
-        threshold: largest negligible weight, an absolute one as in the official code.
-
-    Returns:
-        ``[L]`` f32.
-    """
-    _, batch, heads, rows, _ = queries.shape
-    negligible = torch.zeros(len(queries), dtype=torch.float64, device=queries.device)
-    for layer in range(len(queries)):
-        for query, weights in _causal_weights(queries[layer], keys[layer], first):
-            seen = torch.arange(weights.shape[-1], device=queries.device) <= query[:, None]
-            negligible[layer] += ((weights <= threshold) & seen).sum()
-    visible = (rows * (rows + 1) - first * (first + 1)) // 2
-    return (negligible / (batch * heads * visible)).float()
-
-
-def _causal_weights(queries: Tensor, keys: Tensor, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pieces of one layer: c of the queries ``[c]``, and their weights ``[B, H, c, e]`` on all they see."""
-    copies, rows = queries.shape[1] // keys.shape[1], queries.shape[2]
-    for start in range(first, rows, QUERY_CHUNK):
-        end = min(start + QUERY_CHUNK, rows)
-        query = torch.arange(start, end, device=queries.device)
-        seen = keys[:, :, :end].float().repeat_interleave(copies, 1)
-        scores = queries[:, :, start:end].float() @ seen.mT / math.sqrt(queries.shape[-1])
-        future = torch.arange(end, device=queries.device) > query[:, None]
-        yield query, scores.masked_fill_(future, -torch.inf).softmax(-1)
