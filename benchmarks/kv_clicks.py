@@ -21,12 +21,13 @@ from rich.progress import track
 from splits import held_out
 
 from starkv.methods.budget import Budget
+from starkv.methods.names import ENGINE_METHODS, FULL, STAR_KV
 from starkv.methods.star_kv_config import StarKVConfig
 from starkv.runtime.actions.parser import ActionParseError, parse_response
 from starkv.runtime.actions.types import Click
 from starkv.runtime.agent import Agent
 from starkv.runtime.engines.base import Rope
-from starkv.runtime.kv.policy import ENGINE_METHODS, FULL, STAR_KV, KvPolicy
+from starkv.runtime.kv.policy import KvPolicy
 from starkv.runtime.kv.prompt import describe_prompt
 from starkv.runtime.preprocess.image import preprocess
 from starkv.runtime.preprocess.positions import multimodal_positions, rope_tables, text_positions
@@ -70,7 +71,8 @@ class Question:
         self._next = positions.next_position
         self._prompt = describe_prompt(ids, [grid], manifest, agent.tokenizer)
         self._arena = engine.new_arena(len(ids))
-        self._logits = engine.prefill(self._arena, embeds, Rope(*rope_tables(positions.values, manifest.text)))
+        rope = Rope(*rope_tables(positions.values, manifest.text))
+        self._logits = engine.prefill(self._arena, embeds, rope)
 
     def answer(self, policy: KvPolicy) -> tuple[str, int]:
         """Greedy reply, and the bytes that the prompt's rows held."""
@@ -127,7 +129,8 @@ def main() -> None:
 
     full_bytes = sum(held[FULL, 1.0])
     names = list(dict.fromkeys(name for name, _ in hits if name != FULL))
-    table: list[tuple[str, ...]] = [("method", *(f"{budget:.0%}" for budget in args.budgets), "bytes held at each")]
+    header = ("method", *(f"{budget:.0%}" for budget in args.budgets), "bytes held at each")
+    table: list[tuple[str, ...]] = [header]
     figures = {}
     for name in names:
         rates, sizes = [], []

@@ -16,8 +16,10 @@ from PIL import Image
 from splits import held_out
 from transformers import DynamicCache
 
+from starkv.methods.rows import prompt_rows
 from starkv.runtime.engines.base import Rope
 from starkv.runtime.engines.ort import OrtEngine
+from starkv.runtime.kv.policy import KvPolicy
 from starkv.runtime.preprocess.image import ImageInputs
 from starkv.runtime.preprocess.positions import multimodal_positions, rope_tables, text_positions
 
@@ -75,7 +77,7 @@ def logits_errors(reference: Reference, engine: OrtEngine, screens: int) -> tupl
         arena, pool = engine.new_arena(len(ids)), engine.new_pool(1, len(ids) + STEPS)
         ours = engine.prefill(arena, embeds, Rope(*rope_tables(positions.values, engine.manifest.text)))
         prefill.append(relative_error(ours, theirs.logits[0, -1].numpy()))
-        engine.compress(arena, pool, pool.acquire(), "full")
+        engine.compress(arena, pool, pool.acquire(), prompt_rows(len(ids), [], []), KvPolicy())
         for step in range(STEPS):
             token = int(theirs.logits[0, -1].argmax())
             at = positions.next_position + step

@@ -109,39 +109,50 @@ class Agent:
             UsageError: the prompt doesn't fit the engine.
         """
         images = [load_image(shown) for shown in (*earlier, screenshot)]
-        # The prompt dialect ``plain``: the instruction itself is the user's text.
-        message: Message = {
-            "role": "user",
-            "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": instruction}],
-        }
+        message = user_message(instruction, len(images))
         session = Session(self.engine, self.tokenizer, kv_policy or KvPolicy())
         pieces = []
         for piece in session.reply([message], images, parameters):
             pieces.append(piece)
             if on_text:
                 on_text(piece)
-        return self._understand("".join(pieces), session)
+        return understand("".join(pieces), session)
 
-    def _understand(self, text: str, session: Session) -> AgentReply:
-        seen = session.images[-1]
-        resized = Size(seen.resized_width, seen.resized_height)
-        original = Size(seen.original_width, seen.original_height)
-        convention = self.engine.manifest.coordinates
-        actions: tuple[Action, ...] = ()
-        thought, error = "", None
-        try:
-            parsed = parse_response(text)
-            actions, thought = parsed.actions, parsed.thought
-        except ActionParseError as failure:
-            error = failure
-        return AgentReply(
-            text=text,
-            thought=thought,
-            actions=actions,
-            error=error,
-            action_json=tuple(to_json(action, resized, original, convention) for action in actions),
-            resized=resized,
-            original=original,
-            finish_reason=session.finish_reason or "length",
-            timings=session.timings,
-        )
+
+def user_message(text: str, images: int) -> Message:
+    """A user's turn with so many screenshots before its text.
+
+    The prompt dialect ``plain``: the instruction itself is the user's text.
+    """
+    return {"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
+
+
+def understand(text: str, session: Session) -> AgentReply:
+    """What a session's last reply wants done on its newest screenshot.
+
+    Args:
+        text: the reply.
+        session: has answered a prompt with at least one screenshot.
+    """
+    seen = session.images[-1]
+    resized = Size(seen.resized_width, seen.resized_height)
+    original = Size(seen.original_width, seen.original_height)
+    convention = session.engine.manifest.coordinates
+    actions: tuple[Action, ...] = ()
+    thought, error = "", None
+    try:
+        parsed = parse_response(text)
+        actions, thought = parsed.actions, parsed.thought
+    except ActionParseError as failure:
+        error = failure
+    return AgentReply(
+        text=text,
+        thought=thought,
+        actions=actions,
+        error=error,
+        action_json=tuple(to_json(action, resized, original, convention) for action in actions),
+        resized=resized,
+        original=original,
+        finish_reason=session.finish_reason or "length",
+        timings=session.timings,
+    )

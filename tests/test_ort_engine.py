@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from tiny_model import HIDDEN, LAYERS, VOCAB
 
 from starkv.errors import EngineError, UsageError
+from starkv.methods.rows import PromptRows, prompt_rows
 from starkv.runtime.engines import ort as ort_engine
 from starkv.runtime.engines.base import Rope
 from starkv.runtime.engines.ort import OrtEngine, chunk_lengths
 from starkv.runtime.kv.buffers import Arena, Pool
+from starkv.runtime.kv.policy import KvPolicy
 from starkv.runtime.preprocess.positions import rope_tables, text_positions
 
 WINDOW = 8
@@ -49,9 +51,14 @@ def prefilled(engine: OrtEngine, rows: int, seed: int = 0) -> tuple[Arena, np.nd
     return arena, engine.prefill(arena, random_embeds(rows, seed), rope(engine, positions(rows)))
 
 
+def text_rows(rows: int) -> PromptRows:
+    """A prompt without screenshots."""
+    return prompt_rows(rows, [], [])
+
+
 def admit(engine: OrtEngine, pool: Pool, rows: int, seed: int) -> int:
     handle = pool.acquire()
-    engine.compress(prefilled(engine, rows, seed)[0], pool, handle, "full")
+    engine.compress(prefilled(engine, rows, seed)[0], pool, handle, text_rows(rows), KvPolicy())
     return handle
 
 
@@ -68,7 +75,7 @@ def test_prefill_and_sixteen_steps_equal_transformers(tiny: TinyModel, engine: O
     assert_close(arena.q_window, expected.q_window)
     assert_close(arena.hidden_norm[:, :, :20], expected.hidden_norm)
     pool = engine.new_pool(1, 40)
-    engine.compress(arena, pool, pool.acquire(), "full")
+    engine.compress(arena, pool, pool.acquire(), text_rows(20), KvPolicy())
     for step in range(16):
         embeds, values = random_embeds(1, seed=100 + step), positions(1, 20 + step)
         expected = reference.step(embeds[None], values[:, None], WINDOW)
@@ -168,7 +175,7 @@ def test_method_full_is_bit_identical_to_decoding_in_place(engine: OrtEngine) ->
     pool = engine.new_pool(2, 200)
     pool.kv.keys[:], pool.kv.values[:] = 1e3, 1e3
     first, handle = pool.acquire(), pool.acquire()
-    engine.compress(arena, pool, handle, "full")
+    engine.compress(arena, pool, handle, text_rows(20), KvPolicy())
     pool.release(first)
     for step in range(4):
         embeds, tables = random_embeds(1, step), rope(engine, positions(1, 20 + step))
@@ -199,7 +206,7 @@ def small_slot(engine: OrtEngine) -> None:
 
 def unknown_method(engine: OrtEngine) -> None:
     pool = engine.new_pool(1, 64)
-    engine.compress(prefilled(engine, 3)[0], pool, pool.acquire(), "magic")
+    engine.compress(prefilled(engine, 3)[0], pool, pool.acquire(), text_rows(3), KvPolicy("magic"))
 
 
 def overfull_arena(engine: OrtEngine) -> None:

@@ -15,6 +15,7 @@ from starkv.errors import ImageError, UsageError
 from starkv.runtime.actions.types import Click, Point
 from starkv.runtime.agent import Agent
 from starkv.runtime.generation import SamplingParameters
+from starkv.runtime.kv.policy import KvPolicy
 from starkv.runtime.preprocess.image import preprocess
 from starkv.runtime.preprocess.tokenizer import Message, expand_image_tokens
 from starkv.runtime.session import Session
@@ -211,7 +212,7 @@ def test_what_can_be_refused_costs_nothing(
     with pytest.raises(kind, match=message):
         list(ask_wrongly(Session(agent.engine, agent.tokenizer)))
     with pytest.raises(UsageError, match="no KV method 'magic'; it has: full"):
-        list(Session(agent.engine, agent.tokenizer, "magic").reply(question(0), []))
+        list(Session(agent.engine, agent.tokenizer, KvPolicy("magic")).reply(question(0), []))
 
 
 def test_the_longest_prompt_that_fits_is_answered(agent: Agent) -> None:

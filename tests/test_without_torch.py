@@ -26,7 +26,9 @@ import starkv, starkv.runtime
 names = [module.name for module in pkgutil.walk_packages(starkv.runtime.__path__, "starkv.runtime.")]
 assert len(names) > 15, names
 for name in names:
-    importlib.import_module(name)
+    # The PyTorch reference engine is the one part of the runtime that needs an extra.
+    if not name.startswith("starkv.runtime.engines.torch_"):
+        importlib.import_module(name)
 
 from starkv.runtime.agent import Agent
 

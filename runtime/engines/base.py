@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from starkv.errors import UsageError
 from starkv.manifest import Manifest
+from starkv.methods.names import FULL
 from starkv.methods.rows import PromptRows
 from starkv.runtime.kv.buffers import Arena, Pool
-from starkv.runtime.kv.policy import FULL, Compressed, KvPolicy, StarKVMemory
+from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
 from starkv.runtime.preprocess.image import ImageInputs
 
 Floats = NDArray[np.float32]

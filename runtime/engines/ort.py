@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from starkv.errors import EngineError, UsageError
 from starkv.host import cpu_model, usable_processors
 from starkv.manifest import Manifest, read_manifest, verify_files
+from starkv.methods.names import ENGINE_METHODS, FULL
 from starkv.methods.rows import PromptRows
 from starkv.runtime.engines.base import EngineInfo, Floats, Rope, check_kv_method
 from starkv.runtime.engines.embedding import EmbeddingTable
 from starkv.runtime.engines.ort_compress import OrtCompressor
 from starkv.runtime.kv.buffers import Arena, KvBuffers, Pool
-from starkv.runtime.kv.policy import ENGINE_METHODS, FULL, Compressed, KvPolicy, StarKVMemory
+from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
 from starkv.runtime.preprocess.image import ImageInputs
 from starkv.runtime.preprocess.vision_plan import VisionPlan, plan_vision
 

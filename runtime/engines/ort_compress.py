@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from starkv.errors import EngineError, UsageError
 from starkv.manifest import TextShape
 from starkv.methods.budget import LEAST_ROWS
+from starkv.methods.names import FULL, RANDOM, STAR_KV, STREAMING_LLM
 from starkv.methods.rows import PromptRows
 from starkv.methods.star_kv_plan import StarKVProgress, skipped_call
 from starkv.methods.star_kv_request import StarKVRequest, request_star_kv
 from starkv.runtime.kv import baselines
 from starkv.runtime.kv.buffers import Arena, Pool
-from starkv.runtime.kv.policy import FULL, RANDOM, STAR_KV, STREAMING_LLM, Compressed, KvPolicy, StarKVMemory
+from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
 
 Array = NDArray[Any]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from starkv.errors import CheckpointError, EngineError, UsageError
 from starkv.host import cpu_model
 from starkv.manifest import Manifest, TextShape
+from starkv.methods.names import FULL
 from starkv.methods.rows import PromptRows
 from starkv.runtime.engines.base import EngineInfo, Floats, Rope, check_kv_method
 from starkv.runtime.engines.ort import OrtEngine
@@ -30,7 +31,7 @@ from starkv.runtime.engines.torch_compress import (
 )
 from starkv.runtime.engines.torch_decoder import TorchCache, TorchDecoder, decoder_name, decoder_weights
 from starkv.runtime.kv.buffers import Arena, KvBuffers, Pool
-from starkv.runtime.kv.policy import FULL, Compressed, KvPolicy, StarKVMemory
+from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
 from starkv.runtime.preprocess.image import ImageInputs
 
 

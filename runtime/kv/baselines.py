@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from starkv.methods.budget import pyramid_rows, window_rows
+from starkv.methods.names import GUI_KV, PYRAMIDKV, RANDOM, STREAMING_LLM
 from starkv.methods.rows import ROW_FRAME, PromptRows
 from starkv.runtime.kv.buffers import Arena
-from starkv.runtime.kv.policy import GUI_KV, PYRAMIDKV, RANDOM, STREAMING_LLM, KvPolicy
+from starkv.runtime.kv.policy import KvPolicy
 
 Floats = NDArray[np.float32]
 

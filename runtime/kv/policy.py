@@ -7,13 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from starkv.methods.budget import Budget
+from starkv.methods.names import FULL
 from starkv.methods.star_kv_config import StarKVConfig
 from starkv.methods.star_kv_plan import StarKVProgress
-
-FULL, STAR_KV, STREAMING_LLM, RANDOM = "full", "star_kv", "streaming_llm", "random"
-SNAPKV, PYRAMIDKV, GUI_KV = "snapkv", "pyramidkv", "gui_kv"
-ENGINE_METHODS = (FULL, STAR_KV, SNAPKV, PYRAMIDKV, GUI_KV, STREAMING_LLM, RANDOM)
-"""Methods that need nothing but what the decoder puts out."""
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ import typer
 
 from starkv.errors import UsageError
 from starkv.methods.budget import Budget
+from starkv.methods.names import ENGINE_METHODS, FULL, STAR_KV
 from starkv.methods.star_kv_config import StarKVConfig
-from starkv.runtime.kv.policy import ENGINE_METHODS, FULL, STAR_KV, KvPolicy
 
 if TYPE_CHECKING:
+    from starkv.runtime.kv.policy import KvPolicy
     from starkv.runtime.session import Timings
 
 KvMethod = Annotated[
@@ -43,12 +44,14 @@ KvMode = Annotated[
 
 def kv_policy(
     method: str | None, budget: float | None, capacity: int | None, mode: str = "native"
-) -> KvPolicy:
+) -> "KvPolicy":
     """The policy that the options describe.
 
     Raises:
         UsageError: an unknown method or mode, a budget outside (0, 1], or one for the method that keeps all.
     """
+    from starkv.runtime.kv.policy import KvPolicy
+
     limited = budget is not None or capacity is not None
     chosen = method or (STAR_KV if limited else FULL)
     if chosen not in ENGINE_METHODS:

@@ -37,7 +37,7 @@ class StarKVConfig:
     mi_ramp_steps: int = 1
     """Prefills over which the weight then grows to its full value; the paper's scripts use 10."""
     mi_decay: float = 0.9
-    mi_tau: float = 0.25
+    mi_tau: float = 0.1
     """Temperature of the softmax that turns information into weights of groups."""
 
     temporal: bool = True

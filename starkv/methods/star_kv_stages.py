@@ -193,7 +193,8 @@ def layer_rows(needed: Tensor, mean: int, floor: int, ceiling: int) -> Tensor:
     Returns:
         ``[L, B]`` int64.
     """
-    weights = needed.double()
+    # Scores that are not numbers say nothing of what a layer needs; rows must not become numbers at random.
+    weights = needed.double().nan_to_num(nan=1.0)
     wanted = mean * len(weights)
     knees = torch.cat([floor / weights, ceiling / weights])
     totals = (knees[:, None] * weights).clamp(floor, ceiling).sum(1)

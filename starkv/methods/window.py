@@ -77,9 +77,8 @@ def hidden_norm_boost(hidden_norm: Tensor, in_frame: Tensor, alpha: float, tempe
         ``[L, B, C]`` f32, 0 outside the screenshot.
     """
     norm = hidden_norm.float()
-    inside = in_frame.float()
-    count = inside.sum(-1, keepdim=True)
-    mean = (norm * inside).sum(-1, keepdim=True) / count.clamp(min=1)
+    count = in_frame.sum(-1, keepdim=True).float()
+    mean = torch.where(in_frame, norm, 0.0).sum(-1, keepdim=True) / count.clamp(min=1)
     deviation = torch.where(in_frame, norm - mean, 0.0)
     variance = deviation.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)
     z = deviation / (variance.sqrt() + 1e-8)
