@@ -184,31 +184,36 @@ def uneven_layers() -> Prefill:
     return replace(prefill, queries=prefill.queries * sharpness, hidden_norm=None)
 
 
-def captured(prefill: Prefill, config: StarKVConfig, rows: int) -> tuple[float, list[int]]:
-    """Share of the scores that the kept rows hold, and the rows of each layer."""
+def coverage(prefill: Prefill, config: StarKVConfig, rows: int) -> tuple[list[int], torch.Tensor]:
+    """Rows that each layer keeps, and their number relative to what its scores are spread over."""
     kept, scores, _ = compress(prefill, initial(prefill), config, rows, prefill.keys.shape[3])
     assert kept is not None
     assert scores is not None
-    past = prefill.keys.shape[3] - prefill.window
-    mass = 0.0
-    for layer in range(len(prefill.keys)):
-        final = scores.final[layer, 0, :past]
-        chosen = kept.rows[layer, 0, 0]
-        chosen = chosen[(chosen >= 0) & (chosen < past)]
-        mass += float(final[chosen].sum() / final.sum())
-    return mass / len(prefill.keys), kept.kv_len[:, 0].tolist()
+    needed = stages.effective_rows(scores.entropy, prefill.past)[:, 0]
+    return kept.kv_len[:, 0].tolist(), (kept.kv_len[:, 0] - prefill.window) / needed
 
 
 def test_layers_with_spread_scores_get_rows_from_concentrated_ones() -> None:
     prefill = uneven_layers()
     for rows in (40, 80, 160):
-        uniform, equal = captured(prefill, replace(NATIVE, entropy=False), rows)
-        adaptive, moved = captured(prefill, NATIVE, rows)
+        equal, uniform = coverage(prefill, replace(NATIVE, entropy=False), rows)
+        moved, adaptive = coverage(prefill, NATIVE, rows)
         assert equal == [rows] * 6
         assert sum(moved) == 6 * rows
         assert all(later >= earlier - 1 for earlier, later in pairwise(moved))
         assert moved[0] < rows < moved[-1]
-        assert adaptive > uniform
+        # The layer that lacks most is the one that is helped.
+        assert adaptive.min() > 1.1 * uniform.min()
+
+
+def test_effective_rows_count_what_scores_are_spread_over() -> None:
+    past = torch.tensor([[100], [100], [1]])
+    scores = torch.zeros(3, 1, 100)
+    scores[0] = 1.0
+    scores[1, :, :7] = 3.0
+    scores[2, :, 0] = 1.0
+    needed = stages.effective_rows(stages.normalized_entropy(scores, past), past)
+    torch.testing.assert_close(needed, torch.tensor([[100.0], [7.0], [1.0]]), rtol=1e-4, atol=0)
 
 
 @given(

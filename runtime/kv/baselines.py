@@ -64,7 +64,8 @@ def choose(
     layers, length = len(arena.kv.keys), prompt.length
     keep = kept_rows_per_layer(policy, layers, length)
     if policy.method == STREAMING_LLM:
-        window = max(0, keep[0] - SINKS)
+        # The last row stays even where the budget has room for the first ones alone.
+        window = max(1, keep[0] - SINKS)
         order = -np.arange(length, dtype=np.float32)
         return Choice(np.broadcast_to(order, (layers, 1, length)), window, keep)
     if policy.method == RANDOM:

@@ -13,7 +13,7 @@ from starkv.runtime.preprocess.tokenizer import ChatTokenizer
 ATTENTION_SINKS = 4
 """First rows, which collect the attention that has nowhere to go (StreamingLLM, arXiv 2309.17453)."""
 _TURN_START = "<|im_start|>"
-_LONGEST_ROLE = 4
+_LONGEST_ROLE = 16
 
 
 def describe_prompt(
@@ -54,7 +54,7 @@ def _turns(ids: Sequence[int], tokenizer: ChatTokenizer) -> list[tuple[str, int,
     starts = [row for row, token in enumerate(ids) if token == marker]
     turns = []
     for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-        # The role ends its line and is a word or two of the vocabulary.
+        # The role ends its line; vocabularies cut it into one token or into letters.
         head = tokenizer.decode(ids[start + 1 : start + 1 + _LONGEST_ROLE])
         turns.append((head.split("\n")[0].strip(), start, end))
     return turns

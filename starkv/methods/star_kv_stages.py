@@ -198,12 +198,13 @@ def layer_rows(needed: Tensor, mean: int, floor: int, ceiling: int) -> Tensor:
     wanted = mean * len(weights)
     knees = torch.cat([floor / weights, ceiling / weights])
     totals = (knees[:, None] * weights).clamp(floor, ceiling).sum(1)
-    below, above = totals <= wanted, totals >= wanted
+    # A knee's own total is only as exact as a division and a multiplication.
+    below, above = totals <= wanted + 1e-6, totals >= wanted - 1e-6
     low = torch.where(below, knees, 0.0).amax(0)
     high = torch.where(above, knees, torch.inf).amin(0)
     low_total = torch.where(below, totals, 0.0).amax(0)
     high_total = torch.where(above, totals, torch.inf).amin(0)
-    way = (wanted - low_total) / (high_total - low_total).clamp(min=1e-9)
+    way = ((wanted - low_total) / (high_total - low_total).clamp(min=1e-9)).clamp(0.0, 1.0)
     shares = ((low + way * (high - low)) * weights).clamp(floor, ceiling)
     running = (shares.cumsum(0) + 0.5).floor()
     return torch.diff(running, dim=0, prepend=torch.zeros_like(running[:1])).long()
