@@ -12,7 +12,7 @@ PROMPT ?= Click the red star.
 export IMAGE PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo engine run bench test lint train clean
+.PHONY: help demo engine run chat bench test lint train clean
 
 help:  ## Show the targets.
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ engine: $(VENV)/run-ready  ## Build an engine: MODEL=… [QUANT=fp32|int8|int4] 
 
 run: $(VENV)/run-ready  ## Ask an engine: [MODEL=…] [IMAGE=…] [PROMPT=…].
 	$(STARKV) run --engine '$(MODEL)' --image "$$IMAGE" --prompt "$$PROMPT"
+
+chat: $(VENV)/run-ready  ## Talk to an engine about a screenshot: [MODEL=…] [IMAGE=…].
+	$(STARKV) chat --engine '$(MODEL)' --image "$$IMAGE"
 
 bench: $(VENV)/run-ready  ## Measure an engine: [MODEL=…].
 	$(STARKV) bench --engine '$(MODEL)'

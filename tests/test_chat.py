@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A conversation through a pipe: replies on stdout, notes on stderr, and nothing lost when a line is wrong."""
+"""A conversation through a pipe: replies on stdout, notes on stderr, nothing lost when a line is wrong."""
 
 import io
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ REPLY = "Action: click(start_box='(56,28)')"
 CLICK = "click: model_xy [56, 28], screen_xy [57.14, 30]"
 
 Talk = Callable[..., Outcome]
+Asked = list[tuple[Session, list[Message], int]]
 
 
 @pytest.fixture
@@ -33,9 +34,9 @@ def talk(starkv: Command, reciting: ChatModel, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Session, list[Message], int]]:
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     """Session, messages and number of images of every question, as they come."""
-    questions: list[tuple[Session, list[Message], int]] = []
+    questions: Asked = []
     reply = Session.reply
 
     def remember(
@@ -68,9 +69,7 @@ def test_replies_go_to_stdout_and_notes_to_stderr(talk: Talk, screenshot: Path) 
     assert "tokens/s" in notes[0]
 
 
-def test_the_whole_conversation_is_asked_each_time(
-    talk: Talk, asked: list[tuple[Session, list[Message], int]], screenshot: Path
-) -> None:
+def test_the_whole_conversation_is_asked_each_time(talk: Talk, asked: Asked, screenshot: Path) -> None:
     talk(["one", f"/image {screenshot}", f"/image '{screenshot}'", "two", "three"])
     assert [images for *_, images in asked] == [0, 2, 2]
     assert texts(asked[-1][1]) == [
@@ -89,32 +88,23 @@ def test_without_a_screenshot_there_is_nowhere_to_click(talk: Talk) -> None:
 def test_the_newest_screenshot_is_clicked(talk: Talk, screenshot: Path) -> None:
     Image.new("RGB", (392, 280)).save("larger.png")
     outcome = talk(["one", "/image larger.png", "two"], "--image", screenshot)
-    # Each is shown to the model as 196 x 140 pixels.
-    assert outcome.out.splitlines()[1::2] == [CLICK, "click: model_xy [56, 28], screen_xy [112, 56]"]
+    # The model sees the larger one as 252 x 168 pixels.
+    assert outcome.out.splitlines()[1::2] == [CLICK, "click: model_xy [56, 28], screen_xy [87.11, 46.67]"]
 
 
 def test_star_kv_remembers_the_trajectory_until_it_is_reset(
-    talk: Talk, asked: list[tuple[Session, list[Message], int]], screenshot: Path
+    talk: Talk, asked: Asked, screenshot: Path
 ) -> None:
-    memories = []
-
-    def steps() -> Iterator[str]:
-        for line in ("one", f"/image {screenshot}", "two", "/reset", "three"):
-            yield line
-            if asked and (memory := asked[-1][0].kv_memory):
-                memories.append(memory.progress.temporal_step)
-
-    outcome = talk(list(steps()), "--kv-budget", 0.5, "--image", screenshot)
+    outcome = talk(
+        ["one", f"/image {screenshot}", "two", "/reset", "three"], "--kv-budget", 0.5, "--image", screenshot
+    )
     sessions = [session for session, *_ in asked]
     assert sessions[0] is sessions[1] is not sessions[2]
-    assert [session.kv_memory and session.kv_memory.progress.temporal_step for session in sessions] == [
-        2,
-        2,
-        1,
-    ]
+    steps = [session.kv_memory.progress.temporal_step for session in sessions[1:] if session.kv_memory]
+    assert steps == [2, 1]
     assert texts(asked[-1][1]) == [("user", "three")]
     assert asked[-1][2] == 0
-    assert "KV 26 of 52 rows" in outcome.err
+    assert "KV 24 of 48 rows" in outcome.err
     assert "the conversation is forgotten" in outcome.err
 
 
@@ -135,7 +125,7 @@ def test_quit_and_help(talk: Talk) -> None:
     ],
 )
 def test_a_wrong_line_costs_nothing_but_itself(
-    talk: Talk, asked: list[tuple[Session, list[Message], int]], screenshot: Path, line: str, words: str
+    talk: Talk, asked: Asked, screenshot: Path, line: str, words: str
 ) -> None:
     Image.new("RGB", (900, 3)).save("narrow.png")
     outcome = talk(["one", line, "two"], "--image", screenshot)
@@ -146,16 +136,14 @@ def test_a_wrong_line_costs_nothing_but_itself(
     assert texts(asked[-1][1]) == [("user", "*one"), ("assistant", REPLY), ("user", "two")]
 
 
-def test_attached_screenshots_can_be_taken_away(
-    talk: Talk, asked: list[tuple[Session, list[Message], int]], screenshot: Path
-) -> None:
+def test_attached_screenshots_can_be_taken_away(talk: Talk, asked: Asked, screenshot: Path) -> None:
     talk([f"/image {screenshot}", "/image", "one"])
     assert texts(asked[-1][1]) == [("user", "one")]
 
 
 def test_an_engine_that_fails_leaves_the_memory_as_it_was(
     talk: Talk,
-    asked: list[tuple[Session, list[Message], int]],
+    asked: Asked,
     screenshot: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -191,9 +179,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     monkeypatch.setattr(StopScanner, "push", pressed)
 
 
-def test_ctrl_c_stops_one_reply(
-    talk: Talk, asked: list[tuple[Session, list[Message], int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_stops_one_reply(talk: Talk, asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt(monkeypatch, 2)
     outcome = talk(["one", "two"])
     assert (outcome.code, outcome.out) == (0, f"Action: click(start_box='(\n{REPLY}\n")
@@ -204,7 +190,7 @@ def test_ctrl_c_stops_one_reply(
 
 def test_ctrl_c_before_the_first_word_takes_the_message_back(
     talk: Talk,
-    asked: list[tuple[Session, list[Message], int]],
+    asked: Asked,
     screenshot: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -256,7 +242,7 @@ def test_bad_options_end_it_before_it_begins(talk: Talk, options: tuple[object, 
 def test_bytes_that_are_no_text_are_replaced(
     starkv: Command,
     reciting: ChatModel,
-    asked: list[tuple[Session, list[Message], int]],
+    asked: Asked,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"on\xffe\n"), "utf-8"))

@@ -179,7 +179,7 @@ def test_version_and_help(starkv: Command) -> None:
     assert starkv("--version").out == f"starkv {package.__version__}\n"
     helped = starkv("--help")
     assert helped.code == 0
-    for command in ("export", "build", "run", "inspect", "doctor", "bench"):
+    for command in ("export", "build", "run", "chat", "inspect", "doctor", "bench"):
         assert command in helped.out
         assert starkv(command, "--help").code == 0
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where output goes: results to stdout, everything else to stderr."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -15,6 +15,13 @@ errors = Console(stderr=True, highlight=False, emoji=False)
 def note(text: str) -> None:
     """One line for the reader on stderr, printed as it is."""
     errors.print(text, soft_wrap=True, markup=False)
+
+
+def print_actions(actions: Iterable[Mapping[str, object]]) -> None:
+    """Actions in their JSON form, one line each, on stdout."""
+    for action in actions:
+        fields = ", ".join(f"{name} {value}" for name, value in action.items() if name != "type")
+        print(f"{action['type']}: {fields}")
 
 
 def fail(message: str) -> None:

@@ -10,6 +10,7 @@ import typer
 from starkv import __version__
 from starkv.cli.bench import bench
 from starkv.cli.build import build
+from starkv.cli.chat import chat
 from starkv.cli.console import fail
 from starkv.cli.doctor import doctor
 from starkv.cli.export import export
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     help="Compile GUI vision-language models into quantized engines and run them offline.",
 )
-for command in (export, build, run, inspect, doctor, bench):
+for command in (export, build, run, chat, inspect, doctor, bench):
     app.command()(command)
 
 
@@ -45,6 +46,7 @@ def options(
 
 
 _EXTRA_OF = {
+    "matplotlib": "eval",
     "onnx": "export",
     "onnx_ir": "export",
     "onnxscript": "trace",

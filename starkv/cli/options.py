@@ -22,3 +22,8 @@ NoVerify = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Output = Annotated[Path | None, typer.Option("--out", help="Directory to write.", show_default=False)]
+MaxNewTokens = Annotated[int, typer.Option(help="Longest reply.", min=1)]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.", min=0.0)]
+TopP = Annotated[float, typer.Option(help="Nucleus of the sampling.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End the reply before this text; may be repeated.")]

@@ -7,9 +7,19 @@ from typing import Annotated
 
 import typer
 
-from starkv.cli.console import note
+from starkv.cli.console import note, print_actions
 from starkv.cli.kv import KvBudget, KvCapacity, KvMethod, KvMode, kept_rows, kv_policy
-from starkv.cli.options import Engine, Json, NoVerify, Threads
+from starkv.cli.options import (
+    Engine,
+    Json,
+    MaxNewTokens,
+    NoVerify,
+    Seed,
+    Stop,
+    Temperature,
+    Threads,
+    TopP,
+)
 
 
 def run(
@@ -25,13 +35,11 @@ def run(
     kv_budget: KvBudget = None,
     kv_capacity: KvCapacity = None,
     kv_mode: KvMode = "native",
-    max_new_tokens: Annotated[int, typer.Option(help="Longest reply.", min=1)] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus of the sampling.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End the reply before this text; may be repeated.")
-    ] = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
     threads: Threads = None,
     no_verify: NoVerify = False,
     json: Json = False,
@@ -67,9 +75,7 @@ def run(
         print(json_module.dumps(reply.to_json(), ensure_ascii=False))
         return
     print()
-    for action in reply.action_json:
-        fields = ", ".join(f"{name} {value}" for name, value in action.items() if name != "type")
-        print(f"{action['type']}: {fields}")
+    print_actions(reply.action_json)
     if reply.error:
         note(f"warning: {reply.error}")
     timings = reply.timings
