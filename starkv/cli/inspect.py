@@ -9,21 +9,83 @@ from rich.table import Table
 from rich.text import Text
 
 from starkv.cli.console import results
+from starkv.cli.kv import KvBudget, KvCapacity, KvMethod, KvMode, kv_policy
 from starkv.cli.options import Json, NoVerify
+from starkv.errors import UsageError
 from starkv.manifest import Manifest, read_manifest, verify_files
+from starkv.methods.names import FULL
 
 MIB = 2**20
+_PROMPT, _BUDGET, _LONGEST = "Click the most important button.", 0.2, 64
 
 
 def inspect(
     engine: Annotated[Path, typer.Argument(help="Engine directory.")],
+    kept: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Show which tokens of this screenshot KV compression keeps; may be repeated, oldest first.",
+            show_default=False,
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help=f'With --kept: instruction. "{_PROMPT}" by default.', show_default=False),
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option(help="With --kept: this layer alone, from 0.", show_default=False)
+    ] = None,
+    head: Annotated[
+        int | None, typer.Option(help="With --kept: this KV head alone, from 0.", show_default=False)
+    ] = None,
+    replay: Annotated[
+        bool,
+        typer.Option(
+            "--replay",
+            help="With --kept: ask after each screenshot in turn, as an agent does; show the last.",
+        ),
+    ] = False,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="With --kept: longest reply, whose click is drawn. [64]", min=1, show_default=False
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --kept: the picture. `kept.png` by default, none with --json.", show_default=False
+        ),
+    ] = None,
+    kv_method: KvMethod = None,
+    kv_budget: KvBudget = None,
+    kv_capacity: KvCapacity = None,
+    kv_mode: KvMode = "native",
     no_verify: NoVerify = False,
     json: Json = False,
 ) -> None:
     """Show what an engine directory holds, and whether its files are those that were built.
 
+    With --kept: what KV compression keeps of a prompt with screenshots, as numbers and as a picture. A fifth
+    of the rows where neither budget nor capacity is given.
+
     Example: [bold]starkv inspect engines/gui-tiny-ort-int8[/]
+
+    Example: [bold]starkv inspect engines/gui-tiny-ort-int8 --kept examples/screen.png --kv-budget 0.4[/]
     """
+    if kept:
+        from starkv.cli.kept import Question, inspect_kept
+
+        if kv_budget is None and kv_capacity is None and kv_method != FULL:
+            kv_budget = _BUDGET
+        policy = kv_policy(kv_method, kv_budget, kv_capacity, kv_mode)
+        question = Question(kept, prompt or _PROMPT, policy, layer, head, replay, max_new_tokens or _LONGEST)
+        picture = out or (None if json else Path("kept.png"))
+        inspect_kept(engine, not no_verify, question, picture, json)
+        return
+    asked = (prompt, layer, head, max_new_tokens, out, kv_method, kv_budget, kv_capacity, replay or None)
+    if any(option is not None for option in asked) or kv_mode != "native":
+        raise UsageError("these options are about what compression keeps; add --kept SCREENSHOT")
     manifest = read_manifest(engine)
     if not no_verify:
         verify_files(engine, manifest)
