@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, ImageColor
 
 from starkv.cli.kept import Inspection
 from starkv.cli.kept_picture import _HEADER, _arrange, draw_kept, veiled
 from starkv.cli.kept_scores import outlines
-from starkv.cli.kept_style import CAPTION, DOTS_PER_INCH, MARGIN
+from starkv.cli.kept_style import CAPTION, DOTS_PER_INCH, MARGIN, MARK
 from starkv.errors import UsageError
 from starkv.methods.budget import Budget
 from starkv.methods.rows import PromptRows, prompt_rows
@@ -172,30 +173,35 @@ def test_pictures_fit_the_sheet_and_do_not_overlap(aspect: float, pictures: int)
             assert apart, (boxes[index], other)
 
 
+def drawn_screenshot(
+    pixels: NDArray[np.uint8], kept_row: int, click: tuple[int, int] | None = None
+) -> NDArray[np.int64]:
+    """A screenshot of 2 x 3 tokens, one of them kept, cut out of the picture that is drawn of it."""
+    outcome = Compressed(np.array([[[kept_row]]]))
+    kept = kept_tokens(outcome, prompt_rows(8, [(0, 6)], [(2, 3)]), policy("random"))
+    actions = ({"type": "click", "screen_xy": list(click)},) if click else ()
+    seen = Inspection("tiny", "x", [Image.fromarray(pixels)], kept, policy("random"), Timings(), actions)
+    row = _arrange(1.5, 0, 3.7)
+    sides = (MARGIN, _HEADER + CAPTION, MARGIN + row.width, _HEADER + CAPTION + row.height)
+    part = draw_kept(seen).crop(tuple(round(side * DOTS_PER_INCH) for side in sides))
+    return np.asarray(part).astype(np.int64)
+
+
 def test_kept_tokens_are_drawn_where_they_lie() -> None:
-    """Of a screenshot whose tokens all have colours of their own, only the kept one shows its colour, in its
-    place."""
-    kept_row, grid, size = 5, (2, 3), (300, 200)
-    pixels = np.full((size[1], size[0], 3), 245, np.uint8)
+    """Of tokens that all have colours of their own, only the kept one shows its colour, in its place."""
+    pixels = np.full((200, 300, 3), 245, np.uint8)
     pixels[100:, 200:] = (255, 0, 0)  # the last token
     pixels[:100, :100] = (0, 0, 255)  # the first one
-    prompt = prompt_rows(8, [(0, 6)], [grid])
-    outcome = Compressed(np.array([[[kept_row]]]))
-    seen = Inspection(
-        "tiny",
-        "x",
-        [Image.fromarray(pixels)],
-        kept_tokens(outcome, prompt, policy("random")),
-        policy("random"),
-        Timings(),
-        (),
-    )
-    drawn = np.asarray(draw_kept(seen)).astype(int)
+    drawn = drawn_screenshot(pixels, kept_row=5)
+    height, width, _ = drawn.shape
     red = np.argwhere((drawn[..., 0] > 250) & (drawn[..., 1:] < 5).all(axis=-1))
-    row = _arrange(1.5, 0, 3.7)
-    left, top = MARGIN * DOTS_PER_INCH, (_HEADER + CAPTION) * DOTS_PER_INCH
-    width, height = row.width * DOTS_PER_INCH, row.height * DOTS_PER_INCH
-    expected = (top + height / 2, left + width * 2 / 3), (top + height, left + width)
-    assert np.abs(red.min(axis=0) - expected[0]).max() < 3
-    assert np.abs(red.max(axis=0) - expected[1]).max() < 3
+    assert np.abs(red.min(axis=0) - (height / 2, width * 2 / 3)).max() < 3
+    assert np.abs(red.max(axis=0) - (height, width)).max() < 3
     assert not ((drawn[..., 2] > 250) & (drawn[..., :2] < 5).all(axis=-1)).any()
+
+
+def test_the_click_is_marked_where_it_is() -> None:
+    drawn = drawn_screenshot(np.full((200, 300, 3), 245, np.uint8), kept_row=5, click=(60, 150))
+    ring = np.argwhere(np.abs(drawn - ImageColor.getrgb(MARK)).sum(axis=-1) < 20)
+    middle = (ring.min(axis=0) + ring.max(axis=0)) / 2
+    assert np.abs(middle / drawn.shape[:2] - (0.75, 0.2)).max() < 0.01
