@@ -14,7 +14,7 @@ def window_scores(queries: Tensor, keys: Tensor, kv_len: Tensor) -> Tensor:
     """Attention mass that the window's queries give to each row before the window.
 
     Softmax runs over all rows that a query sees, its own part of the window included, in float32; every other
-    step is in the keys' dtype (spec star-kv.md §1, step 2).
+    step is in the keys' dtype, rounded where the official code rounds (spec star-kv.md §1, step 2).
 
     Args:
         queries: ``[L, B, H, W, D]``, the last W queries.
@@ -27,14 +27,22 @@ def window_scores(queries: Tensor, keys: Tensor, kv_len: Tensor) -> Tensor:
     layers, batch, heads, window, dim = queries.shape
     groups, capacity = keys.shape[2], keys.shape[3]
     grouped = queries.reshape(layers, batch, groups, -1, dim).to(keys.dtype)
-    scores = torch.matmul(grouped, keys.transpose(-1, -2)).div_(math.sqrt(dim))
-    scores = scores.view(layers, batch, heads, window, capacity)
     row = torch.arange(capacity, device=keys.device)
     query = torch.arange(window, device=keys.device)[:, None]
     past = (kv_len - window)[..., None, None]
-    hidden = row > past + query
-    scores.masked_fill_(hidden[:, :, None], -torch.inf)
-    mass = scores.softmax(-1, dtype=torch.float32).to(keys.dtype).sum(-2)
+    hidden = (row > past + query)[:, :, None]
+    if keys.dtype == torch.float32:
+        # The softmax in place and its sum as a product: every further tensor or pass of this size costs as
+        # much as the arithmetic.
+        scores = torch.matmul(grouped / math.sqrt(dim), keys.transpose(-1, -2))
+        scores = scores.view(layers, batch, heads, window, capacity).masked_fill_(hidden, -torch.inf)
+        scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+        share = scores.sum(-1).reciprocal_()
+        mass = torch.matmul(share[..., None, :], scores).squeeze(-2)
+    else:
+        scores = torch.matmul(grouped, keys.transpose(-1, -2)).div_(math.sqrt(dim))
+        scores = scores.view(layers, batch, heads, window, capacity).masked_fill_(hidden, -torch.inf)
+        mass = scores.softmax(-1, dtype=torch.float32).to(keys.dtype).sum(-2)
     return mass.masked_fill_((row >= past[..., 0, :])[:, :, None], 0.0)
 
 
