@@ -13,9 +13,15 @@ from PIL import Image
 
 from starkv.errors import UsageError
 from starkv.host import usable_processors
+from starkv.methods.names import FULL
+from starkv.methods.rows import prompt_rows
 from starkv.runtime.engines.base import Engine, Rope
+from starkv.runtime.kv.policy import KvPolicy
 from starkv.runtime.preprocess.image import preprocess
 from starkv.runtime.preprocess.positions import rope_tables, text_positions
+
+_TEXT_ROWS = 40
+"""Rows of text around the screenshot of a compressed prompt."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,8 @@ class Measurement:
     """One row of the table. Rates are tokens per second of each repetition."""
 
     test: str
-    """``pp512``, ``tg128``, ``pp512 @ d4096`` as in llama-bench; ``vit224x224`` for the vision tower."""
+    """``pp512``, ``tg128``, ``pp512 @ d4096`` as in llama-bench; ``vit224x224`` for the vision tower,
+    ``kv4096→819`` for compressing a cache. Decode behind a compressed cache is ``tg128 @ d4096→819``."""
     rates: tuple[float, ...]
     kv_mib: float
     """KV memory of the valid rows at the end."""
@@ -89,8 +96,11 @@ def _timed(work: Callable[[], None]) -> float:
 class Benchmark:
     """Runs the tests on one engine with random embeddings: speed does not depend on their values."""
 
-    def __init__(self, engine: Engine, weight_bytes: int, repetitions: int) -> None:
+    def __init__(
+        self, engine: Engine, weight_bytes: int, repetitions: int, policy: KvPolicy | None = None
+    ) -> None:
         self._engine, self._weight_bytes, self._repetitions = engine, weight_bytes, repetitions
+        self._policy = policy or KvPolicy()
         self._random = np.random.default_rng(0)
 
     def _inputs(self, rows: int, start: int) -> tuple[np.ndarray, Rope]:
@@ -111,21 +121,43 @@ class Benchmark:
         rates = tuple(tokens / _timed(once) for _ in range(self._repetitions))
         return self._row(f"pp{tokens}", depth, rates, arena.kv.bytes_held, None)
 
+    def compress(self, rows: int) -> Measurement:
+        """Compress a prompt of ``rows`` rows, most of them one screenshot; counts the rows before."""
+        engine, policy = self._engine, self._policy
+        side = int(max(0, rows - _TEXT_ROWS) ** 0.5)
+        spans, grids = ([(_TEXT_ROWS // 2, _TEXT_ROWS // 2 + side**2)], [(side, side)]) if side else ([], [])
+        prompt = prompt_rows(rows, spans, grids, range(_TEXT_ROWS // 2) if side else ())
+        arena = engine.new_arena(rows)
+        engine.prefill(arena, *self._inputs(rows, 0))
+        pool = engine.new_pool(1, engine.most_kept_rows(rows, policy), policy.method)
+        handle = pool.acquire()
+
+        def once() -> None:
+            engine.compress(arena, pool, handle, prompt, policy)
+
+        once()
+        rates = tuple(rows / _timed(once) for _ in range(self._repetitions))
+        name = f"kv{rows}→{policy.kept_rows(rows)}"
+        return self._row(name, 0, rates, pool.kv.bytes_held, None)
+
     def decode(self, tokens: int, depth: int) -> Measurement:
-        """Decode ``tokens`` rows, one at a time, behind ``depth`` rows."""
-        pool = self._engine.new_pool(1, depth + tokens)
+        """Decode ``tokens`` rows, one at a time, behind what the policy keeps of ``depth`` rows."""
+        kept = self._policy.kept_rows(depth) if depth else 0
+        pool = self._engine.new_pool(1, kept + tokens)
         pool.acquire()
         embeds, rope = self._inputs(1, depth)
 
         def once() -> None:
-            pool.kv.lengths[:] = depth
+            pool.kv.lengths[:] = kept
             for _ in range(tokens):
                 self._engine.decode(pool, embeds, rope)
 
         once()
         rates = tuple(tokens / _timed(once) for _ in range(self._repetitions))
-        kv_bytes = self._engine.info.kv_bytes_per_row * (depth + tokens / 2)
-        return self._row(f"tg{tokens}", depth, rates, pool.kv.bytes_held, self._weight_bytes + kv_bytes)
+        kv_bytes = self._engine.info.kv_bytes_per_row * (kept + tokens / 2)
+        name = f"tg{tokens} @ d{depth}→{kept}" if kept < depth else f"tg{tokens}"
+        depth = 0 if kept < depth else depth
+        return self._row(name, depth, rates, pool.kv.bytes_held, self._weight_bytes + kv_bytes)
 
     def vision(self, width: int, height: int) -> Measurement:
         """Encode one screenshot; counts image tokens."""
@@ -164,5 +196,7 @@ class Benchmark:
         for depth in depths:
             for tokens in filter(None, prompts):
                 yield self.prefill(tokens, depth)
+                if self._policy.method != FULL:
+                    yield self.compress(depth + tokens)
             for tokens in filter(None, generated):
                 yield self.decode(tokens, depth)

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from starkv.cli.console import errors, note
+from starkv.cli.kv import KvBudget, KvCapacity, KvMethod, KvMode, kv_policy
 from starkv.cli.options import Engine, NoVerify, Threads
 from starkv.errors import UsageError
+from starkv.methods.names import FULL
 
 if TYPE_CHECKING:
     from starkv.runtime.agent import Agent
     from starkv.runtime.benchmark import Measurement
+    from starkv.runtime.kv.policy import KvPolicy
 
 MIB = 2**20
 _MOST_PIXELS = 64 * MIB
@@ -52,6 +55,10 @@ def bench(
         str, typer.Option(help="Screenshot for the vision tower, WIDTHxHEIGHT, or none.")
     ] = "1920x1080",
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1)] = 5,
+    kv_method: KvMethod = None,
+    kv_budget: KvBudget = None,
+    kv_capacity: KvCapacity = None,
+    kv_mode: KvMode = "native",
     output: Annotated[str, typer.Option("-o", "--output", help="md, json or csv.")] = "md",
     threads: Threads = None,
     no_verify: NoVerify = False,
@@ -60,6 +67,7 @@ def bench(
 
     Tokenization and sampling are not counted. % roofline compares decode with reading all its weights and
     KV rows once per token at the memory bandwidth measured in the same run; above 100 % they came from cache.
+    With a KV budget, compression is measured too (kv2560→512), and decode runs behind what is kept of the depth.
 
     Example: [bold]starkv bench --engine gui-tiny -p 512 -n 128 -d 0 -d 2048[/]
     """
@@ -70,9 +78,10 @@ def bench(
     if output not in ("md", "json", "csv"):
         raise UsageError(f"unknown output {output!r}; known: md, json, csv")
     size = _parse_screen(screen)
+    policy = kv_policy(kv_method, kv_budget, kv_capacity, kv_mode)
     directory = find_engine(engine)
     agent = Agent.load(directory, not no_verify, threads)
-    runner = Benchmark(agent.engine, decoder_bytes(directory), repetitions)
+    runner = Benchmark(agent.engine, decoder_bytes(directory), repetitions, policy)
     measurements = []
     with errors.status("measuring") as status:
         for row in runner.run(n_prompt or [512], n_gen or [128], n_depth or [0], size):
@@ -80,7 +89,7 @@ def bench(
             status.update(f"measuring; {row.test} done")
         # Last, because its gigabyte would show as the engine's peak memory.
         bandwidth = memory_bandwidth()
-    _print(output, agent, directory, measurements, bandwidth)
+    _print(output, agent, directory, policy, measurements, bandwidth)
     note(f"memory bandwidth {bandwidth / 1e9:.1f} GB/s; {agent.engine.info.device}")
 
 
@@ -100,20 +109,26 @@ def _percent(share: float | None) -> str:
 
 
 def _print(
-    output: str, agent: "Agent", directory: Path, measurements: "list[Measurement]", bandwidth: float
+    output: str,
+    agent: "Agent",
+    directory: Path,
+    policy: "KvPolicy",
+    measurements: "list[Measurement]",
+    bandwidth: float,
 ) -> None:
     manifest, info = agent.engine.manifest, agent.engine.info
     size = sum(
         (directory / name).stat().st_size for name in manifest.files if not name.endswith(".prepacked.data")
     )
     model = f"{manifest.name} {manifest.quantization.preset}"
+    kv = info.kv_dtype if policy.method == FULL else f"{info.kv_dtype} {policy.method}"
     fixed = (
         model,
         f"{size / MIB:.2f} MiB",
         f"{manifest.parameters / 1e6:.2f} M",
         info.backend,
         str(info.threads),
-        info.kv_dtype,
+        kv,
     )
     rows = [
         (
@@ -147,6 +162,9 @@ def _print(
                     "device": info.device,
                     "threads": info.threads,
                     "kv_dtype": info.kv_dtype,
+                    "kv_method": policy.method,
+                    "kv_budget": policy.budget.ratio,
+                    "kv_capacity": policy.budget.capacity,
                     "tool_versions": manifest.tool_versions,
                     "memory_bandwidth": bandwidth,
                     "tests": [
