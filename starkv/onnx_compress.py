@@ -2,9 +2,10 @@
 """KV compression as ONNX functions of the domain ``ai.starkv``, in standard operators of opset 23.
 
     WindowScores   attention of the last queries, pooled, for one layer
-    LayerStarKV    all of STaR-KV's scoring for one layer
-    ScoreStarKV    the same for all layers: a Scan, so that only one layer's scores are alive at a time
-    ScoreWindow    WindowScores for all layers: what SnapKV's descendants start from
+    ScoreWindow    the same for all layers: a Scan, so that only one layer's attention is alive at a time, in the
+                   processor's cache. What SnapKV's descendants start from
+    StarKVStages   what STaR-KV makes of it, for all layers together
+    ScoreStarKV    ScoreWindow + StarKVStages
     LayerRows      entropy moves rows between layers
     Compact        selection and compaction, in place or out of place
     Compress       ScoreStarKV + LayerRows + Compact: a prompt's whole compression in one call

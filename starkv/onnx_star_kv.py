@@ -100,11 +100,32 @@ WindowScores (k, q, window_1d, kv_len) => (pooled)
 }}
 """
 
-# One layer of ScoreStarKV: the same without the dimension L, and row_frame [B,C] i32 instead of row_meta.
-_LAYER_BODY = """
+# k [L,B,G,C,D], q_window [L,B,H,W,D], kv_len [L,B] -> group_scores [L,B,G,C].
+_SCORE_WINDOW_BODY = """
 {header}
-LayerStarKV (k, q, window, hidden_norm, kv_len, row_frame, frame, parameters, mi_ema, pattern_ema,
-temperature)
+ScoreWindow (k, q_window, kv_len) => (group_scores)
+{{
+    outer = Shape <start = 0, end = 3> (k)
+    infer = Constant <value_ints = [-1]> ()
+    dim = Shape <start = 4, end = 5> (k)
+    window = Shape <start = 3, end = 4> (q_window)
+    grouped_shape = Concat <axis = 0> (outer, infer, dim)
+    grouped = Reshape (q_window, grouped_shape)
+    group_scores = Scan <num_scan_inputs = 3, body = layer
+        (float[B,G,C,D] k_l, float[B,G,R,D] q_l, int32[B] len_l) => (float[B,G,C] groups_l)
+        {{
+            groups_l = ai.starkv.WindowScores (k_l, q_l, window, len_l)
+        }}
+    > (k, grouped, kv_len)
+}}
+"""
+
+# All of STaR-KV behind the window's attention, for all layers together. pooled [L,B,G,C], window [1] i64, the others
+# as in ScoreStarKV.
+_STAGES_BODY = """
+{header}
+StarKVStages (pooled, window, hidden_norm, kv_len, row_meta, frame, parameters,
+              mi_ema, pattern_ema, temperature)
     => (scores, stages, needed, new_mi_ema, new_pattern_ema, new_temperature)
 {{
     {parameters} = Split <axis = 0, num_outputs = {count}> (parameters)
@@ -113,8 +134,8 @@ temperature)
     zero = Constant <value_int = 0> ()
     one = Constant <value_int = 1> ()
     zero_1d = Constant <value_ints = [0]> ()
-    axis_1 = Constant <value_ints = [1]> ()
     axis_2 = Constant <value_ints = [2]> ()
+    axis_3 = Constant <value_ints = [3]> ()
     last = Constant <value_ints = [-1]> ()
     to_the_end = Constant <value_ints = [9223372036854775807]> ()
     f0 = Constant <value_float = 0.0> ()
@@ -122,17 +143,18 @@ temperature)
     tiny_8 = Constant <value_float = 1e-8> ()
     hidden_score = Constant <value = float {{-inf}}> ()
 
-    pooled = ai.starkv.WindowScores (k, q, window, kv_len)
-    capacity_1d = Shape <start = 2, end = 3> (k)
+    frame_column = Constant <value_int = 0> ()
+    row_frame = Gather <axis = 3> (row_meta, frame_column)
+    capacity_1d = Shape <start = 3, end = 4> (pooled)
     capacity = Squeeze (capacity_1d)
     row = Range (zero, capacity, one)
     length = Cast <to = 7> (kv_len)
     past = Sub (length, window)
-    past_2d = Unsqueeze (past, axis_1)
-    is_past = Less (row, past_2d)
+    past_3d = Unsqueeze (past, axis_2)
+    is_past = Less (row, past_3d)
     start = Sub (length, f_to_end)
-    start_2d = Unsqueeze (start, axis_1)
-    offset = Sub (row, start_2d)
+    start_3d = Unsqueeze (start, axis_2)
+    offset = Sub (row, start_3d)
     from_start = GreaterOrEqual (offset, zero_1d)
     before_end = Less (offset, f_cells)
     in_frame = And (from_start, before_end)
@@ -157,13 +179,13 @@ temperature)
     shares = Softmax <axis = -1> (logits)
     mass = Mul (shares, p_boost)
     boost = Where (in_frame, mass, f0)
-    boost_3d = Unsqueeze (boost, axis_1)
-    groups = Add (pooled, boost_3d)
+    boost_4d = Unsqueeze (boost, axis_2)
+    groups = Add (pooled, boost_4d)
 
-    batch = Shape <start = 0, end = 1> (k)
-    group_count = Shape <start = 1, end = 2> (k)
-    base = ReduceMean <keepdims = 0> (groups, axis_1)
-    plain = ReduceMean <keepdims = 0> (pooled, axis_1)
+    outer = Shape <start = 0, end = 3> (pooled)
+    group_count = Shape <start = 2, end = 3> (pooled)
+    base = ReduceMean <keepdims = 0> (groups, axis_2)
+    plain = ReduceMean <keepdims = 0> (pooled, axis_2)
 
     base_sum = ReduceSum <keepdims = 1> (base, last)
     base_total = Max (base_sum, tiny_8)
@@ -192,14 +214,14 @@ temperature)
     fresh_part = Mul (fresh_weight, fresh)
     new_temperature = Add (kept_part, fresh_part)
 
-    leading = ArgMax <axis = 1, keepdims = 0> (groups)
+    leading = ArgMax <axis = 2, keepdims = 0> (groups)
     cells = Squeeze (f_cells)
     cell = Range (zero, cells, one)
-    frame_row = Add (start_2d, cell)
-    frame_row_3d = Unsqueeze (frame_row, axis_1)
-    inside_shape = Concat <axis = 0> (batch, group_count, f_cells)
-    frame_rows = Expand (frame_row_3d, inside_shape)
-    inside = GatherElements <axis = 2> (groups, frame_rows)
+    frame_row = Add (start_3d, cell)
+    frame_row_4d = Unsqueeze (frame_row, axis_2)
+    inside_shape = Concat <axis = 0> (outer, f_cells)
+    frame_rows = Expand (frame_row_4d, inside_shape)
+    inside = GatherElements <axis = 3> (groups, frame_rows)
     positive = Relu (inside)
 
     mi_wanted = Greater (p_mi_enabled, f0)
@@ -235,7 +257,7 @@ temperature)
     equal_weight = Reciprocal (groups_f32)
     usable = Greater (p_mi_usable, f0)
     weights = Where (usable, learned, equal_weight)
-    own_weight = GatherElements <axis = 1> (weights, leading)
+    own_weight = GatherElements <axis = 2> (weights, leading)
     relative = Mul (own_weight, groups_f32)
     weight_part = Mul (p_mi_weight, relative)
     plain_weight = Sub (f1, p_mi_weight)
@@ -249,7 +271,7 @@ temperature)
             positive_sum = ReduceSum <keepdims = 1> (positive, last)
             positive_total = Max (positive_sum, tiny_8)
             pattern = Div (positive, positive_total)
-            earlier = Slice (pattern_ema, zero_1d, f_cells, axis_2)
+            earlier = Slice (pattern_ema, zero_1d, f_cells, axis_3)
             earlier_part = Mul (p_temporal_rho, earlier)
             pattern_weight = Sub (f1, p_temporal_rho)
             pattern_part = Mul (pattern_weight, pattern)
@@ -277,7 +299,7 @@ temperature)
             newer = Sub (f_index, row_frame_i64)
             newer_f32 = Cast <to = 1> (newer)
             distance = Where (is_counted, newer_f32, f0)
-            own_stability = GatherElements <axis = 1> (stability, leading)
+            own_stability = GatherElements <axis = 2> (stability, leading)
             eps_rest = Sub (f1, p_temporal_eps)
             graded_stability = Mul (eps_rest, own_stability)
             strength = Add (p_temporal_eps, graded_stability)
@@ -290,8 +312,8 @@ temperature)
             lowered = Add (p_temporal_floor, above_floor)
             acts = Greater (p_temporal_apply, f0)
             applied = Where (acts, lowered, f1)
-            rest = Slice (pattern_ema, f_cells, to_the_end, axis_2)
-            pattern_after = Concat <axis = 2> (updated, rest)
+            rest = Slice (pattern_ema, f_cells, to_the_end, axis_3)
+            pattern_after = Concat <axis = 3> (updated, rest)
         }},
         else_branch = still () => (untouched, pattern_before)
         {{
@@ -302,20 +324,20 @@ temperature)
     >
     discounted = Mul (weighted, discount)
     exponent_of = Reciprocal (new_temperature)
-    exponent_2d = Unsqueeze (exponent_of, axis_1)
+    exponent_3d = Unsqueeze (exponent_of, axis_2)
     at_least_zero = Relu (discounted)
-    sharpened = Pow (at_least_zero, exponent_2d)
+    sharpened = Pow (at_least_zero, exponent_3d)
     is_sharpened = Greater (p_entropy_power, f0)
     scores = Where (is_sharpened, sharpened, discounted)
-    plain_3d = Unsqueeze (plain, axis_1)
-    base_3d = Unsqueeze (base, axis_1)
-    weighted_3d = Unsqueeze (weighted, axis_1)
-    discounted_3d = Unsqueeze (discounted, axis_1)
-    stages = Concat <axis = 1> (plain_3d, base_3d, weighted_3d, discounted_3d)
+    plain_4d = Unsqueeze (plain, axis_2)
+    base_4d = Unsqueeze (base, axis_2)
+    weighted_4d = Unsqueeze (weighted, axis_2)
+    discounted_4d = Unsqueeze (discounted, axis_2)
+    stages = Concat <axis = 2> (plain_4d, base_4d, weighted_4d, discounted_4d)
 }}
 """
 
-# positive [B,G,V'] f32 at least 0, cells, rows, columns [1] i64 -> information [B,G] f32 in nats.
+# positive [L,B,G,N] f32 at least 0, cells (N), rows, columns [1] i64 -> information [L,B,G] f32 in nats.
 _INFORMATION_BODY = """
 {header}
 SpatialInformation (positive, cells, rows, columns) => (information)
@@ -354,23 +376,23 @@ SpatialInformation (positive, cells, rows, columns) => (information)
     value_bin = Div (rank_times, cells)
     value_offset = Mul (value_bin, places)
     joint_bin = Add (value_offset, ranked_place)
-    outer = Shape <start = 0, end = 2> (positive)
+    outer = Shape <start = 0, end = 3> (positive)
     joint_size = Constant <value_ints = [{joint}]> ()
     joint_shape = Concat <axis = 0> (outer, joint_size)
     empty = ConstantOfShape <value = double[1] {{0.0}}> (joint_shape)
     unit = Constant <value = double {{1.0}}> ()
     bin_shape = Shape (joint_bin)
     ones = Expand (unit, bin_shape)
-    counts = ScatterElements <axis = 2, reduction = "add"> (empty, joint_bin, ones)
-    table_shape = Constant <value_ints = [0, 0, {values}, {places}]> ()
+    counts = ScatterElements <axis = 3, reduction = "add"> (empty, joint_bin, ones)
+    table_shape = Constant <value_ints = [0, 0, 0, {values}, {places}]> ()
     table = Reshape (counts, table_shape)
     cells_f64 = Cast <to = 11> (cells)
     joint = Div (table, cells_f64)
-    axis_2 = Constant <value_ints = [2]> ()
     axis_3 = Constant <value_ints = [3]> ()
-    axes_23 = Constant <value_ints = [2, 3]> ()
-    of_value = ReduceSum <keepdims = 1> (joint, axis_3)
-    of_place = ReduceSum <keepdims = 1> (joint, axis_2)
+    axis_4 = Constant <value_ints = [4]> ()
+    axes_34 = Constant <value_ints = [3, 4]> ()
+    of_value = ReduceSum <keepdims = 1> (joint, axis_4)
+    of_place = ReduceSum <keepdims = 1> (joint, axis_3)
     independent = Mul (of_value, of_place)
     tiny = Constant <value = double {{1e-12}}> ()
     joint_eps = Add (joint, tiny)
@@ -379,7 +401,7 @@ SpatialInformation (positive, cells, rows, columns) => (information)
     log_independent = Log (independent_eps)
     gain = Sub (log_joint, log_independent)
     terms = Mul (joint, gain)
-    sum = ReduceSum <keepdims = 0> (terms, axes_23)
+    sum = ReduceSum <keepdims = 0> (terms, axes_34)
     none = Constant <value = double {{0.0}}> ()
     at_least_none = Max (sum, none)
     found = Cast <to = 1> (at_least_none)
@@ -403,46 +425,10 @@ _SCORE_BODY = """
 ScoreStarKV (k, q_window, hidden_norm, kv_len, row_meta, frame, parameters, mi_ema, pattern_ema, temperature)
     => (scores, stages, needed, new_mi_ema, new_pattern_ema, new_temperature)
 {{
-    outer = Shape <start = 0, end = 3> (k)
-    infer = Constant <value_ints = [-1]> ()
-    dim = Shape <start = 4, end = 5> (k)
+    pooled = ai.starkv.ScoreWindow (k, q_window, kv_len)
     window = Shape <start = 3, end = 4> (q_window)
-    grouped_shape = Concat <axis = 0> (outer, infer, dim)
-    grouped = Reshape (q_window, grouped_shape)
-    frame_column = Constant <value_int = 0> ()
-    row_frame = Gather <axis = 3> (row_meta, frame_column)
-    scores, stages, needed, new_mi_ema, new_pattern_ema, new_temperature = Scan <num_scan_inputs = 8, body =
-    layer
-        (float[B,G,C,D] k_l, float[B,G,R,D] q_l, float[B,C] norm_l, int32[B] len_l, int32[B,C] frame_l,
-         float[B,G] mi_l, float[B,G,V] pattern_l, float[B] temperature_l)
-        => (float[B,C] scores_l, float[B,4,C] stages_l, float[B] needed_l, float[B,G] new_mi_l, float[B,G,V]
-        new_pattern_l,
-            float[B] new_temperature_l)
-        {{
-            scores_l, stages_l, needed_l, new_mi_l, new_pattern_l, new_temperature_l = ai.starkv.LayerStarKV
-                (k_l, q_l, window, norm_l, len_l, frame_l, frame, parameters, mi_l, pattern_l, temperature_l)
-        }}
-    > (k, grouped, hidden_norm, kv_len, row_frame, mi_ema, pattern_ema, temperature)
-}}
-"""
-
-# k [L,B,G,C,D], q_window [L,B,H,W,D], kv_len [L,B] -> group_scores [L,B,G,C].
-_SCORE_WINDOW_BODY = """
-{header}
-ScoreWindow (k, q_window, kv_len) => (group_scores)
-{{
-    outer = Shape <start = 0, end = 3> (k)
-    infer = Constant <value_ints = [-1]> ()
-    dim = Shape <start = 4, end = 5> (k)
-    window = Shape <start = 3, end = 4> (q_window)
-    grouped_shape = Concat <axis = 0> (outer, infer, dim)
-    grouped = Reshape (q_window, grouped_shape)
-    group_scores = Scan <num_scan_inputs = 3, body = layer
-        (float[B,G,C,D] k_l, float[B,G,R,D] q_l, int32[B] len_l) => (float[B,G,C] groups_l)
-        {{
-            groups_l = ai.starkv.WindowScores (k_l, q_l, window, len_l)
-        }}
-    > (k, grouped, kv_len)
+    scores, stages, needed, new_mi_ema, new_pattern_ema, new_temperature = ai.starkv.StarKVStages
+        (pooled, window, hidden_norm, kv_len, row_meta, frame, parameters, mi_ema, pattern_ema, temperature)
 }}
 """
 
@@ -460,7 +446,7 @@ def bodies(pooling: Pooling, kernel: int) -> tuple[str, ...]:
             places=_PLACES,
             joint=VALUE_BINS * _PLACES,
         ),
-        _LAYER_BODY.format(header=_HEADER, parameters=_PARAMETERS, count=len(fields(StarKVPlan))),
-        _SCORE_BODY.format(header=_HEADER),
         _SCORE_WINDOW_BODY.format(header=_HEADER),
+        _STAGES_BODY.format(header=_HEADER, parameters=_PARAMETERS, count=len(fields(StarKVPlan))),
+        _SCORE_BODY.format(header=_HEADER),
     )
