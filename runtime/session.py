@@ -47,7 +47,8 @@ class Timings:
     kv_bytes_held: int = 0
     """Bytes of the valid rows after the reply: those and the generated tokens'."""
     kv_bytes_reserved: int = 0
-    """Bytes allocated for the prompt and for the reply."""
+    """Bytes allocated at the peak: for the prompt, whose memory goes back before the reply, and for the
+    reply."""
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
@@ -125,12 +126,12 @@ class Session:
                 f"rows, but {engine.manifest.name} was built for {engine.manifest.max_context}; shorten the "
                 "prompt, use fewer or smaller images, or allow fewer new tokens"
             )
+        policy = self.kv_policy
+        kept_rows = engine.most_kept_rows(len(ids), policy)
         embeds = self._embed(ids)
         positions = multimodal_positions(
             ids, engine.manifest.tokens.image_pad, [image.merged_grid for image in self.images]
         )
-        policy = self.kv_policy
-        kept_rows = engine.most_kept_rows(len(ids), policy)
         arena = engine.new_arena(len(ids))
         pool = engine.new_pool(1, kept_rows + parameters.max_new_tokens, policy.method)
         handle = pool.acquire()
@@ -145,6 +146,8 @@ class Session:
         timings.kv_tokens_kept = float(pool.kv.lengths.mean())
         timings.kv_bytes_full, timings.kv_bytes_kept = arena.kv.bytes_held, pool.kv.bytes_held
         timings.kv_bytes_reserved = arena.kv.bytes_reserved + pool.kv.bytes_reserved
+        # The reply needs the kept rows alone: the prompt's memory goes back before it.
+        del arena
 
         sampler, scanner, stream = Sampler(parameters), StopScanner(parameters.stop), self.tokenizer.stream()
         position = positions.next_position

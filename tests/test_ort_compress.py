@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compression in the engine: what decode sees afterwards, what memory holds, what a trajectory remembers."""
 
+import gc
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -269,3 +271,26 @@ def test_what_is_worth_keeping_is_known_from_the_turns(agent: Agent) -> None:
     expected = [*last, *(row for row in first if row != image), *(row for row in system if row > 3)]
     assert rest == [row for row in expected if row > 3]
     assert not set(answer) & set(order) - {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("method", [FULL, STAR_KV, "snapkv"])
+def test_the_prompts_memory_goes_back_before_the_reply(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Otherwise a reply would hold the full cache beside the compressed one."""
+    arenas: list[weakref.ref[np.ndarray]] = []
+    original = agent.engine.new_arena
+
+    def remembering(rows: int) -> Arena:
+        arena = original(rows)
+        arenas.append(weakref.ref(arena.kv.keys))
+        return arena
+
+    monkeypatch.setattr(agent.engine, "new_arena", remembering)
+    policy = KvPolicy() if method == FULL else policy_of(method, 0.3)
+    session = Session(agent.engine, agent.tokenizer, policy)
+    pieces = session.reply([{"role": "user", "content": "click the star"}], [], SamplingParameters(12))
+    next(pieces)
+    gc.collect()
+    assert [arena() for arena in arenas] == [None]
+    assert "".join(pieces)
