@@ -6,6 +6,10 @@ STARKV := $(BIN)/starkv
 MODEL  ?= gui-tiny
 QUANT  ?=
 BACKEND ?= auto
+# Share of a prompt's KV rows to keep, such as 0.2; all of them if empty.
+BUDGET ?=
+KV     := $(if $(BUDGET),--kv-budget '$(BUDGET)')
+BUDGET ?=
 IMAGE  ?= examples/screen.png
 PROMPT ?= Click the red star.
 # Through the environment, so that quotes in a prompt reach the command as they are.
@@ -37,14 +41,14 @@ demo: $(VENV)/run-ready  ## Export, quantize, build and run the embedded model o
 engine: $(VENV)/run-ready  ## Build an engine: MODEL=… [QUANT=fp32|int8|int4] [BACKEND=auto|ort].
 	$(STARKV) build '$(MODEL)' --backend $(BACKEND) $(if $(QUANT),--quant $(QUANT))
 
-run: $(VENV)/run-ready  ## Ask an engine: [MODEL=…] [IMAGE=…] [PROMPT=…].
-	$(STARKV) run --engine '$(MODEL)' --image "$$IMAGE" --prompt "$$PROMPT"
+run: $(VENV)/run-ready  ## Ask an engine: [MODEL=…] [IMAGE=…] [PROMPT=…] [BUDGET=0.2].
+	$(STARKV) run --engine '$(MODEL)' --image "$$IMAGE" --prompt "$$PROMPT" $(KV)
 
-chat: $(VENV)/run-ready  ## Talk to an engine about a screenshot: [MODEL=…] [IMAGE=…].
-	$(STARKV) chat --engine '$(MODEL)' --image "$$IMAGE"
+chat: $(VENV)/run-ready  ## Talk to an engine about a screenshot: [MODEL=…] [IMAGE=…] [BUDGET=0.2].
+	$(STARKV) chat --engine '$(MODEL)' --image "$$IMAGE" $(KV)
 
-bench: $(VENV)/run-ready  ## Measure an engine: [MODEL=…].
-	$(STARKV) bench --engine '$(MODEL)'
+bench: $(VENV)/run-ready  ## Measure an engine: [MODEL=…] [BUDGET=0.2].
+	$(STARKV) bench --engine '$(MODEL)' $(KV)
 
 test: $(VENV)/dev-ready lint  ## Lint, check types, run all tests.
 	$(BIN)/python -m pytest

@@ -40,9 +40,10 @@ from starkv.methods.names import STAR_KV
 from starkv.methods.prefill import Prefill
 from starkv.methods.rows import PromptRows, prompt_rows
 from starkv.methods.select import compact, select_rows
-from starkv.methods.star_kv import StarKVState, score
+from starkv.methods.star_kv import score
 from starkv.methods.star_kv_config import StarKVConfig
 from starkv.methods.star_kv_request import request_star_kv
+from starkv.methods.star_kv_state import StarKVState
 from starkv.runtime.engines.ort_compress import OrtCompressor
 from starkv.runtime.kv.buffers import Arena, KvBuffers, Pool
 from starkv.runtime.kv.policy import KvPolicy, StarKVMemory

@@ -2,7 +2,8 @@
 """KV compression as ONNX functions of the domain ``ai.starkv``, in standard operators of opset 23.
 
     WindowScores   attention of the last queries, pooled, for one layer
-    ScoreWindow    the same for all layers: a Scan, so that only one layer's attention is alive at a time, in the
+    ScoreWindow    the same for all layers: a Scan, so that only one layer's attention is alive at a time, in
+    the
                    processor's cache. What SnapKV's descendants start from
     StarKVStages   what STaR-KV makes of it, for all layers together
     ScoreStarKV    ScoreWindow + StarKVStages
@@ -19,7 +20,7 @@ of a pattern.
 import onnx
 import onnx.parser
 
-from starkv import onnx_compact, onnx_star_kv
+from starkv import onnx_compact, onnx_information, onnx_star_kv, onnx_window
 from starkv.methods.star_kv_config import Pooling
 from starkv.onnx_ops import DOMAIN, DOMAIN_VERSION, OPSET
 
@@ -62,7 +63,9 @@ def compress_functions(pooling: Pooling = "avgpool", kernel: int = 5) -> list[on
         kernel: its width, odd.
     """
     bodies = (
-        *onnx_star_kv.bodies(pooling, kernel),
+        *onnx_window.bodies(pooling, kernel),
+        onnx_information.INFORMATION_BODY,
+        *onnx_star_kv.bodies(),
         onnx_compact.PRIORITIES_BODY,
         onnx_compact.LAYER_ROWS_BODY,
         onnx_compact.COMPACT_BODY,

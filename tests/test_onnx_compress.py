@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ONNX definitions against the PyTorch reference: recordings in both modes, random prompts, memory in place."""
+"""The ONNX definitions against the PyTorch reference: recordings in both modes, random prompts, memory in
+place."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,9 +21,10 @@ from starkv.export.compress import COMPRESS_GRAPHS
 from starkv.methods.prefill import Prefill
 from starkv.methods.rows import PromptRows, official_rows, prompt_rows
 from starkv.methods.select import select_rows
-from starkv.methods.star_kv import StarKVState, compress
+from starkv.methods.star_kv import compress
 from starkv.methods.star_kv_config import Pooling, StarKVConfig, official_flags
 from starkv.methods.star_kv_plan import StarKVProgress, layer_limits, plan_step, skipped_call
+from starkv.methods.star_kv_state import StarKVState
 from starkv.methods.window import pool_scores, window_scores
 from starkv.onnx_compress import compress_model
 
@@ -118,9 +120,7 @@ def run_compress(
     graph.run_with_iobinding(binding)
     values = [value.numpy() for value in binding.get_outputs()[3:]]
     outputs = dict(zip(names, values, strict=True))
-    after = OnnxState(
-        progress, outputs["new_mi_ema"], outputs["new_pattern_ema"], outputs["new_temperature"]
-    )
+    after = OnnxState(progress, outputs["new_mi_ema"], outputs["new_pattern_ema"], outputs["new_temperature"])
     return outputs, after
 
 
@@ -234,9 +234,7 @@ def test_native_mode_equals_the_reference_on_recorded_inputs(path: Path) -> None
         chosen = rows.protected(kept, window)
         prefill = recorded_prefill(call, rows, window)
         marked = torch.from_numpy(rows.marked(chosen)).expand_as(prefill.row_meta)
-        check_against_torch(
-            replace(prefill, row_meta=marked), config, 2, kept, length, protected=len(chosen)
-        )
+        check_against_torch(replace(prefill, row_meta=marked), config, 2, kept, length, protected=len(chosen))
 
 
 # --- random prompts ---
@@ -338,12 +336,16 @@ def test_compact_selects_as_the_reference_does(seed: int, sets: int, data: st.Da
             kept = rows[layer, 0, min(head, sets - 1), :count]
             np.testing.assert_array_equal(new_k[layer, 0, head, :count], prefill.keys[layer, 0, head, kept])
         if sets == 1:
-            np.testing.assert_array_equal(new_meta[layer, 0, :count], prefill.row_meta[layer, 0, rows[layer, 0, 0, :count]])
+            np.testing.assert_array_equal(
+                new_meta[layer, 0, :count], prefill.row_meta[layer, 0, rows[layer, 0, 0, :count]]
+            )
         else:
             assert (new_meta[layer, 0, :count] == -1).all()
 
 
-@pytest.mark.parametrize(("pooling", "kernel"), [("avgpool", 5), ("maxpool", 5), ("avgpool", 3), ("avgpool", 1)])
+@pytest.mark.parametrize(
+    ("pooling", "kernel"), [("avgpool", 5), ("maxpool", 5), ("avgpool", 3), ("avgpool", 1)]
+)
 def test_window_scores_equal_the_reference(pooling: Pooling, kernel: int) -> None:
     prefill = random_prefill(layout([(14, 20)]), shape=Shape(layers=2, batch=2))
     mass = window_scores(prefill.window_queries, prefill.keys, prefill.kv_len)

@@ -191,7 +191,9 @@ def test_misuse_is_refused(engine: OrtEngine) -> None:
     with pytest.raises(UsageError, match="the arena holds 90 rows, the prompt 89"):
         engine.compress(arena, small, handle, prompt_rows(89, [], []), policy_of(STAR_KV, 0.2))
     wide = KvPolicy(STAR_KV, Budget(0.5), replace(StarKVConfig(), window=9))
-    with pytest.raises(UsageError, match="window of 9 rows is asked for, but the engine was exported with an"):
+    with pytest.raises(
+        UsageError, match="window of 9 rows is asked for, but the engine was exported with an"
+    ):
         engine.compress(arena, small, handle, PROMPT, wide)
 
 

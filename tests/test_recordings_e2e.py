@@ -14,8 +14,9 @@ from recordings import Recording, assert_relative, recordings
 from starkv.manifest import TextShape
 from starkv.methods.prefill import Prefill
 from starkv.methods.rows import official_rows
-from starkv.methods.star_kv import StarKVState, compress
+from starkv.methods.star_kv import compress
 from starkv.methods.star_kv_config import official_flags
+from starkv.methods.star_kv_state import StarKVState
 from starkv.runtime.engines.torch_decoder import DecoderStep, TorchCache, TorchDecoder
 from starkv.runtime.preprocess.positions import rope_tables
 

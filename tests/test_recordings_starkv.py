@@ -11,8 +11,9 @@ from recordings import Recording, assert_relative, recordings
 
 from starkv.methods.prefill import Prefill
 from starkv.methods.rows import official_rows
-from starkv.methods.star_kv import StarKVScores, StarKVState, compress
+from starkv.methods.star_kv import StarKVScores, compress
 from starkv.methods.star_kv_config import official_flags
+from starkv.methods.star_kv_state import StarKVState
 
 SCORES = 2e-6
 

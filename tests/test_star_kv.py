@@ -14,8 +14,9 @@ from starkv.errors import UsageError
 from starkv.methods import star_kv_stages as stages
 from starkv.methods.prefill import Prefill
 from starkv.methods.rows import NO_FRAME, prompt_rows
-from starkv.methods.star_kv import StarKVState, compress, score
+from starkv.methods.star_kv import compress, score
 from starkv.methods.star_kv_config import StarKVConfig
+from starkv.methods.star_kv_state import StarKVState
 from starkv.methods.window import hidden_norm_boost, window_scores
 
 OFFICIAL, NATIVE = StarKVConfig.official(), StarKVConfig()
@@ -95,8 +96,8 @@ def test_a_batch_in_native_mode_equals_its_sequences() -> None:
 
 
 def test_a_batch_in_official_mode_shares_one_state() -> None:
-    """The second sequence sees the averages that the first left, the temperature is that of the batch, and only
-    the temporal step counts once (spec star-kv.md §8)."""
+    """The second sequence sees the averages that the first left, the temperature is that of the batch, and
+    only the temporal step counts once (spec star-kv.md §8)."""
     config = StarKVConfig.official(mi_profile_steps=1, mi_ramp_steps=2)
     prefill = random_prefill(TWO_FRAMES, official=True, shape=Shape(batch=2))
     together, state = score(prefill, initial(prefill, official=True), config)
@@ -157,7 +158,9 @@ def test_sequences_of_different_lengths_share_a_batch() -> None:
     for sequence, part in enumerate(alone):
         single, _ = score(replace(part, frame=NO_FRAME), StarKVState.initial(2, 1, 2), config)
         length = part.keys.shape[3]
-        torch.testing.assert_close(together.final[:, sequence, :length], single.final[:, 0], rtol=2e-6, atol=1e-9)
+        torch.testing.assert_close(
+            together.final[:, sequence, :length], single.final[:, 0], rtol=2e-6, atol=1e-9
+        )
         ranked = together.priorities[:, sequence, 0]
         assert (ranked[:, length - 8 : length] == torch.inf).all()
         assert (ranked[:, length:] == -torch.inf).all()

@@ -15,9 +15,10 @@ from starkv.methods import star_kv_stages as stages
 from starkv.methods.expected_information import VALUE_BINS, chance_and_span
 from starkv.methods.prefill import Prefill
 from starkv.methods.rows import square_grid
-from starkv.methods.star_kv import StarKVState, compress, score
+from starkv.methods.star_kv import compress, score
 from starkv.methods.star_kv_config import StarKVConfig
 from starkv.methods.star_kv_plan import StarKVProgress, plan_step
+from starkv.methods.star_kv_state import StarKVState
 
 OFFICIAL, NATIVE = StarKVConfig.official(), StarKVConfig()
 SCREEN = (39, 69)
@@ -134,7 +135,8 @@ def trajectory(config: StarKVConfig, prompts: list[Prefill]) -> list[torch.Tenso
 
 
 def test_history_is_not_discounted_before_anything_was_seen_twice() -> None:
-    """The official average contains the pattern it is compared with, so the first comparison is always perfect."""
+    """The official average contains the pattern it is compared with, so the first comparison is always
+    perfect."""
     prompt = random_prefill(TWO_FRAMES)
     old = prompt.row_frame == 0
     official = trajectory(replace(NATIVE, temporal_reference="updated"), [prompt])[0]
@@ -151,7 +153,8 @@ def test_persistent_attention_discounts_history_and_changing_attention_does_not(
     assert (persistent[~old] == 1.0).all()
     changed = trajectory(NATIVE, [same, other])[1]
     assert (changed[old] > persistent[old]).all()
-    # The official comparison, which contains the pattern itself, sees less of the change where it forgets fast.
+    # The official comparison, which contains the pattern itself, sees less of the change where it forgets
+    # fast.
     forgetful = replace(NATIVE, temporal_rho=0.3)
     updated = trajectory(replace(forgetful, temporal_reference="updated"), [same, other])[1]
     assert (updated[old] < trajectory(forgetful, [same, other])[1][old]).all()

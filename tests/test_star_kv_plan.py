@@ -156,7 +156,9 @@ def test_official_mode_clamps_spans_instead() -> None:
     assert rows.row_meta[:, ROW_FRAME].tolist() == [0] * 4 + [-1] * 6 + [1] * 14 + [-1] * 6
 
 
-@pytest.mark.parametrize(("cells", "grid"), [(1, (1, 1)), (6, (2, 3)), (2691, (52, 52)), (12, (3, 4)), (30, (5, 6))])
+@pytest.mark.parametrize(
+    ("cells", "grid"), [(1, (1, 1)), (6, (2, 3)), (2691, (52, 52)), (12, (3, 4)), (30, (5, 6))]
+)
 def test_square_grids_round_as_python_does(cells: int, grid: tuple[int, int]) -> None:
     assert square_grid(cells) == grid
 
@@ -258,16 +260,16 @@ def test_warm_up_observes_without_discounting() -> None:
 
 def test_official_flags_read_zeros_as_the_official_code_does() -> None:
     assert official_flags(FLAGS) == StarKVConfig.official()
-    zeros = {
-        name: 0
-        for name in (
+    zeros = dict.fromkeys(
+        (
             "kv_group_soft_prior_lambda",
             "kv_group_online_profile_decay",
             "kv_group_online_profile_tau",
             "kv_group_online_profile_lambda_ramp_steps",
             "temperature",
-        )
-    }
+        ),
+        0,
+    )
     quirky = official_flags(FLAGS | zeros)
     assert (quirky.mi_weight, quirky.mi_decay, quirky.mi_tau) == (0.5, 0.9, 1.0)
     assert (quirky.mi_ramp_steps, quirky.boost_temperature) == (5, 1.0)

@@ -5,7 +5,6 @@ Keys and values are numpy buffers bound by address as past *and* present: the at
 rows in place and nothing of the cache is ever copied between steps.
 """
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -22,6 +21,7 @@ from starkv.methods.rows import PromptRows
 from starkv.runtime.engines.base import EngineInfo, Floats, Rope, check_kv_method
 from starkv.runtime.engines.embedding import EmbeddingTable
 from starkv.runtime.engines.ort_compress import OrtCompressor
+from starkv.runtime.engines.ort_decode import DecodeStep, bind_array, bind_cache
 from starkv.runtime.kv.buffers import Arena, KvBuffers, Pool
 from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
 from starkv.runtime.preprocess.image import ImageInputs
@@ -73,7 +73,7 @@ class OrtEngine:
         self._embedding = EmbeddingTable(directory / "embedding.safetensors")
         self._vision = self._open(directory, "vision")
         self._decoder = self._open(directory, "decoder")
-        self._decode_step: _DecodeStep | None = None
+        self._decode_step: DecodeStep | None = None
         self._compressor = OrtCompressor(
             self._manifest.text,
             self._manifest.observation_window,
@@ -173,7 +173,7 @@ class OrtEngine:
     def _prefill_chunk(self, arena: Arena, embeds: Floats, cos: Floats, sin: Floats, logits: Floats) -> None:
         lengths, rows = arena.kv.lengths, embeds.shape[1]
         binding = self._decoder.io_binding()
-        _bind_cache(binding, arena.kv, batch=1)
+        bind_cache(binding, arena.kv, batch=1)
         inputs: dict[str, NDArray[Any]] = {
             "inputs_embeds": np.ascontiguousarray(embeds),
             "rope_cos": np.ascontiguousarray(cos),
@@ -183,8 +183,8 @@ class OrtEngine:
             "last_index": np.full(1, rows - 1, np.int32),
         }
         for name, array in inputs.items():
-            _bind(binding.bind_input, name, array)
-        _bind(binding.bind_output, "logits", logits)
+            bind_array(binding.bind_input, name, array)
+        bind_array(binding.bind_output, "logits", logits)
         binding.bind_output("q_window", "cpu")
         binding.bind_output("hidden_norm", "cpu")
         self._decoder.run_with_iobinding(binding)
@@ -216,61 +216,5 @@ class OrtEngine:
             raise UsageError(f"a sequence has filled its slot of {pool.kv.capacity} rows")
         step = self._decode_step
         if step is None or not step.fits(pool):
-            step = self._decode_step = _DecodeStep(self._decoder, pool, self._manifest)
+            step = self._decode_step = DecodeStep(self._decoder, pool, self._manifest)
         return step.run(pool, embeds, rope)
-
-
-class _DecodeStep:
-    """A decode step of one pool and batch size: everything is bound once and run again and again."""
-
-    def __init__(self, session: Any, pool: Pool, manifest: Manifest) -> None:
-        text, batch = manifest.text, pool.active
-        self._session, self._batch = session, batch
-        # Weak, or the engine would hold the memory of a pool that nobody uses any more.
-        self._pool = weakref.ref(pool)
-        self._embeds = np.empty((batch, 1, text.hidden), np.float32)
-        self._cos = np.empty((batch, 1, text.head_dim // 2), np.float32)
-        self._sin = np.empty_like(self._cos)
-        self._lengths = np.empty((text.layers, batch), np.int32)
-        self._logits = np.empty((batch, text.vocab), np.float32)
-        # With one new row per sequence no kernel reads P from past_extent's shape, so that stays fixed.
-        self._extent = np.zeros(pool.kv.capacity, np.int8)
-        self._last = np.zeros(batch, np.int32)
-        self._binding = session.io_binding()
-        _bind_cache(self._binding, pool.kv, batch)
-        inputs: dict[str, NDArray[Any]] = {
-            "inputs_embeds": self._embeds,
-            "rope_cos": self._cos,
-            "rope_sin": self._sin,
-            "kv_len": self._lengths,
-            "past_extent": self._extent,
-            "last_index": self._last,
-        }
-        for name, array in inputs.items():
-            _bind(self._binding.bind_input, name, array)
-        _bind(self._binding.bind_output, "logits", self._logits)
-
-    def fits(self, pool: Pool) -> bool:
-        return self._pool() is pool and self._batch == pool.active
-
-    def run(self, pool: Pool, embeds: Floats, rope: Rope) -> Floats:
-        lengths = pool.kv.lengths[:, : self._batch]
-        self._embeds[:, 0], self._cos[:], self._sin[:], self._lengths[:] = embeds, rope.cos, rope.sin, lengths
-        self._session.run_with_iobinding(self._binding)
-        lengths += 1
-        logits: Floats = self._logits.copy()
-        return logits
-
-
-def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:
-    """Bind a contiguous numpy array by address. The caller keeps it alive."""
-    bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-
-
-def _bind_cache(binding: Any, kv: KvBuffers, batch: int) -> None:
-    for layer in range(kv.keys.shape[0]):
-        for kind, buffer in (("k", kv.keys), ("v", kv.values)):
-            # The first slots of a layer are contiguous: a batch is a view.
-            view = buffer[layer, :batch]
-            _bind(binding.bind_input, f"past_{kind}.{layer}", view)
-            _bind(binding.bind_output, f"present_{kind}.{layer}", view)

@@ -22,9 +22,10 @@ from starkv.methods.prefill import Prefill
 from starkv.methods.registry import FORMS, make_method
 from starkv.methods.rows import ROW_COLUMNS, PromptRows
 from starkv.methods.select import Kept
-from starkv.methods.star_kv import StarKVScores, StarKVState
+from starkv.methods.star_kv import StarKVScores
 from starkv.methods.star_kv_plan import StarKVProgress, skipped_call
 from starkv.methods.star_kv_request import StarKVRequest, request_star_kv
+from starkv.methods.star_kv_state import StarKVState
 from starkv.methods.vl_cache import VLCache, with_sparsity
 from starkv.runtime.engines.torch_decoder import attention_sums
 from starkv.runtime.kv.buffers import Arena, KvBuffers

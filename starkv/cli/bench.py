@@ -67,7 +67,8 @@ def bench(
 
     Tokenization and sampling are not counted. % roofline compares decode with reading all its weights and
     KV rows once per token at the memory bandwidth measured in the same run; above 100 % they came from cache.
-    With a KV budget, compression is measured too (kv2560→512), and decode runs behind what is kept of the depth.
+    With a KV budget, compression is measured too (kv2560→512), and decode runs behind what is kept of the
+    depth.
 
     Example: [bold]starkv bench --engine gui-tiny -p 512 -n 128 -d 0 -d 2048[/]
     """

@@ -19,8 +19,8 @@ from starkv.methods.random import RandomRows
 from starkv.methods.rows import PromptRows
 from starkv.methods.select import Kept
 from starkv.methods.snapkv import SnapKV
-from starkv.methods.star_kv import StarKVState
 from starkv.methods.star_kv_config import StarKVConfig
+from starkv.methods.star_kv_state import StarKVState
 from starkv.methods.streaming_llm import StreamingLLM
 from starkv.methods.vl_cache import VLCache
 

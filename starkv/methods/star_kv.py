@@ -17,39 +17,13 @@ from starkv.methods.select import Kept, compact, select_rows
 from starkv.methods.star_kv_config import StarKVConfig
 from starkv.methods.star_kv_plan import (
     LayerLimits,
-    StarKVPlan,
-    StarKVProgress,
     layer_limits,
     plan_step,
     skipped_call,
 )
+from starkv.methods.star_kv_prior import Prior, prior_and_discount
+from starkv.methods.star_kv_state import StarKVState
 from starkv.methods.window import hidden_norm_boost, pool_scores, window_scores
-
-
-@dataclass(frozen=True)
-class StarKVState:
-    """What one trajectory remembers between prompts."""
-
-    progress: StarKVProgress
-    mi_ema: Tensor
-    """``[L, B, G]`` f32: moving average of each group's spatial information."""
-    pattern_ema: Tensor
-    """``[L, B, G, N]`` f32: moving average of each group's attention over the newest screenshot."""
-    temperature: Tensor
-    """``[L, B]`` f32: last entropy temperature."""
-
-    @classmethod
-    def initial(
-        cls, layers: int, batch: int, groups: int, device: torch.device | str = "cpu"
-    ) -> "StarKVState":
-        """State before the first prompt of a trajectory."""
-        zeros = torch.zeros(layers, batch, groups, device=device)
-        ones = torch.ones(layers, batch, device=device)
-        return cls(StarKVProgress(), zeros, zeros.new_zeros(layers, batch, groups, 0), ones)
-
-    def next_sample(self) -> "StarKVState":
-        """Forget the trajectory as the official drivers do, see :meth:`StarKVProgress.next_sample`."""
-        return replace(self, progress=self.progress.next_sample())
 
 
 @dataclass(frozen=True)
@@ -133,13 +107,13 @@ def score(prefill: Prefill, state: StarKVState, config: StarKVConfig) -> tuple[S
             else:
                 plan_of = plan
             one = slice(sequence, sequence + 1)
-            part, after = _prior_and_discount(
+            part, after = prior_and_discount(
                 prefill, grouped[:, one], base[:, one], one, replace(after, progress=progress), plan_of
             )
             parts.append(part)
-        prior = _Prior.joined(parts)
+        prior = Prior.joined(parts)
     else:
-        prior, after = _prior_and_discount(
+        prior, after = prior_and_discount(
             prefill, grouped, base, slice(None), replace(state, progress=progress), plan
         )
 
@@ -164,82 +138,6 @@ def score(prefill: Prefill, state: StarKVState, config: StarKVConfig) -> tuple[S
         priorities=prefill.priorities(final[:, :, None]),
     )
     return scores, replace(after, temperature=temperature)
-
-
-@dataclass(frozen=True)
-class _Prior:
-    """Results of the stages that have a state."""
-
-    information: Tensor | None
-    weights: Tensor
-    after_mi: Tensor
-    stability: Tensor | None
-    distance: Tensor | None
-    discount: Tensor | None
-    after_temporal: Tensor
-
-    @classmethod
-    def joined(cls, parts: "list[_Prior]") -> "_Prior":
-        """One after another along the batch."""
-
-        def cat(name: str) -> Tensor | None:
-            tensors = [getattr(part, name) for part in parts]
-            return None if tensors[0] is None else torch.cat(tensors, 1)
-
-        return cls(**{name: cat(name) for name in cls.__dataclass_fields__})
-
-
-def _prior_and_discount(
-    prefill: Prefill,
-    grouped: Tensor,
-    base: Tensor,
-    sequences: slice,
-    state: StarKVState,
-    plan: StarKVPlan,
-) -> tuple[_Prior, StarKVState]:
-    """Spatial prior and temporal discount of some sequences, with their state."""
-    frame, count = prefill.frame, grouped.shape[2]
-    start, is_past = prefill.frame_start[:, sequences], prefill.is_past[:, sequences]
-    leading = grouped.argmax(2)
-    inside = stages.frame_values(grouped, start, frame.cells)
-
-    information, mi_ema = None, state.mi_ema
-    if plan.mi_enabled:
-        plug_in = stages.spatial_information(inside, frame.grid_rows, frame.grid_columns)
-        information = ((plug_in - plan.mi_chance).clamp(min=0) * plan.mi_scale).to(grouped.dtype)
-        mi_ema = plan.mi_decay * mi_ema + (1.0 - plan.mi_decay) * information
-    if plan.mi_usable:
-        weights = stages.group_weights(mi_ema, plan.mi_tau, plan.mi_stretch)
-    else:
-        weights = torch.full_like(mi_ema, 1.0 / count)
-    after_mi = stages.weigh_groups(base, leading, weights, plan.mi_weight)
-
-    stability = distance = discount = None
-    after_temporal, pattern_ema = after_mi, state.pattern_ema
-    if plan.temporal_update:
-        pattern = stages.attention_pattern(inside.float())
-        updated = pattern
-        if plan.pattern_usable:
-            updated = plan.temporal_rho * pattern_ema + (1.0 - plan.temporal_rho) * pattern
-        if not plan.temporal_earlier:
-            stability = stages.pattern_stability(pattern, updated)
-        elif plan.pattern_usable:
-            stability = stages.pattern_stability(pattern, pattern_ema)
-        else:
-            stability = torch.zeros_like(pattern[..., 0])
-        pattern_ema = updated
-        distance = stages.frame_distance(prefill.row_frame[:, sequences], is_past, frame)
-        discount = stages.temporal_discount(
-            distance,
-            stability.gather(-1, leading),
-            plan.temporal_delta,
-            plan.temporal_eps,
-            plan.temporal_floor,
-        )
-        if plan.temporal_apply:
-            after_temporal = after_mi * discount.to(after_mi.dtype)
-    prior = _Prior(information, weights, after_mi, stability, distance, discount, after_temporal)
-    return prior, replace(state, mi_ema=mi_ema, pattern_ema=pattern_ema)
 
 
 def compress(
