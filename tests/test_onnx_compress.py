@@ -185,6 +185,8 @@ def test_official_mode_reproduces_the_recording(path: Path) -> None:
     state = OnnxState.initial(1, meta["n_kv"])
     for index, expected in enumerate(meta["calls"]):
         call = recording.call(index)
+        if not expected["hidden_states_given"]:
+            call.pop("hidden", None)
         if len(call["key"]) > 1:
             # Batches share a state in the official code alone; a graph compresses one sequence.
             return
@@ -222,6 +224,8 @@ def test_native_mode_equals_the_reference_on_recorded_inputs(path: Path) -> None
     config = replace(StarKVConfig(), pooling=meta["pooling"], kernel=meta["kernel_size"])
     for index, expected in enumerate(meta["calls"]):
         call = recording.call(index)
+        if not expected["hidden_states_given"]:
+            call.pop("hidden", None)
         length, window = call["key"].shape[2], expected["window"]
         spans = [(int(a), int(b)) for a, b in call["spans"]]
         fitting = all(0 <= a < b <= length for a, b in spans)
