@@ -79,7 +79,7 @@ def choose(
 
 
 def _gui_kv(scores: Floats, prompt: PromptRows, arena: Arena, window: int, kept: int) -> Floats:
-    """Boost the newest screenshot, and drop what older ones show again (spec baselines.md, GUI-KV)."""
+    """Boost the newest screenshot, and drop what older ones show again (docs/spec/baselines.md, GUI-KV)."""
     frame, length = prompt.newest_frame(window), prompt.length
     if not frame.cells:
         return scores

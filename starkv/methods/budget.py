@@ -55,7 +55,7 @@ def window_rows(wanted: int, kept_rows: int) -> int:
     """Observation window that leaves at least two kept rows to compete for: ``max(1, min(wanted, kept −
     2))``.
 
-    The window's rows are always kept and lie inside the budget (spec star-kv.md §2).
+    The window's rows are always kept and lie inside the budget (docs/spec/star-kv.md §2).
     """
     return max(1, min(wanted, kept_rows - 2))
 
@@ -63,7 +63,7 @@ def window_rows(wanted: int, kept_rows: int) -> int:
 def pyramid_rows(
     layers: int, prompt_rows: int, kept_rows: int, window: int, beta: int = 20
 ) -> tuple[int, ...]:
-    """Rows that each layer keeps under PyramidKV, its window included (spec baselines.md, PyramidKV).
+    """Rows that each layer keeps under PyramidKV, its window included (docs/spec/baselines.md, PyramidKV).
 
     First layers keep the most. As in the official code the sum is not ``layers * kept_rows``: the step
     between layers is rounded down, so the pyramid is larger than its budget.

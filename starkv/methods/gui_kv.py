@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """GUI-KV (arXiv 2510.00536): SnapKV, a boost for the newest screenshot's salient tokens, and no tokens of
-older screenshots whose keys the newest one spans (spec baselines.md, GUI-KV)."""
+older screenshots whose keys the newest one spans (docs/spec/baselines.md, GUI-KV)."""
 
 from dataclasses import dataclass
 from typing import ClassVar

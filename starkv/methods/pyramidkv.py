@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyramidKV (arXiv 2406.02069): SnapKV's scores, with most rows in the first layers (spec baselines.md)."""
+"""PyramidKV (arXiv 2406.02069): SnapKV's scores, with most rows in the first layers
+(docs/spec/baselines.md)."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -134,7 +134,7 @@ def prompt_rows(
 def square_grid(cells: int) -> tuple[int, int]:
     """The grid that the official code assumes for any screenshot: nearly square, whatever its real shape.
 
-    Rows are ``max(1, round(sqrt(cells)))`` with Python's banker's rounding (spec star-kv.md §4.2).
+    Rows are ``max(1, round(sqrt(cells)))`` with Python's banker's rounding (docs/spec/star-kv.md §4.2).
     """
     rows = max(1, round(float(np.sqrt(cells))))
     return rows, max(1, -(-cells // rows))
@@ -142,7 +142,7 @@ def square_grid(cells: int) -> tuple[int, int]:
 
 def official_rows(length: int, spans: Sequence[tuple[int, int]], window: int) -> PromptRows:
     """Metadata as the official code sees a prompt: spans clamped to the rows before the window, empty ones
-    dropped, later ones over earlier ones, square grids (spec star-kv.md §3).
+    dropped, later ones over earlier ones, square grids (docs/spec/star-kv.md §3).
 
     Never raises: spans outside the prompt are dropped, as there.
     """

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SnapKV (arXiv 2404.14469): keep what the prompt's last queries attend to (spec baselines.md, SnapKV)."""
+"""SnapKV (arXiv 2404.14469): keep what the prompt's last queries attend to (docs/spec/baselines.md,
+SnapKV)."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -16,7 +16,7 @@ class StarKVConfig:
     """Hyper-parameters of STaR-KV and the changes that native mode makes, each behind its own field.
 
     The defaults are native mode. :meth:`official` is the paper's code with the values of its reproduction
-    script, quirks included (spec star-kv.md §1-7).
+    script, quirks included (docs/spec/star-kv.md §1-7).
     """
 
     window: int = 8
@@ -133,7 +133,7 @@ def official_flags(flags: Mapping[str, Any], pooling: str = "avgpool", kernel: i
     """Official mode from the flags of the official command line, with its way of reading zeros.
 
     There ``lambda`` 0 means 0.5, ``decay`` 0 means 0.9, ``tau`` 0 means 1, ``ramp`` 0 means the profile
-    steps, and a temperature of 0 means 1 (spec star-kv.md §4, "falsy" quirks).
+    steps, and a temperature of 0 means 1 (docs/spec/star-kv.md §4, "falsy" quirks).
 
     Args:
         flags: names as in the official parsers, such as ``kv_group_soft_prior_lambda`` and ``alpha``.

@@ -31,7 +31,7 @@ class StarKVProgress:
 
     def next_sample(self) -> "StarKVProgress":
         """Start a new trajectory as the official drivers do: the temperature's average survives, since their
-        reset clears it in a place where it never is (spec star-kv.md §8)."""
+        reset clears it in a place where it never is (docs/spec/star-kv.md §8)."""
         return StarKVProgress(temperature_known=self.temperature_known)
 
 
@@ -124,7 +124,7 @@ def layer_limits(plan: StarKVPlan, kept_rows: int, window: int, past: int, prote
 def skipped_call(config: StarKVConfig, progress: StarKVProgress) -> StarKVProgress:
     """Progress after a prompt that was shorter than its budget, so that nothing was compressed.
 
-    The official code counts it as a temporal step and touches nothing else (spec star-kv.md §1, step 0).
+    The official code counts it as a temporal step and touches nothing else (docs/spec/star-kv.md §1, step 0).
     """
     return replace(progress, temporal_step=progress.temporal_step + int(config.temporal))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stages of STaR-KV's scoring (arXiv 2606.01790), each a pure function (spec star-kv.md §1-6).
+"""The stages of STaR-KV's scoring (arXiv 2606.01790), each a pure function (docs/spec/star-kv.md §1-6).
 
 All are vectorised over layers and sequences, loop over nothing and never wait for the device. Symbols: L
 layers, B sequences, H query heads in G groups (one KV head each), C rows, N tokens of the newest screenshot.

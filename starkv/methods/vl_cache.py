@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """VL-Cache (arXiv 2410.23317): the text behind the last screenshot scores the rest, and layers with sparse
-attention keep fewer rows (spec baselines.md, VL-Cache)."""
+attention keep fewer rows (docs/spec/baselines.md, VL-Cache)."""
 
 import math
 from dataclasses import dataclass, replace

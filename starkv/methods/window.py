@@ -14,7 +14,7 @@ def window_scores(queries: Tensor, keys: Tensor, kv_len: Tensor) -> Tensor:
     """Attention mass that the window's queries give to each row before the window.
 
     Softmax runs over all rows that a query sees, its own part of the window included, in float32; every other
-    step is in the keys' dtype, rounded where the official code rounds (spec star-kv.md §1, step 2).
+    step is in the keys' dtype, rounded where the official code rounds (docs/spec/star-kv.md §1, step 2).
 
     Args:
         queries: ``[L, B, H, W, D]``, the last W queries.
@@ -49,7 +49,8 @@ def window_scores(queries: Tensor, keys: Tensor, kv_len: Tensor) -> Tensor:
 def pool_scores(scores: Tensor, is_past: Tensor, kernel: int, pooling: Pooling) -> Tensor:
     """Pool along the rows, stride 1, so that neighbours of an attended row count as well.
 
-    Average pooling counts the zeros of its padding, so rows at both ends lose (spec star-kv.md §1, step 3).
+    Average pooling counts the zeros of its padding, so rows at both ends lose (docs/spec/star-kv.md §1, step
+    3).
 
     Args:
         scores: ``[L, B, H, C]``, 0 outside the past.
@@ -72,7 +73,8 @@ def pool_scores(scores: Tensor, is_past: Tensor, kernel: int, pooling: Pooling) 
 def hidden_norm_boost(hidden_norm: Tensor, in_frame: Tensor, alpha: float, temperature: float) -> Tensor:
     """Extra score for the newest screenshot's tokens with large hidden states, ``alpha`` in total.
 
-    Softmax of the standardised norms (GUI-KV; spec star-kv.md §1, step 4). A screenshot of one token has no
+    Softmax of the standardised norms (GUI-KV; docs/spec/star-kv.md §1, step 4). A screenshot of one token has
+    no
     deviation: all of ``alpha`` goes to it.
 
     Args:
