@@ -260,6 +260,23 @@ def test_random_trajectories_equal_the_reference(
     check_against_torch(prefill, config, 3, kept, rows.length, len(protect))
 
 
+@pytest.mark.parametrize("config", [StarKVConfig(), StarKVConfig.official()], ids=["native", "official"])
+def test_a_screenshot_of_another_size_is_compared_with_nothing(config: StarKVConfig) -> None:
+    """The pattern of the last one is still in the buffer, which only grows."""
+    reference, graph = StarKVState.initial(3, 1, 2), OnnxState.initial(3, 2)
+    for grid in ((14, 20), (12, 15), (12, 15), (14, 20)):
+        rows = layout([(9, 16), grid])
+        prefill = random_prefill(rows, official=config.is_official)
+        _, scores, reference = compress(prefill, reference, config, 90, rows.length)
+        pools = Pools.make(prefill.keys, 1, rows.length)
+        outputs, graph = run_compress(prefill, config, graph, 90, rows.length, pools)
+        assert scores is not None
+        past = rows.length - prefill.window
+        assert_relative(outputs["scores"][..., :past], scores.final[..., :past].numpy(), SCORES, "scores")
+        cells = grid[0] * grid[1]
+        assert_relative(graph.pattern_ema[..., :cells], reference.pattern_ema.numpy(), SCORES, "pattern")
+
+
 @pytest.mark.parametrize("garbage", [0.0, 1e4, np.nan, np.inf])
 def test_rows_behind_the_valid_ones_are_never_read(garbage: float) -> None:
     prefill = random_prefill(layout([(14, 20)]))
