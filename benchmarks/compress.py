@@ -34,13 +34,12 @@ from wide_model import TEXT, prefill_seconds
 
 from starkv.export.compress import write_compress_graphs
 from starkv.host import usable_processors
-from starkv.methods import star_kv_stages as stages
 from starkv.methods.budget import Budget
 from starkv.methods.names import STAR_KV
 from starkv.methods.prefill import Prefill
 from starkv.methods.rows import PromptRows, prompt_rows
 from starkv.methods.select import compact, select_rows
-from starkv.methods.star_kv import score
+from starkv.methods.star_kv import kept_per_layer, score
 from starkv.methods.star_kv_config import StarKVConfig
 from starkv.methods.star_kv_request import request_star_kv
 from starkv.methods.star_kv_state import StarKVState
@@ -134,9 +133,8 @@ def torch_runner(case: Case, config: StarKVConfig) -> Callable[[], None]:
             scored.append((scores.entropy, scores.priorities))
             prefills.append(prefill)
         entropy = torch.cat([entropy for entropy, _ in scored])
-        needed = stages.effective_rows(entropy, torch.full_like(entropy, case.prompt.length - case.window))
-        limits = request.limits
-        keep = case.window + stages.layer_rows(needed, limits.mean, limits.floor, limits.ceiling)
+        past = torch.full_like(entropy, case.prompt.length - case.window)
+        keep = kept_per_layer(entropy, past, case.window, request.limits)
         for layer, prefill in enumerate(prefills):
             own = keep[layer : layer + 1]
             compact(prefill, select_rows(scored[layer][1], own, request.most_rows), own)

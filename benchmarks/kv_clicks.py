@@ -27,6 +27,7 @@ from starkv.runtime.actions.parser import ActionParseError, parse_response
 from starkv.runtime.actions.types import Click
 from starkv.runtime.agent import Agent
 from starkv.runtime.engines.base import Rope
+from starkv.runtime.kv.buffers import Pool
 from starkv.runtime.kv.policy import KvPolicy
 from starkv.runtime.kv.prompt import describe_prompt
 from starkv.runtime.preprocess.image import preprocess
@@ -69,17 +70,22 @@ class Question:
         embeds[np.asarray(ids) == manifest.tokens.image_pad] = engine.encode_image(seen)
         positions = multimodal_positions(ids, manifest.tokens.image_pad, [grid])
         self._next = positions.next_position
-        self._prompt = describe_prompt(ids, [grid], manifest, agent.tokenizer)
-        self._arena = engine.new_arena(len(ids))
+        self.prompt = describe_prompt(ids, [grid], manifest, agent.tokenizer)
+        self.arena = engine.new_arena(len(ids))
         rope = Rope(*rope_tables(positions.values, manifest.text))
-        self._logits = engine.prefill(self._arena, embeds, rope)
+        self._logits = engine.prefill(self.arena, embeds, rope)
 
     def answer(self, policy: KvPolicy) -> tuple[str, int]:
         """Greedy reply, and the bytes that the prompt's rows held."""
-        engine, rows = self._agent.engine, self._prompt.length
+        engine, rows = self._agent.engine, self.prompt.length
         pool = engine.new_pool(1, engine.most_kept_rows(rows, policy) + LONGEST_REPLY)
-        engine.compress(self._arena, pool, pool.acquire(), self._prompt, policy)
-        held, tokens, logits = pool.kv.bytes_held, [], self._logits
+        engine.compress(self.arena, pool, pool.acquire(), self.prompt, policy)
+        held = pool.kv.bytes_held
+        return self.decode(pool), held
+
+    def decode(self, pool: Pool) -> str:
+        """Greedy reply from the rows that the pool's sequence holds."""
+        engine, tokens, logits = self._agent.engine, [], self._logits
         for step in range(LONGEST_REPLY):
             token = int(logits.argmax())
             if token in engine.manifest.tokens.end_of_text:
@@ -88,7 +94,7 @@ class Question:
             place = text_positions(1, self._next + step).values
             rope = Rope(*rope_tables(place, engine.manifest.text))
             logits = engine.decode(pool, engine.embed([token]), rope)[0]
-        return self._agent.tokenizer.decode(tokens), held
+        return self._agent.tokenizer.decode(tokens)
 
 
 def clicked(text: str) -> tuple[float, float] | None:

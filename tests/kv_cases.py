@@ -65,6 +65,20 @@ def random_prefill(
     )
 
 
+_PER_SEQUENCE = ("keys", "values", "queries", "hidden_norm", "kv_len", "row_meta")
+
+
+def part(prefill: Prefill, layer: slice = slice(None), sequence: slice = slice(None)) -> Prefill:
+    """Some layers and sequences of a cache."""
+    return replace(prefill, **{name: getattr(prefill, name)[layer, sequence] for name in _PER_SEQUENCE})
+
+
+def joined(parts: Sequence[Prefill]) -> Prefill:
+    """Sequences of equal capacity as one batch; the rest is the last one's."""
+    names = {name: torch.cat([getattr(one, name) for one in parts], 1) for name in _PER_SEQUENCE}
+    return replace(parts[-1], **names)
+
+
 def repeated_heads(prefill: Prefill) -> Prefill:
     """The same cache with one copy of each KV head per query head, as the official code stores it."""
     sharing = prefill.queries.shape[2] // prefill.keys.shape[2]

@@ -188,8 +188,7 @@ def test_official_mode_reproduces_the_recording(path: Path) -> None:
         if not expected["hidden_states_given"]:
             call.pop("hidden", None)
         if len(call["key"]) > 1:
-            # Batches share a state in the official code alone; a graph compresses one sequence.
-            return
+            pytest.skip("a batch shares a state in the official code alone; a graph compresses one sequence")
         if expected["reset_before"]:
             state.progress = state.progress.next_sample()
         length = call["key"].shape[2]
@@ -222,6 +221,7 @@ def test_native_mode_equals_the_reference_on_recorded_inputs(path: Path) -> None
     recording = Recording.read(path)
     meta = recording.config
     config = replace(StarKVConfig(), pooling=meta["pooling"], kernel=meta["kernel_size"])
+    checked = 0
     for index, expected in enumerate(meta["calls"]):
         call = recording.call(index)
         if not expected["hidden_states_given"]:
@@ -239,6 +239,9 @@ def test_native_mode_equals_the_reference_on_recorded_inputs(path: Path) -> None
         prefill = recorded_prefill(call, rows, window)
         marked = torch.from_numpy(rows.marked(chosen)).expand_as(prefill.row_meta)
         check_against_torch(replace(prefill, row_meta=marked), config, 2, kept, length, protected=len(chosen))
+        checked += 1
+    if not checked:
+        pytest.skip("every span of this recording is one that native mode refuses; see test_star_kv_plan.py")
 
 
 # --- random prompts ---

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kv_cases import Shape, layout, padded, random_prefill, repeated_heads
+from kv_cases import Shape, joined, layout, padded, part, random_prefill, repeated_heads
 
 from starkv.errors import UsageError
 from starkv.methods import star_kv_stages as stages
@@ -61,15 +61,8 @@ def test_all_layers_at_once_equal_one_after_the_other(config: StarKVConfig) -> N
     prefill = random_prefill(TWO_FRAMES, official=config.is_official)
     together, _ = score(prefill, initial(prefill), config)
     for layer in range(3):
-        one = slice(layer, layer + 1)
-        part = replace(
-            prefill,
-            **{
-                name: getattr(prefill, name)[one]
-                for name in ("keys", "values", "queries", "hidden_norm", "kv_len", "row_meta")
-            },
-        )
-        alone, _ = score(part, initial(part), config)
+        own = part(prefill, layer=slice(layer, layer + 1))
+        alone, _ = score(own, initial(own), config)
         torch.testing.assert_close(alone.final[0], together.final[layer], rtol=2e-6, atol=1e-9)
 
 
@@ -79,17 +72,10 @@ def test_a_batch_in_native_mode_equals_its_sequences() -> None:
     for _ in range(2):
         together, state = score(prefill, state, NATIVE)
     for sequence in range(2):
-        one = slice(sequence, sequence + 1)
-        part = replace(
-            prefill,
-            **{
-                name: getattr(prefill, name)[:, one]
-                for name in ("keys", "values", "queries", "hidden_norm", "kv_len", "row_meta")
-            },
-        )
-        alone_state = initial(part)
+        own = part(prefill, sequence=slice(sequence, sequence + 1))
+        alone_state = initial(own)
         for _ in range(2):
-            alone, alone_state = score(part, alone_state, NATIVE)
+            alone, alone_state = score(own, alone_state, NATIVE)
         torch.testing.assert_close(alone.final[:, 0], together.final[:, sequence], rtol=2e-6, atol=1e-9)
         torch.testing.assert_close(alone_state.mi_ema[:, 0], state.mi_ema[:, sequence])
         torch.testing.assert_close(alone_state.pattern_ema[:, 0], state.pattern_ema[:, sequence])
@@ -104,15 +90,8 @@ def test_a_batch_in_official_mode_shares_one_state() -> None:
     assert (state.progress.profile_step, state.progress.temporal_step) == (2, 1)
     walking = initial(prefill, official=True)
     for sequence in range(2):
-        one = slice(sequence, sequence + 1)
-        part = replace(
-            prefill,
-            **{
-                name: getattr(prefill, name)[:, one]
-                for name in ("keys", "values", "queries", "hidden_norm", "kv_len", "row_meta")
-            },
-        )
-        alone, walking = score(part, walking, config)
+        own = part(prefill, sequence=slice(sequence, sequence + 1))
+        alone, walking = score(own, walking, config)
         torch.testing.assert_close(alone.after_temporal[:, 0], together.after_temporal[:, sequence])
     torch.testing.assert_close(walking.mi_ema, state.mi_ema)
     torch.testing.assert_close(walking.pattern_ema, state.pattern_ema)
@@ -143,21 +122,14 @@ def test_sequences_of_different_lengths_share_a_batch() -> None:
     sizes = Shape(layers=2)
     alone = [random_prefill(rows, shape=sizes, seed=seed) for seed, rows in enumerate((short, long))]
     extra = long.length - short.length
-    parts = [padded(alone[0], extra, 1e3), alone[1]]
-    batch = replace(
-        alone[1],
-        **{
-            name: torch.cat([getattr(part, name) for part in parts], 1)
-            for name in ("keys", "values", "queries", "hidden_norm", "kv_len", "row_meta")
-        },
-    )
+    batch = joined([padded(alone[0], extra, 1e3), alone[1]])
     # The newest screenshot lies elsewhere in each, so what depends on it stays out here.
     config = replace(NATIVE, boost=0.0, mi=False, temporal=False)
     batch = replace(batch, frame=NO_FRAME)
     together, _ = score(batch, StarKVState.initial(2, 2, 2), config)
-    for sequence, part in enumerate(alone):
-        single, _ = score(replace(part, frame=NO_FRAME), StarKVState.initial(2, 1, 2), config)
-        length = part.keys.shape[3]
+    for sequence, own in enumerate(alone):
+        single, _ = score(replace(own, frame=NO_FRAME), StarKVState.initial(2, 1, 2), config)
+        length = own.keys.shape[3]
         torch.testing.assert_close(
             together.final[:, sequence, :length], single.final[:, 0], rtol=2e-6, atol=1e-9
         )

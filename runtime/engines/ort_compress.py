@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from starkv.errors import EngineError, UsageError
 from starkv.manifest import TextShape
-from starkv.methods.budget import LEAST_ROWS
-from starkv.methods.names import FULL, RANDOM, STAR_KV, STREAMING_LLM
+from starkv.methods.names import RANDOM, STAR_KV, STREAMING_LLM
 from starkv.methods.rows import PromptRows
 from starkv.methods.star_kv_plan import StarKVProgress, skipped_call
 from starkv.methods.star_kv_request import StarKVRequest, request_star_kv
+from starkv.runtime.engines.ort_decode import bind_array
 from starkv.runtime.kv import baselines
 from starkv.runtime.kv.buffers import Arena, Pool
 from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
@@ -53,7 +53,7 @@ class OrtCompressor:
 
         Opens the graphs that the policy needs, so that the first compression takes no longer than the others.
         """
-        if policy.method == FULL or _stays_whole(prompt_rows, policy):
+        if policy.keeps_all(prompt_rows):
             return prompt_rows
         for graph in _GRAPHS_OF.get(policy.method, ("compact", "score_window")):
             self._session(graph)
@@ -80,7 +80,7 @@ class OrtCompressor:
         star_kv = policy.method == STAR_KV
         if star_kv and memory is None:
             memory = StarKVMemory.initial(self._text.layers, self._text.kv_heads)
-        if policy.method == FULL or _stays_whole(prompt.length, policy):
+        if policy.keeps_all(prompt.length):
             if memory is not None and star_kv:
                 memory = replace(memory, progress=skipped_call(policy.star_kv, memory.progress))
             return self._copy(arena, pool, slot, memory)
@@ -187,20 +187,14 @@ class OrtCompressor:
             buffers = {"k": pool.kv.keys, "v": pool.kv.values, "meta": pool.kv.row_meta}
             feeds |= {f"dst_{name}": buffer for name, buffer in buffers.items()}
         for name, array in feeds.items():
-            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+            bind_array(binding.bind_input, name, array)
         for name in wanted:
             binding.bind_output(name, "cpu")
         if pool is not None:
             for name, array in buffers.items():
-                binding.bind_output(f"new_{name}", "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+                bind_array(binding.bind_output, f"new_{name}", array)
         session.run_with_iobinding(binding)
         return {name: value.numpy() for name, value in zip(wanted, binding.get_outputs(), strict=False)}
-
-
-def _stays_whole(prompt_rows: int, policy: KvPolicy) -> bool:
-    """Whether there is nothing to choose: the prompt is shorter than its capacity, or as short as a cache can
-    be."""
-    return policy.budget.spares(prompt_rows) or prompt_rows <= LEAST_ROWS
 
 
 def _check_room(rows: int, pool: Pool) -> None:

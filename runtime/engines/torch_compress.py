@@ -13,10 +13,9 @@ from torch import Tensor
 from starkv.errors import UsageError
 from starkv.manifest import TextShape
 from starkv.methods import star_kv
-from starkv.methods.budget import LEAST_ROWS
 from starkv.methods.h2o import H2O
 from starkv.methods.method import KvMethod, keep_best
-from starkv.methods.names import FULL, RANDOM, STAR_KV
+from starkv.methods.names import RANDOM, STAR_KV
 from starkv.methods.oracle import Oracle
 from starkv.methods.prefill import Prefill
 from starkv.methods.registry import FORMS, make_method
@@ -63,7 +62,7 @@ def cached_heads(method: str, text: TextShape) -> int:
 
 def most_kept_rows(text: TextShape, prompt_rows: int, policy: KvPolicy) -> int:
     """See :meth:`Engine.most_kept_rows`."""
-    if _stays_whole(prompt_rows, policy):
+    if policy.keeps_all(prompt_rows):
         return prompt_rows
     # What the prompt is made of does not change the bound.
     blank = PromptRows(np.zeros((prompt_rows, ROW_COLUMNS), np.int32), (), ())
@@ -91,18 +90,13 @@ def compress(
     """
     if policy.method == STAR_KV:
         kept, compressed = _star_kv(arena, prompt, policy, memory)
-    elif _stays_whole(prompt.length, policy):
+    elif policy.keeps_all(prompt.length):
         kept = _all_rows(arena, prompt, policy.method)
         compressed = Compressed(_rows_of(kept), memory=memory)
     else:
         kept, compressed = _baseline(arena, prompt, policy, memory)
     _store(kept, kv, slot, policy.method)
     return compressed
-
-
-def _stays_whole(prompt_rows: int, policy: KvPolicy) -> bool:
-    """Whether there is nothing to choose."""
-    return policy.method == FULL or policy.budget.spares(prompt_rows) or prompt_rows <= LEAST_ROWS
 
 
 def _request(prompt: PromptRows, policy: KvPolicy, progress: StarKVProgress) -> StarKVRequest:
@@ -116,7 +110,7 @@ def _star_kv(
 ) -> tuple[Kept, Compressed]:
     layers, _, groups = arena.kv.keys.shape[:3]
     memory = memory or StarKVMemory.initial(layers, groups)
-    if _stays_whole(prompt.length, policy):
+    if policy.keeps_all(prompt.length):
         kept = _all_rows(arena, prompt, STAR_KV)
         memory = replace(memory, progress=skipped_call(policy.star_kv, memory.progress))
         return kept, Compressed(_rows_of(kept), memory=memory)

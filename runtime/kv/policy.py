@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from starkv.methods.budget import Budget
+from starkv.methods.budget import LEAST_ROWS, Budget
 from starkv.methods.names import FULL
 from starkv.methods.star_kv_config import StarKVConfig
 from starkv.methods.star_kv_plan import StarKVProgress
@@ -26,6 +26,11 @@ class KvPolicy:
     def kept_rows(self, prompt_rows: int) -> int:
         """Rows to keep per layer on average."""
         return prompt_rows if self.method == FULL else self.budget.rows(prompt_rows)
+
+    def keeps_all(self, prompt_rows: int) -> bool:
+        """Whether there is nothing to choose: the method keeps everything, or the prompt is shorter than its
+        capacity, or as short as a cache can be."""
+        return self.method == FULL or self.budget.spares(prompt_rows) or prompt_rows <= LEAST_ROWS
 
 
 @dataclass

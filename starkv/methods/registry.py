@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from inspect import signature
 from typing import Any, ClassVar
 
 from starkv.errors import UsageError
@@ -104,7 +105,7 @@ def make_method(name: str, **parameters: Any) -> KvMethod | StarKV:
 def _parameters(name: str) -> tuple[str, ...]:
     if name == StarKV.name:
         return ("mode", *(field.name for field in fields(StarKVConfig)))
-    return tuple(field.name for field in fields(METHODS[name]))  # type: ignore[arg-type]
+    return tuple(signature(METHODS[name]).parameters)
 
 
 @dataclass(frozen=True)

@@ -173,10 +173,21 @@ def compress(
     return keep_best(prefill, scores, limits), scores, after
 
 
+def kept_per_layer(entropy: Tensor, past: Tensor, window: int, limits: LayerLimits) -> Tensor:
+    """Rows that each layer keeps, its window included: ``[L, B]`` int64.
+
+    Args:
+        entropy: ``[L, B]`` of all layers, normalized.
+        past: ``[L, B]`` rows that compete.
+        window: W.
+        limits: of a layer's rows.
+    """
+    needed = stages.effective_rows(entropy, past)
+    return window + stages.layer_rows(needed, limits.mean, limits.floor, limits.ceiling)
+
+
 def keep_best(prefill: Prefill, scores: StarKVScores, limits: LayerLimits) -> Kept:
     """Give every layer its budget and keep the best rows."""
-    needed = stages.effective_rows(scores.entropy, prefill.past)
-    competing = stages.layer_rows(needed, limits.mean, limits.floor, limits.ceiling)
-    keep = prefill.window + competing
+    keep = kept_per_layer(scores.entropy, prefill.past, prefill.window, limits)
     chosen = select_rows(scores.priorities, keep, prefill.window + limits.ceiling)
     return compact(prefill, chosen, keep)

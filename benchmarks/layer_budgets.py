@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which layers should keep more rows? Ways to divide the same total, by clicks and on random keys.
+
+    python benchmarks/layer_budgets.py --screens 20 --out results.json
+
+Clicks: gui-tiny on validation screens, native STaR-KV's scores and protected rows, everything equal but the
+rows of each layer. Random keys: the error of the attention output of the last query, relative to its length,
+mean over six layers from very sharp to nearly flat attention; there spread-out layers hold nothing but noise.
+"""
+
+import argparse
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import engines, report
+from kv_clicks import NATIVE, QUESTIONS, SIZE, Question, clicked
+from numpy.typing import NDArray
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from splits import held_out
+
+from starkv.methods.budget import Budget
+from starkv.methods.names import STAR_KV
+from starkv.methods.star_kv_stages import layer_rows
+from starkv.runtime.agent import Agent
+from starkv.runtime.kv.policy import KvPolicy
+
+Array = NDArray[np.float64]
+WINDOW, BUDGETS = 8, (0.2, 0.25, 0.3, 0.4, 0.6)
+SHARPNESS = (6.0, 3.0, 2.0, 1.0, 0.5, 0.1)
+
+
+def proportional(needed: Array, mean: int, past: int, least: float, most: float) -> NDArray[np.int64]:
+    """Rows in proportion to ``needed [L]``, between ``least`` and ``most`` times the mean."""
+    floor = min(mean, max(1, int(np.ceil(least * mean))))
+    ceiling = max(mean, min(past, int(most * mean)))
+    shares = layer_rows(torch.from_numpy(needed)[:, None], mean, floor, ceiling)
+    rows: NDArray[np.int64] = shares[:, 0].numpy()
+    return rows
+
+
+def effective(share: Array) -> Array:
+    """Exponential of each layer's entropy: ``[L, S]`` → ``[L]``."""
+    return np.exp(-(share * np.log(share + 1e-12)).sum(-1))
+
+
+def most_mass(share: Array, mean: int, past: int, least: float, most: float) -> NDArray[np.int64]:
+    """Rows that hold the most attention mass in total: the best rows of all layers together."""
+    floor = min(mean, max(1, int(np.ceil(least * mean))))
+    ceiling = max(mean, min(past, int(most * mean)))
+    best = -np.sort(-share, -1)[:, floor:ceiling]
+    order = np.argsort(-best, axis=None, kind="stable")[: mean * len(share) - floor * len(share)]
+    return floor + np.bincount(order // best.shape[1], minlength=len(share))
+
+
+Divide = Callable[[Array, int, int], NDArray[np.int64]]
+"""Shares ``[L, S]`` of the scores, mean rows and competing rows → rows of each layer."""
+
+WAYS: dict[str, Divide] = {
+    "the same rows in every layer": lambda share, mean, past: np.full(len(share), mean),
+    "effective rows, 0.75 … 1.25": lambda share, mean, past: proportional(
+        effective(share), mean, past, 0.75, 1.25
+    ),
+    "effective rows, 0.5 … 1.5": lambda share, mean, past: proportional(
+        effective(share), mean, past, 0.5, 1.5
+    ),
+    "the most attention mass, 0.75 … 1.25": lambda share, mean, past: most_mass(
+        share, mean, past, 0.75, 1.25
+    ),
+    "the reverse of effective rows": lambda share, mean, past: proportional(
+        1.0 / effective(share), mean, past, 0.75, 1.25
+    ),
+    "early layers more (1.5 … 0.5)": lambda share, mean, past: proportional(
+        np.linspace(1.5, 0.5, len(share)), mean, past, 0.4, 1.6
+    ),
+}
+
+
+def clicks(agent: Agent, screens: int) -> dict[str, list[float]]:
+    """Share of clicks that hit, by way and budget, and the number of questions under ``questions``."""
+    hits: dict[tuple[str, float], list[bool]] = defaultdict(list)
+    engine = agent.engine
+    for index in track(range(screens), "screens", console=Console(stderr=True)):
+        screen, drawn = held_out("validation", index, SIZE, QUESTIONS)
+        image = Image.fromarray(screen.image)
+        for asked in drawn[: len(screen.elements)]:
+            question = Question(agent, image, asked.text)
+            length, arena = question.prompt.length, question.arena
+            past = length - WINDOW
+            policy = KvPolicy(STAR_KV, Budget(0.5), replace(NATIVE, entropy=False))
+            scratch = engine.new_pool(1, length)
+            result = engine.compress(arena, scratch, scratch.acquire(), question.prompt, policy)
+            assert result.scores is not None
+            scores = result.scores[:, 0, :past].astype(np.float64)
+            share = scores / scores.sum(-1, keepdims=True)
+            for budget in BUDGETS:
+                kept = Budget(budget).rows(length)
+                ranked = scores.copy()
+                ranked[:, list(question.prompt.protected(kept, WINDOW))] = np.inf
+                best = np.argsort(-ranked, -1, kind="stable")
+                for name, divide in WAYS.items():
+                    counts = divide(share, kept - WINDOW, past)
+                    assert counts.sum() == (kept - WINDOW) * len(share)
+                    pool = engine.new_pool(1, length + 20)
+                    pool.acquire()
+                    for layer, count in enumerate(counts):
+                        rows = np.r_[np.sort(best[layer, :count]), past:length]
+                        pool.kv.keys[layer, 0, :, : len(rows)] = arena.kv.keys[layer, 0][:, rows]
+                        pool.kv.values[layer, 0, :, : len(rows)] = arena.kv.values[layer, 0][:, rows]
+                        pool.kv.lengths[layer, 0] = len(rows)
+                    point = clicked(question.decode(pool))
+                    hits[name, budget].append(point is not None and asked.element.contains(*point))
+    shares = {name: [float(np.mean(hits[name, budget])) for budget in BUDGETS] for name in WAYS}
+    return {**shares, "questions": [float(len(hits[next(iter(WAYS)), BUDGETS[0]]))]}
+
+
+def random_keys(rows: int = 400, dim: int = 16, draws: int = 20) -> dict[str, list[float]]:
+    """Relative error of the attention output on random keys, by way and budget."""
+    random = np.random.default_rng(0)
+    errors: dict[tuple[str, float], list[float]] = defaultdict(list)
+    for _ in range(draws):
+        keys, values = random.standard_normal((2, len(SHARPNESS), rows, dim))
+        query = random.standard_normal((len(SHARPNESS), dim)) * np.array(SHARPNESS)[:, None]
+        logits = np.einsum("lrd,ld->lr", keys, query) / np.sqrt(dim)
+        share = np.exp(logits - logits.max(-1, keepdims=True))
+        share /= share.sum(-1, keepdims=True)
+        full = np.einsum("lr,lrd->ld", share, values + 1.0)
+        order = np.argsort(-share, -1)
+        for budget in BUDGETS:
+            for name, divide in WAYS.items():
+                counts = divide(share, int(budget * rows), rows)
+                for layer, count in enumerate(counts):
+                    kept = order[layer, :count]
+                    part = share[layer, kept] / share[layer, kept].sum() @ (values[layer, kept] + 1.0)
+                    error = np.linalg.norm(part - full[layer]) / np.linalg.norm(full[layer])
+                    errors[name, budget].append(float(error))
+    return {name: [float(np.mean(errors[name, budget])) for budget in BUDGETS] for name in WAYS}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--screens", type=int, default=20)
+    parser.add_argument("--out", type=Path, help="JSON file of the figures")
+    args = parser.parse_args()
+    errors = random_keys()
+    with engines("fp32") as directories:
+        hit = clicks(Agent.load(directories["fp32"]), args.screens)
+    header = ("way", *(f"clicks {budget:.0%}" for budget in BUDGETS), *(f"error {b:.0%}" for b in BUDGETS))
+    table = [header]
+    for name in WAYS:
+        table.append((name, *(f"{x:.1%}" for x in hit[name]), *(f"{x:.3f}" for x in errors[name])))
+    figures = {"benchmark": "layer_budgets", "budgets": BUDGETS, "clicks": hit, "random_keys": errors}
+    report(table, figures, args.out)
+
+
+if __name__ == "__main__":
+    main()
