@@ -39,7 +39,7 @@ struct MovedTensor {
 };
 
 // Into other memory: a block for kCompactRows rows of one tensor of a sequence.
-inline __global__ void __launch_bounds__(kCompactThreads) compact_rows(CompressView view, int row_bytes) {
+__global__ void __launch_bounds__(kCompactThreads) compact_rows(CompressView view, int row_bytes) {
     const Sequence sequence(view, static_cast<int>(blockIdx.z));
     const int first = static_cast<int>(blockIdx.x) * kCompactRows;
     const int kept = view.buffers.new_len[sequence.index];
@@ -55,7 +55,7 @@ inline __global__ void __launch_bounds__(kCompactThreads) compact_rows(CompressV
 
 // Within the same memory: a block for one tensor of a sequence, from front to back. A row never moves back, so
 // what one step overwrites no later step reads; within a step all reads come before all writes.
-inline __global__ void __launch_bounds__(kInPlaceThreads) compact_rows_in_place(CompressView view, int row_bytes) {
+__global__ void __launch_bounds__(kInPlaceThreads) compact_rows_in_place(CompressView view, int row_bytes) {
     const Sequence sequence(view, static_cast<int>(blockIdx.y));
     const MovedTensor tensor(view, sequence, static_cast<int>(blockIdx.x), row_bytes);
     const int* source_rows = view.source_rows + static_cast<size_t>(sequence.index) * view.shape.slot_capacity;

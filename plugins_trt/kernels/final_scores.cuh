@@ -47,7 +47,7 @@ __device__ inline void weigh_heads(const Plan& plan, const float* information, i
 }
 
 // A block for kRowsPerBlock rows of a sequence.
-inline __global__ void __launch_bounds__(kRowThreads) final_scores(CompressView view) {
+__global__ void __launch_bounds__(kRowThreads) final_scores(CompressView view) {
     const Sequence sequence(view, static_cast<int>(blockIdx.y));
     auto& shared = shared_memory<FinalShared>();
     const Plan& plan = view.plan();

@@ -112,7 +112,7 @@ __device__ inline float compare_pattern(const CompressView& view, const float* s
 }
 
 // A block for each KV head of each sequence.
-inline __global__ void __launch_bounds__(kMemoryThreads) update_group_memory(CompressView view) {
+__global__ void __launch_bounds__(kMemoryThreads) update_group_memory(CompressView view) {
     const int group = static_cast<int>(blockIdx.x);
     const Sequence sequence(view, static_cast<int>(blockIdx.y));
     auto& shared = shared_memory<MemoryShared>();

@@ -11,7 +11,7 @@ namespace starkv {
 constexpr int kRowThreads = 256;
 
 // One block for each sequence: what the boost needs to know of the screenshot's hidden norms.
-inline __global__ void __launch_bounds__(kRowThreads) norm_statistics(CompressView view) {
+__global__ void __launch_bounds__(kRowThreads) norm_statistics(CompressView view) {
     const Sequence sequence(view, static_cast<int>(blockIdx.x));
     const Plan& plan = view.plan();
     if (!sequence.valid || sequence.cells == 0 || !(plan.boost > 0.0F)) return;
@@ -66,7 +66,7 @@ __device__ inline float pooled_mass(const CompressView& view, const float* mass,
 }
 
 // A block for kRowsPerBlock rows of a sequence.
-inline __global__ void __launch_bounds__(kRowThreads) group_scores(CompressView view) {
+__global__ void __launch_bounds__(kRowThreads) group_scores(CompressView view) {
     const Sequence sequence(view, static_cast<int>(blockIdx.y));
     if (!sequence.valid) return;
     auto& scratch = shared_memory<BlockScratch<float>>();

@@ -12,7 +12,7 @@ constexpr int kEntropyThreads = 512;
 constexpr int kBudgetThreads = 128;
 
 // A block for each sequence of each layer.
-inline __global__ void __launch_bounds__(kEntropyThreads) score_entropy(CompressView view) {
+__global__ void __launch_bounds__(kEntropyThreads) score_entropy(CompressView view) {
     const Sequence sequence(view, static_cast<int>(blockIdx.x));
     auto& scratch = shared_memory<BlockScratch<float>>();
     const Plan& plan = view.plan();
@@ -59,7 +59,7 @@ struct BudgetShared {
 };
 
 // A block for each sequence: mean * L rows in all, in proportion to what layers need.
-inline __global__ void __launch_bounds__(kBudgetThreads) layer_budgets(CompressView view) {
+__global__ void __launch_bounds__(kBudgetThreads) layer_budgets(CompressView view) {
     auto& shared = shared_memory<BudgetShared>();
     double* weights = shared.weights;
     const int sequence = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);

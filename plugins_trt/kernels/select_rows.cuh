@@ -15,7 +15,7 @@ struct SelectShared {
 };
 
 // A block for each sequence of each layer.
-inline __global__ void __launch_bounds__(kSelectThreads) select_rows(CompressView view) {
+__global__ void __launch_bounds__(kSelectThreads) select_rows(CompressView view) {
     const Sequence sequence(view, static_cast<int>(blockIdx.x));
     auto& shared = shared_memory<SelectShared>();
     const int thread = static_cast<int>(threadIdx.x), slot_capacity = view.shape.slot_capacity;

@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kScoreThreads) window_statistics(CompressView 
 }
 
 // A block of kQueries threads for each block of queries.
-inline __global__ void merge_statistics(CompressView view) {
+__global__ void merge_statistics(CompressView view) {
     const Sequence sequence(view, static_cast<int>(blockIdx.y));
     if (!sequence.valid) return;
     const QueryBlock block(view, static_cast<int>(blockIdx.x), sequence.index);
