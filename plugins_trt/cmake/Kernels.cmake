@@ -11,8 +11,7 @@ set(STARKV_KERNELS_EXPORTS ${CMAKE_CURRENT_LIST_DIR}/kernels.map)
 function(starkv_add_kernels_library target objects)
   add_library(${target} SHARED $<TARGET_OBJECTS:${objects}>)
   target_include_directories(${target} PUBLIC ${STARKV_KERNELS_INCLUDE_DIR})
-  target_link_options(${target} PRIVATE "LINKER:--version-script=${STARKV_KERNELS_EXPORTS}" LINKER:--no-undefined)
-  set_target_properties(${target} PROPERTIES LINK_DEPENDS ${STARKV_KERNELS_EXPORTS})
+  starkv_link_exports(${target} ${STARKV_KERNELS_EXPORTS})
 endfunction()
 
 # In directories of their own, since there a .cu file is C++ and here CUDA.
@@ -38,7 +37,9 @@ else()
     enable_language(CUDA)
     add_subdirectory(${CMAKE_CURRENT_LIST_DIR}/kernels_cuda kernels_cuda)
   else()
-    starkv_not_built(starkv_kernels
-      "no CUDA compiler; install the CUDA toolkit and put nvcc on PATH or into CUDACXX, or give a built library with STARKV_KERNELS")
+    string(CONCAT reason
+      "no CUDA compiler; install the CUDA toolkit and put nvcc on PATH or into CUDACXX, "
+      "or give a built library with STARKV_KERNELS")
+    starkv_not_built(starkv_kernels ${reason})
   endif()
 endif()

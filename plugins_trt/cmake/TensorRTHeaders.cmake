@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# TensorRT's headers: sets TENSORRT_HEADERS to their directory, or leaves it empty. The library itself is never
-# needed: TensorRT loads the plugins, not the other way round.
+# TensorRT's headers: sets TENSORRT_HEADERS to their directory, or leaves it empty. The library itself is
+# never needed: TensorRT loads the plugins, not the other way round.
 
 set(STARKV_TENSORRT_DOWNLOAD_TAG v11.1)
 # All that the plugins include, directly or not, and their SHA-256.
@@ -15,15 +15,15 @@ set(STARKV_TENSORRT_DOWNLOADS
   NvInferVersion.h 8648df4851fb2df1a15d7dfdae6454428c4b119055f65f6a98de8ff806977b2e)
 
 function(starkv_download_tensorrt_headers directory)
+  set(source https://raw.githubusercontent.com/NVIDIA/TensorRT/${STARKV_TENSORRT_DOWNLOAD_TAG}/include)
   set(left ${STARKV_TENSORRT_DOWNLOADS})
   while(left)
     list(POP_FRONT left header hash)
-    set(url https://raw.githubusercontent.com/NVIDIA/TensorRT/${STARKV_TENSORRT_DOWNLOAD_TAG}/include/${header})
-    file(DOWNLOAD ${url} ${directory}/${header} EXPECTED_HASH SHA256=${hash} STATUS status)
+    file(DOWNLOAD ${source}/${header} ${directory}/${header} EXPECTED_HASH SHA256=${hash} STATUS status)
     list(GET status 0 failed)
     if(failed)
       list(GET status 1 reason)
-      message(FATAL_ERROR "${url}: ${reason}. Give the headers with TENSORRT_INCLUDE_DIR instead")
+      message(FATAL_ERROR "${source}/${header}: ${reason}. Give the headers with TENSORRT_INCLUDE_DIR instead")
     endif()
   endwhile()
 endfunction()
@@ -32,7 +32,7 @@ function(starkv_find_tensorrt_headers)
   if(TENSORRT_INCLUDE_DIR)
     set(asked_for ${TENSORRT_INCLUDE_DIR})
   elseif(TENSORRT_ROOT)
-    set(asked_for ${TENSORRT_ROOT}/include ${TENSORRT_ROOT}/include/${CMAKE_SYSTEM_PROCESSOR}-linux-gnu ${TENSORRT_ROOT})
+    set(asked_for ${TENSORRT_ROOT}/include ${TENSORRT_ROOT}/include/${CMAKE_SYSTEM_PROCESSOR}-linux-gnu)
   endif()
   if(asked_for)
     find_path(TENSORRT_HEADERS NvInferRuntime.h PATHS ${asked_for} NO_DEFAULT_PATH)
@@ -42,7 +42,8 @@ function(starkv_find_tensorrt_headers)
     endif()
   else()
     find_path(TENSORRT_HEADERS NvInferRuntime.h
-      PATHS /usr/include/x86_64-linux-gnu /usr/include/aarch64-linux-gnu /usr/include /usr/local/tensorrt/include
+      PATHS /usr/include/x86_64-linux-gnu /usr/include/aarch64-linux-gnu /usr/include
+            /usr/local/tensorrt/include
       NO_DEFAULT_PATH)
   endif()
   if(NOT TENSORRT_HEADERS AND STARKV_FETCH_TENSORRT_HEADERS)

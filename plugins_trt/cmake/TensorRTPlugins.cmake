@@ -22,16 +22,18 @@ function(starkv_add_plugin_library target device_copy_source)
   target_include_directories(${target} PRIVATE ${STARKV_KERNELS_INCLUDE_DIR})
   starkv_use_tensorrt_headers(${target})
   target_link_libraries(${target} PRIVATE ${CMAKE_DL_LIBS})
-  # --no-undefined proves that nothing of libnvinfer is needed.
-  target_link_options(${target} PRIVATE "LINKER:--version-script=${STARKV_TRT_EXPORTS}" LINKER:--no-undefined)
-  set_target_properties(${target} PROPERTIES LINK_DEPENDS ${STARKV_TRT_EXPORTS})
+  starkv_link_exports(${target} ${STARKV_TRT_EXPORTS})
 endfunction()
 
 find_package(CUDAToolkit QUIET)
 if(NOT TENSORRT_HEADERS)
-  set(reason "no TensorRT headers; give them with TENSORRT_ROOT or TENSORRT_INCLUDE_DIR, install libnvinfer-headers-dev, or set STARKV_FETCH_TENSORRT_HEADERS=ON")
+  string(CONCAT reason
+    "no TensorRT headers; give them with TENSORRT_ROOT or TENSORRT_INCLUDE_DIR, "
+    "install libnvinfer-headers-dev, or set STARKV_FETCH_TENSORRT_HEADERS=ON")
 elseif(NOT CUDAToolkit_FOUND)
-  set(reason "no CUDA toolkit, whose cuda_runtime_api.h TensorRT's headers include; install it or give it with CUDAToolkit_ROOT")
+  string(CONCAT reason
+    "no CUDA toolkit, whose cuda_runtime_api.h TensorRT's headers include; "
+    "install it or give it with CUDAToolkit_ROOT")
 endif()
 
 if(reason)

@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+// Calls that cannot be run: enqueue and onShapeChange return an error and say why.
+
+#include <functional>
+
+#include "check.h"
+#include "harness.h"
+#include "operator_run.h"
+
+namespace starkv::tests {
+
+namespace {
+
+using nvinfer1::DataType;
+
+// Checks that enqueue, and unless it cannot know, onShapeChange refuse a call for a reason.
+void check_refused(PluginLibrary& library, const PluginHandle& plugin, OperatorRun run, const char* reason) {
+    HostMemory memory;
+    library.log().take();
+    CHECK(run.run(plugin, memory, Aliasing::kShared) != 0);
+    const std::string log = library.log().take();
+    CHECK(log.find("starkv " + run.spec.name + ": ") != std::string::npos);
+    if (log.find(reason) == std::string::npos)
+        fail(__FILE__, __LINE__, log + " does not say '" + reason + "'");
+
+    const bool shapes_are_wrong = run.misalignment == 0;
+    const auto inputs = describe(run.spec.inputs), outputs = describe(run.spec.outputs);
+    const int result = plugin.runtime()->onShapeChange(inputs.data(), static_cast<int>(inputs.size()),
+                                                       outputs.data(), static_cast<int>(outputs.size()));
+    CHECK_EQUAL(result != 0, shapes_are_wrong);
+    CHECK_EQUAL(library.log().take().find(reason) != std::string::npos, shapes_are_wrong);
+}
+
+OperatorRun changed(const OperatorSpec& spec, const std::function<void(OperatorSpec&)>& change) {
+    OperatorSpec other = spec;
+    change(other);
+    return OperatorRun(other);
+}
+
+void check_compress_errors(PluginLibrary& library) {
+    const PluginHandle plugin(
+        library.creator("Compress")->createPlugin("layer", nullptr, nvinfer1::TensorRTPhase::kRUNTIME));
+    REQUIRE(plugin);
+    const OperatorSpec spec = compress_spec({}, DataType::kHALF);
+    const auto refused = [&](const std::function<void(OperatorSpec&)>& change, const char* reason) {
+        check_refused(library, plugin, changed(spec, change), reason);
+    };
+    refused([](OperatorSpec& s) { s.inputs[5].shape.back() = 3; },
+            "row_meta must be [L B C 4], but its dimension 3");
+    refused([](OperatorSpec& s) { s.inputs[3].shape.back() = 4; },
+            "hidden_norm must be [L B C], but its dimension 2");
+    refused([](OperatorSpec& s) { s.inputs[0].shape.pop_back(); },
+            "k must be [L B G C D], but has 4 dimensions");
+    refused([](OperatorSpec& s) { s.inputs[7].shape = {22}; }, "parameters must be [23]");
+    refused([](OperatorSpec& s) { s.inputs[3].type = DataType::kHALF; },
+            "hidden_norm must be float32, not float16");
+    refused([](OperatorSpec& s) { s.inputs[8].type = DataType::kINT32; }, "limits must be int64, not int32");
+    refused([](OperatorSpec& s) { s.inputs[0].type = DataType::kINT8; },
+            "k must be float32, float16 or bfloat16");
+    refused([](OperatorSpec& s) { s.outputs[4].shape.back() = 4; }, "rows must be [L B 1 E]");
+    CompressSizes odd;
+    odd.head_dim = 72;
+    check_refused(library, plugin, OperatorRun(compress_spec(odd, DataType::kHALF)), "STARKV_ERROR_HEAD_DIM");
+    odd = CompressSizes();
+    odd.window = 65;
+    check_refused(library, plugin, OperatorRun(compress_spec(odd, DataType::kHALF)), "STARKV_ERROR_WINDOW");
+    OperatorRun misaligned(spec);
+    misaligned.misalignment = 8;
+    check_refused(library, plugin, misaligned, "STARKV_ERROR_MISALIGNED");
+
+    const auto inputs = describe(spec.inputs), outputs = describe(spec.outputs);
+    CHECK(plugin.runtime()->onShapeChange(inputs.data(), 15, outputs.data(), 10) != 0);
+    CHECK(library.log().take().find("has 16 inputs and 10 outputs, not 15 and 10") != std::string::npos);
+}
+
+void check_attention_errors(PluginLibrary& library) {
+    Fields fields = attention_fields({});
+    const PluginHandle plugin(
+        library.creator("KVAttention")
+            ->createPlugin("layer", fields.collection(), nvinfer1::TensorRTPhase::kRUNTIME));
+    REQUIRE(plugin);
+    const OperatorSpec spec = attention_spec({}, DataType::kBF16);
+    const auto refused = [&](const std::function<void(OperatorSpec&)>& change, const char* reason) {
+        check_refused(library, plugin, changed(spec, change), reason);
+    };
+    refused([](OperatorSpec& s) { s.inputs[5].shape = {2}; }, "kv_len must be [B]");
+    refused([](OperatorSpec& s) { s.inputs[6].type = DataType::kINT32; },
+            "past_extent must be int8, not int32");
+    refused([](OperatorSpec& s) { s.inputs[0].type = DataType::kFLOAT; },
+            "q must be float16 or bfloat16, not float32");
+    AttentionSizes other;
+    other.query_heads = 6;
+    check_refused(library, plugin, OperatorRun(attention_spec(other, DataType::kBF16)), "num_heads 4");
+    other = AttentionSizes();
+    other.head_dim = 72;
+    check_refused(library, plugin, OperatorRun(attention_spec(other, DataType::kBF16)),
+                  "STARKV_ERROR_HEAD_DIM");
+    OperatorRun misaligned(spec);
+    misaligned.misalignment = 8;
+    check_refused(library, plugin, misaligned, "STARKV_ERROR_MISALIGNED");
+}
+
+}  // namespace
+
+void check_errors(PluginLibrary& library) {
+    check_compress_errors(library);
+    check_attention_errors(library);
+}
+
+}  // namespace starkv::tests

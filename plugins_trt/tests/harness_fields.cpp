@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0
+// Creators: what they say of themselves, which attributes they take and which they refuse.
+
+#include "check.h"
+#include "harness.h"
+
+namespace starkv::tests {
+
+using nvinfer1::PluginFieldType;
+using nvinfer1::TensorRTPhase;
+
+namespace {
+
+using Values = std::map<std::string, std::string>;
+
+// The plugin's attributes as it would serialise them; empty, with the messages in `log`, if it was refused.
+Values created(PluginLibrary& library, const char* operator_name, Fields fields, std::string* log = nullptr) {
+    library.log().take();
+    const PluginHandle plugin(
+        library.creator(operator_name)->createPlugin("layer", fields.collection(), TensorRTPhase::kBUILD));
+    const std::string messages = library.log().take();
+    if (log != nullptr) *log = messages;
+    if (plugin) CHECK_EQUAL(messages, "");
+    return plugin ? values_of(plugin.runtime()->getFieldsToSerialize()) : Values{};
+}
+
+void check_refused(PluginLibrary& library, const char* operator_name, Fields fields, const char* reason) {
+    std::string log;
+    CHECK(created(library, operator_name, fields, &log).empty());
+    CHECK(log.find(std::string("starkv ") + operator_name + ": ") == 0);
+    if (log.find(reason) == std::string::npos)
+        fail(__FILE__, __LINE__, log + " does not say '" + reason + "'");
+}
+
+void check_creators(const PluginLibrary& library) {
+    CHECK_EQUAL(library.creator_count(), 2);
+    for (const char* name : {"Compress", "KVAttention"}) {
+        nvinfer1::IPluginCreatorV3One* creator = library.creator(name);
+        REQUIRE(creator != nullptr);
+        CHECK_EQUAL(std::string(creator->getPluginVersion()), "1");
+        CHECK_EQUAL(std::string(creator->getPluginNamespace()), "ai.starkv");
+        CHECK_EQUAL(std::string(creator->getInterfaceInfo().kind), "PLUGIN CREATOR_V3ONE");
+    }
+    const auto declares = [&](const char* name, int index, const char* field, PluginFieldType type) {
+        const nvinfer1::PluginFieldCollection* fields = library.creator(name)->getFieldNames();
+        CHECK_EQUAL(fields->nbFields, 2);
+        CHECK_EQUAL(std::string(fields->fields[index].name), field);
+        CHECK(fields->fields[index].type == type);
+    };
+    declares("Compress", 0, "pooling", PluginFieldType::kCHAR);
+    declares("Compress", 1, "pooling_kernel", PluginFieldType::kINT32);
+    declares("KVAttention", 0, "num_heads", PluginFieldType::kINT32);
+    declares("KVAttention", 1, "kv_num_heads", PluginFieldType::kINT32);
+}
+
+void check_compress_fields(PluginLibrary& library) {
+    CHECK(
+        (created(library, "Compress", Fields()) == Values{{"pooling", "avgpool"}, {"pooling_kernel", "5"}}));
+    const Values maximum{{"pooling", "maxpool"}, {"pooling_kernel", "7"}};
+    CHECK(created(library, "Compress", Fields().add("pooling", "maxpool").add("pooling_kernel", 7)) ==
+          maximum);
+    // Some callers count the terminating zero, and ONNX nodes carry the plugin's address.
+    Fields terminated;
+    terminated.add_raw("pooling", "maxpool", PluginFieldType::kCHAR, 8).add("pooling_kernel", 7);
+    terminated.add("plugin_namespace", "ai.starkv").add("plugin_version", "1");
+    CHECK(created(library, "Compress", terminated) == maximum);
+
+    check_refused(library, "Compress", Fields().add("pooling", "median"), "not 'median'");
+    check_refused(library, "Compress", Fields().add("pooling", 1), "pooling must be a string");
+    check_refused(library, "Compress", Fields().add("pooling", ""), "pooling must be a string");
+    check_refused(library, "Compress", Fields().add("pooling_kernel", 4), "odd and in 1 ... 63, not 4");
+    check_refused(library, "Compress", Fields().add("pooling_kernel", -1), "odd and in 1 ... 63, not -1");
+    check_refused(library, "Compress", Fields().add("pooling_kernel", 65), "odd and in 1 ... 63, not 65");
+    check_refused(library, "Compress", Fields().add("pooling_kernel", "5"), "must be one INT32");
+    check_refused(library, "Compress", Fields().add("kernel", 5), "unknown attribute 'kernel'");
+    const float number = 5.0F;
+    Fields wrong_type;
+    wrong_type.add_raw("pooling_kernel", &number, PluginFieldType::kFLOAT32, 1);
+    check_refused(library, "Compress", wrong_type, "must be one INT32 (field type 1, length 1 given)");
+    const std::int32_t two[] = {5, 7};
+    Fields wrong_length;
+    wrong_length.add_raw("pooling_kernel", two, PluginFieldType::kINT32, 2);
+    check_refused(library, "Compress", wrong_length, "must be one INT32 (field type 5, length 2 given)");
+    Fields no_data;
+    no_data.add_raw("pooling_kernel", nullptr, PluginFieldType::kINT32, 1);
+    check_refused(library, "Compress", no_data, "must be one INT32");
+}
+
+void check_attention_fields(PluginLibrary& library) {
+    const auto heads = [](std::int32_t query_heads, std::int32_t kv_heads) {
+        return Fields().add("num_heads", query_heads).add("kv_num_heads", kv_heads);
+    };
+    CHECK((created(library, "KVAttention", heads(28, 4)) ==
+           Values{{"num_heads", "28"}, {"kv_num_heads", "4"}}));
+    check_refused(library, "KVAttention", heads(28, 5), "28 and 5 are not");
+    check_refused(library, "KVAttention", heads(-4, 4), "-4 and 4 are not");
+    check_refused(library, "KVAttention", Fields().add("num_heads", 4), "must be given");
+    check_refused(library, "KVAttention", Fields().add("kv_num_heads", 4), "must be given");
+    check_refused(library, "KVAttention", heads(4, 4).add("scale", 1), "unknown attribute 'scale'");
+    nvinfer1::IPluginCreatorV3One* creator = library.creator("KVAttention");
+    CHECK(creator->createPlugin("layer", nullptr, TensorRTPhase::kBUILD) == nullptr);
+    nvinfer1::PluginFieldCollection malformed{};
+    malformed.nbFields = 2;
+    CHECK(creator->createPlugin("layer", &malformed, TensorRTPhase::kBUILD) == nullptr);
+    CHECK(library.log().take().find("malformed collection of 2 fields") != std::string::npos);
+}
+
+// A plugin, what TensorRT makes of its serialised fields, its clone and its copy in an execution context.
+void check_copies(PluginLibrary& library, const char* operator_name, Fields fields) {
+    nvinfer1::IPluginCreatorV3One* creator = library.creator(operator_name);
+    const PluginHandle plugin(creator->createPlugin("layer", fields.collection(), TensorRTPhase::kBUILD));
+    REQUIRE(plugin);
+    const PluginHandle recreated(
+        creator->createPlugin("layer", plugin.runtime()->getFieldsToSerialize(), TensorRTPhase::kRUNTIME));
+    PluginHandle cloned(plugin.get()->clone());
+    PluginHandle attached(plugin.runtime()->attachToContext(nullptr));
+    const Values values = values_of(plugin.runtime()->getFieldsToSerialize());
+    CHECK_EQUAL(values.size(), 2U);
+    for (const PluginHandle* copy :
+         {&recreated, const_cast<const PluginHandle*>(&cloned), const_cast<const PluginHandle*>(&attached)}) {
+        REQUIRE(*copy);
+        CHECK(copy->get() != plugin.get());
+        CHECK(values_of(copy->runtime()->getFieldsToSerialize()) == values);
+        CHECK_EQUAL(std::string(copy->core()->getPluginName()), operator_name);
+        CHECK_EQUAL(std::string(copy->core()->getPluginVersion()), "1");
+        CHECK_EQUAL(std::string(copy->core()->getPluginNamespace()), "ai.starkv");
+        CHECK_EQUAL(std::string(copy->build()->getTimingCacheID()), plugin.build()->getTimingCacheID());
+    }
+    // A clone outlives what it was made of, which sanitizers watch.
+    PluginHandle grandchild(cloned.get()->clone());
+    cloned = PluginHandle(nullptr);
+    CHECK(values_of(grandchild.runtime()->getFieldsToSerialize()) == values);
+}
+
+void check_timing_cache_ids(PluginLibrary& library) {
+    const auto id = [&](const char* operator_name, Fields fields) {
+        const PluginHandle plugin(library.creator(operator_name)
+                                      ->createPlugin("layer", fields.collection(), TensorRTPhase::kBUILD));
+        return plugin ? std::string(plugin.build()->getTimingCacheID()) : std::string();
+    };
+    const std::string average = id("Compress", Fields());
+    CHECK(average != id("Compress", Fields().add("pooling", "maxpool")));
+    CHECK(average != id("Compress", Fields().add("pooling_kernel", 7)));
+    CHECK(id("KVAttention", attention_fields({})) !=
+          id("KVAttention", Fields().add("num_heads", 28).add("kv_num_heads", 4)));
+}
+
+}  // namespace
+
+void check_fields(PluginLibrary& library) {
+    check_creators(library);
+    check_compress_fields(library);
+    check_attention_fields(library);
+    check_copies(library, "Compress", Fields().add("pooling", "maxpool").add("pooling_kernel", 9));
+    check_copies(library, "KVAttention", attention_fields({}));
+    check_timing_cache_ids(library);
+}
+
+}  // namespace starkv::tests
