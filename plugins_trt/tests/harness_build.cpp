@@ -4,6 +4,7 @@
 #include "check.h"
 #include "expressions.h"
 #include "harness.h"
+#include "harness_workspace.h"
 
 namespace starkv::tests {
 
@@ -25,6 +26,8 @@ void check_interfaces(const PluginHandle& plugin) {
     // The version that has aliases.
     CHECK_EQUAL(plugin.build()->getInterfaceInfo().major, 2);
     CHECK_EQUAL(std::string(plugin.runtime()->getInterfaceInfo().kind), "PLUGIN_V3ONE_RUNTIME");
+    const std::string device = plugin.build()->getMetadataString();
+    CHECK(device == "cuda" || device == "cpu");
 }
 
 void check_outputs(const PluginHandle& plugin, const OperatorSpec& spec) {
@@ -112,47 +115,6 @@ bool configures(const PluginHandle& plugin, const OperatorSpec& spec) {
                                            count(spec.outputs)) == 0;
 }
 
-std::size_t workspace(const PluginHandle& plugin, const OperatorSpec& spec) {
-    const auto inputs = describe_fixed(spec.inputs), outputs = describe_fixed(spec.outputs);
-    return plugin.build()->getWorkspaceSize(inputs.data(), count(spec.inputs), outputs.data(),
-                                            count(spec.outputs));
-}
-
-// TensorRT reserves the workspace of a profile's largest sizes for all sizes below.
-void check_compress_workspace(const PluginHandle& plugin) {
-    const CompressSizes usual;
-    const std::size_t least = workspace(plugin, compress_spec(usual, DataType::kHALF));
-    CHECK(least > 0);
-    using Size = std::int64_t CompressSizes::*;
-    constexpr Size kSizes[] = {&CompressSizes::layers,        &CompressSizes::sequences,
-                               &CompressSizes::query_heads,   &CompressSizes::window,
-                               &CompressSizes::capacity,      &CompressSizes::slots,
-                               &CompressSizes::slot_capacity, &CompressSizes::pattern};
-    for (const Size size : kSizes) {
-        std::size_t previous = least;
-        for (const std::int64_t factor : {2, 4, 8}) {
-            CompressSizes larger = usual;
-            larger.*size *= factor;
-            const std::size_t bytes = workspace(plugin, compress_spec(larger, DataType::kHALF));
-            CHECK(bytes >= previous);
-            previous = bytes;
-        }
-    }
-    CompressSizes large = usual;
-    large.layers *= 4;
-    large.capacity *= 4;
-    CHECK(workspace(plugin, compress_spec(large, DataType::kHALF)) > least);
-
-    // A profile's smallest sizes do not matter.
-    auto inputs = describe_fixed(compress_spec(usual, DataType::kHALF).inputs);
-    const auto outputs = describe_fixed(compress_spec(usual, DataType::kHALF).outputs);
-    for (DynamicPluginTensorDesc& input : inputs) {
-        for (std::int64_t& size : input.min.d) size = 1;
-        for (std::int64_t& size : input.desc.dims.d) size = -1;
-    }
-    CHECK_EQUAL(plugin.build()->getWorkspaceSize(inputs.data(), 16, outputs.data(), 10), least);
-}
-
 void check_compress(nvinfer1::IPluginCreatorV3One& creator) {
     const PluginHandle plugin(creator.createPlugin("layer", nullptr, nvinfer1::TensorRTPhase::kBUILD));
     REQUIRE(plugin);
@@ -185,14 +147,7 @@ void check_attention(nvinfer1::IPluginCreatorV3One& creator) {
     AttentionSizes other;
     other.kv_heads = 4;
     CHECK(!configures(plugin, attention_spec(other, DataType::kHALF)));
-    std::size_t previous = 0;
-    for (const std::int64_t capacity : {16, 1024, 65536}) {
-        AttentionSizes larger;
-        larger.capacity = capacity;
-        const std::size_t bytes = workspace(plugin, attention_spec(larger, DataType::kHALF));
-        CHECK(bytes >= previous);
-        previous = bytes;
-    }
+    check_attention_workspace(plugin);
 }
 
 }  // namespace

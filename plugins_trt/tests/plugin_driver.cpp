@@ -28,9 +28,16 @@ PluginLibrary& load(const std::string& path) {
     return *library;
 }
 
-PluginHandle create(PluginLibrary& library, const starkv_driver_call& call) {
-    nvinfer1::IPluginCreatorV3One* creator = library.creator(call.operator_name);
-    if (creator == nullptr) throw std::runtime_error(std::string("no operator ") + call.operator_name);
+PluginHandle create(PluginLibrary& library, const std::string& operator_name, Fields fields) {
+    nvinfer1::IPluginCreatorV3One* creator = library.creator(operator_name);
+    if (creator == nullptr) throw std::runtime_error("no operator " + operator_name);
+    PluginHandle plugin(
+        creator->createPlugin("layer", fields.collection(), nvinfer1::TensorRTPhase::kRUNTIME));
+    if (!plugin) throw std::runtime_error(library.log().take());
+    return plugin;
+}
+
+Fields fields_of(const starkv_driver_call& call) {
     Fields fields;
     for (int index = 0; index < call.field_count; ++index) {
         const starkv_driver_field& field = call.fields[index];
@@ -40,10 +47,14 @@ PluginHandle create(PluginLibrary& library, const starkv_driver_call& call) {
             fields.add(field.name, field.integer);
         }
     }
-    PluginHandle plugin(
-        creator->createPlugin("layer", fields.collection(), nvinfer1::TensorRTPhase::kRUNTIME));
-    if (!plugin) throw std::runtime_error(library.log().take());
-    return plugin;
+    return fields;
+}
+
+constexpr std::size_t kDeviceBytes = 8;
+
+void device(const char* plugin_library, char* name) {
+    const PluginHandle plugin = create(load(plugin_library), "Compress", Fields());
+    std::snprintf(name, kDeviceBytes, "%s", plugin.build()->getMetadataString());
 }
 
 std::vector<PluginTensorDesc> describe(const starkv_driver_tensor* tensors, int count) {
@@ -66,7 +77,7 @@ std::vector<DynamicPluginTensorDesc> fixed(const std::vector<PluginTensorDesc>& 
 
 std::size_t workspace_bytes(const starkv_driver_call& call) {
     PluginLibrary& library = load(call.plugin_library);
-    const PluginHandle plugin = create(library, call);
+    const PluginHandle plugin = create(library, call.operator_name, fields_of(call));
     const auto inputs = fixed(describe(call.inputs, call.input_count));
     const auto outputs = fixed(describe(call.outputs, call.output_count));
     if (plugin.build()->configurePlugin(inputs.data(), call.input_count, outputs.data(), call.output_count)) {
@@ -78,7 +89,7 @@ std::size_t workspace_bytes(const starkv_driver_call& call) {
 
 void enqueue(const starkv_driver_call& call, void* workspace, void* stream) {
     PluginLibrary& library = load(call.plugin_library);
-    const PluginHandle plugin = create(library, call);
+    const PluginHandle plugin = create(library, call.operator_name, fields_of(call));
     const PluginHandle attached(plugin.runtime()->attachToContext(nullptr));
     const auto inputs = describe(call.inputs, call.input_count);
     const auto outputs = describe(call.outputs, call.output_count);
@@ -109,6 +120,11 @@ int guarded(char* message, std::size_t message_bytes, const Action& action) {
 }  // namespace
 
 }  // namespace starkv::tests
+
+int starkv_driver_device(const char* plugin_library, char* device, char* message, size_t message_bytes) {
+    return starkv::tests::guarded(message, message_bytes,
+                                  [&] { starkv::tests::device(plugin_library, device); });
+}
 
 int starkv_driver_workspace(const starkv_driver_call* call, size_t* bytes, char* message,
                             size_t message_bytes) {

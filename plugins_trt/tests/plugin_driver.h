@@ -37,7 +37,13 @@ typedef struct starkv_driver_call {
     const starkv_driver_tensor* outputs;
 } starkv_driver_call;
 
-/* Bytes of workspace that the plugin asks for. Both return 0, or else put the reason into `message`. */
+/* All functions return 0, or else put the reason into `message`. */
+
+/* Where tensors of a plugin library must lie, "cuda" or "cpu", into `device` of at least 8 bytes. */
+__attribute__((visibility("default"))) int starkv_driver_device(const char* plugin_library, char* device,
+                                                                char* message, size_t message_bytes);
+
+/* Bytes of workspace that the plugin asks for. */
 __attribute__((visibility("default"))) int starkv_driver_workspace(const starkv_driver_call* call,
                                                                    size_t* bytes, char* message,
                                                                    size_t message_bytes);

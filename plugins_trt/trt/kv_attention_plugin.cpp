@@ -2,6 +2,7 @@
 
 #include "kv_attention_plugin.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <new>
 
@@ -111,6 +112,25 @@ int KVAttentionPlugin::workspace_bytes(const Sizes& sizes, nvinfer1::DataType ca
                                        std::size_t* bytes) const noexcept {
     const starkv_attention_shape shape = shape_of(sizes, cache_type);
     return starkv_attention_workspace(&shape, bytes);
+}
+
+int KVAttentionPlugin::most_workspace_bytes(const Sizes& largest, nvinfer1::DataType cache_type,
+                                            std::size_t* bytes) const noexcept {
+    // Not what the largest sizes need: a single token's attention is split among blocks, whose parts lie in
+    // the workspace, but a prompt's is not; and the fewer sequences there are, the more each is split.
+    *bytes = 0;
+    starkv_attention_shape shape = shape_of(largest, cache_type);
+    for (const std::int32_t new_tokens : {1, largest.get('S')}) {
+        for (std::int32_t sequences = 1; sequences <= largest.get('B'); ++sequences) {
+            shape.new_tokens = new_tokens;
+            shape.sequences = sequences;
+            std::size_t needed = 0;
+            const int status = starkv_attention_workspace(&shape, &needed);
+            if (status != STARKV_OK) return status;
+            *bytes = std::max(*bytes, needed);
+        }
+    }
+    return STARKV_OK;
 }
 
 int KVAttentionPlugin::launch(const Call& call) const noexcept {

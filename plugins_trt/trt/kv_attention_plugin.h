@@ -25,6 +25,8 @@ private:
     bool fits_attributes(const Sizes& sizes) const noexcept override;
     int workspace_bytes(const Sizes& sizes, nvinfer1::DataType cache_type,
                         std::size_t* bytes) const noexcept override;
+    int most_workspace_bytes(const Sizes& largest, nvinfer1::DataType cache_type,
+                             std::size_t* bytes) const noexcept override;
     int launch(const Call& call) const noexcept override;
 
     starkv_attention_shape shape_of(const Sizes& sizes, nvinfer1::DataType cache_type) const noexcept;

@@ -68,7 +68,7 @@ std::int32_t OperatorPlugin::configurePlugin(const DynamicPluginTensorDesc* inpu
     const Sizes sizes = signature_.largest(inputs);
     if (!fits_attributes(sizes)) return kFailure;
     std::size_t bytes = 0;
-    const int status = workspace_bytes(sizes, inputs[0].desc.type, &bytes);
+    const int status = most_workspace_bytes(sizes, inputs[0].desc.type, &bytes);
     if (status == STARKV_OK) return kSuccess;
     report_status(signature_.name, status);
     return kFailure;
@@ -79,7 +79,7 @@ std::size_t OperatorPlugin::getWorkspaceSize(const DynamicPluginTensorDesc* inpu
                                              std::int32_t output_count) const noexcept {
     if (!signature_.check_counts(input_count, output_count)) return 0;
     std::size_t bytes = 0;
-    const int status = workspace_bytes(signature_.largest(inputs), inputs[0].desc.type, &bytes);
+    const int status = most_workspace_bytes(signature_.largest(inputs), inputs[0].desc.type, &bytes);
     if (status == STARKV_OK) return bytes;
     report_status(signature_.name, status);
     return 0;
@@ -89,6 +89,8 @@ std::int32_t OperatorPlugin::getAliasedInput(std::int32_t output) noexcept {
     const bool exists = output >= 0 && output < signature_.output_count;
     return exists ? signature_.outputs[output].aliased_input : -1;
 }
+
+const char* OperatorPlugin::getMetadataString() noexcept { return starkv_device_kind(); }
 
 nvinfer1::IPluginV3* OperatorPlugin::attachToContext(nvinfer1::IPluginResourceContext* /*context*/) noexcept {
     return clone();

@@ -48,6 +48,8 @@ public:
                                  const nvinfer1::DynamicPluginTensorDesc* outputs,
                                  std::int32_t output_count) const noexcept final;
     std::int32_t getAliasedInput(std::int32_t output) noexcept final;
+    // "cuda", or "cpu" for the build that tests run: where tensors must lie.
+    const char* getMetadataString() noexcept final;
 
     // Runtime
     nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext* context) noexcept final;
@@ -78,6 +80,11 @@ protected:
     // Bytes of workspace, as a starkv_status.
     virtual int workspace_bytes(const Sizes& sizes, nvinfer1::DataType cache_type,
                                 std::size_t* bytes) const noexcept = 0;
+    // The most that any sizes up to these need, as a starkv_status: TensorRT reserves it for a whole profile.
+    virtual int most_workspace_bytes(const Sizes& largest, nvinfer1::DataType cache_type,
+                                     std::size_t* bytes) const noexcept {
+        return workspace_bytes(largest, cache_type, bytes);
+    }
     // Launches the kernels; returns a starkv_status.
     virtual int launch(const Call& call) const noexcept = 0;
 
