@@ -16,6 +16,7 @@ from starkv.cli.doctor import doctor
 from starkv.cli.export import export
 from starkv.cli.inspect import inspect
 from starkv.cli.run import run
+from starkv.cli.validate import app as validate_app
 from starkv.errors import StarkvError
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 for command in (export, build, run, chat, inspect, doctor, bench):
     app.command()(command)
+app.add_typer(validate_app, name="validate")
 
 
 def _print_version(wanted: bool) -> None:

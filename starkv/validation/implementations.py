@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Implementations of the operators that this machine can run, and why not the others."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from starkv.kernels.attention_call import AttentionCall
+from starkv.kernels.compress_call import CompressCall, CompressResult
+from starkv.kernels.cuda_library import BUILD_DIRECTORY, KernelError, find_library
+
+Compress = Callable[[CompressCall], CompressResult]
+Attention = Callable[[AttentionCall], tuple[Tensor, Tensor, Tensor]]
+_BUILD = "`make plugin` builds it"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run the operators."""
+
+    name: str
+    compress: Compress | None = None
+    attention: Attention | None = None
+    timed: bool = True
+    """Its time means something: it runs on the hardware that it was made for."""
+    missing: str = ""
+    """Why it can't run here at all."""
+    widest: int = 1 << 30
+    """Most rows of a case that it can take in reasonable time."""
+
+    def why_not(self, operator: object, rows: int) -> str:
+        """Why an operator of this implementation can't be run on so many rows; empty if it can."""
+        if self.missing:
+            return self.missing
+        if operator is None:
+            return "not an operator of this implementation"
+        if rows > self.widest:
+            return f"would take too long at {rows:,} rows here"
+        return ""
+
+
+def implementations(device: torch.device) -> list[Implementation]:
+    """All but the reference, in the order of the table.
+
+    Args:
+        device: where tensors lie. On ``cpu`` the GPU implementations run as well where they can: Triton in
+            its interpreter, CUDA and the plugin in the library that runs the kernels on the processor.
+    """
+    return [onnx_runtime(), triton(device), cuda(device), plugin(device)]
+
+
+def onnx_runtime() -> Implementation:
+    """The ONNX definition in ONNX Runtime, on the processor."""
+    for package in ("onnx", "onnxruntime"):
+        if not find_spec(package):
+            return Implementation("ONNX", missing=f"the package {package} is not installed")
+    from starkv.validation.onnx_adapter import OnnxImplementation
+
+    runtime = OnnxImplementation()
+    return Implementation("ONNX", runtime.compress, runtime.attention, widest=20_000)
+
+
+def triton(device: torch.device) -> Implementation:
+    """Triton on the GPU, or in its interpreter."""
+    if not find_spec("triton"):
+        return Implementation("Triton", missing="the package triton is not installed")
+    emulated = device.type == "cpu"
+    if emulated:
+        # Read when kernels are defined, which is now.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    from starkv.kernels.triton_compress import compress
+
+    return Implementation("Triton", compress, timed=not emulated, widest=1_000 if emulated else 1 << 30)
+
+
+def cuda(device: torch.device) -> Implementation:
+    """The kernel library of that device."""
+    try:
+        library = find_library(device.type)
+    except KernelError as error:
+        return Implementation("CUDA", missing=str(error))
+    if library is None:
+        return Implementation("CUDA", missing=f"no kernel library for {device.type}; {_BUILD}")
+    emulated = device.type == "cpu"
+    return Implementation(
+        "CUDA",
+        library.compress,
+        library.attention,
+        timed=not emulated,
+        widest=1_000 if emulated else 1 << 30,
+    )
+
+
+def plugin(device: torch.device) -> Implementation:
+    """The TensorRT plugins' ``enqueue``, called without TensorRT."""
+    from starkv.kernels.plugin_driver import PluginDriver
+
+    emulated = device.type == "cpu"
+    names = ("libstarkv_trt_cpu.so" if emulated else "libstarkv_trt.so", "libstarkv_plugin_driver.so")
+    for folder in _library_folders():
+        libraries = [folder / name for name in names]
+        if all(library.is_file() for library in libraries):
+            driver = PluginDriver(*libraries)
+            return Implementation(
+                "TensorRT plugin",
+                driver.compress,
+                driver.attention,
+                timed=not emulated,
+                widest=1_000 if emulated else 1 << 30,
+            )
+    return Implementation("TensorRT plugin", missing=f"no {names[0]}; {_BUILD} where TensorRT's headers are")
+
+
+def _library_folders() -> list[Path]:
+    named = os.environ.get("STARKV_KERNELS")
+    beside = [Path(named).parent] if named else []
+    return [*beside, BUILD_DIRECTORY, Path(__file__).resolve().parent.parent.parent / BUILD_DIRECTORY]

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators' ONNX definitions in ONNX Runtime, behind the interface of the other implementations.
+
+ONNX Runtime's CPU provider works in float32, so caches of other types are widened before the call and their
+kept rows narrowed after it, which is exact.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from starkv.kernels.attention_call import AttentionCall
+from starkv.kernels.compress_call import CompressCall, CompressResult
+
+Array = NDArray[Any]
+
+
+class OnnxImplementation:
+    """Runs the definitions on the processor, wherever the tensors are."""
+
+    def __init__(self, threads: int = 0) -> None:
+        """Sessions are opened when first needed.
+
+        Args:
+            threads: of ONNX Runtime; 0: its own choice.
+        """
+        self._threads = threads
+        self._sessions: dict[tuple[object, ...], Any] = {}
+
+    def compress(self, call: CompressCall) -> CompressResult:
+        """``Compress``; ``dst_*`` of the call are written.
+
+        Raises:
+            UsageError: tensors don't fit each other.
+        """
+        from starkv.onnx_compress import COMPRESS, compress_model
+
+        call.check()
+        key = (COMPRESS, call.pooling, call.pooling_kernel)
+        if key not in self._sessions:
+            model = compress_model(COMPRESS, None, call.pooling, call.pooling_kernel)
+            self._sessions[key] = self._open(model.SerializeToString())
+        session = self._sessions[key]
+        feeds = {item.name: _array(getattr(call, item.name)) for item in session.get_inputs()}
+        names = [item.name for item in session.get_outputs()]
+        outputs = dict(zip(names, session.run(names, feeds), strict=True))
+        result = CompressResult.empty_for(call)
+        rows = outputs["rows"].shape[-1]
+        result.rows.fill_(-1)
+        result.rows[..., :rows] = torch.from_numpy(outputs["rows"])
+        fields = {"new_len": result.new_len, "scores": result.scores, "stages": result.stages}
+        state = {"new_mi_ema": result.mi_ema, "new_temperature": result.temperature}
+        moved = {"new_k": call.dst_k, "new_v": call.dst_v, "new_meta": call.dst_meta}
+        pattern = {"new_pattern_ema": result.pattern_ema}
+        for name, tensor in {**fields, **state, **moved, **pattern}.items():
+            tensor.copy_(torch.from_numpy(outputs[name]))
+        return result
+
+    def attention(self, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        """``KVAttention``: ``out`` and both caches in the call's dtype.
+
+        Raises:
+            UsageError: tensors don't fit each other.
+        """
+        call.check()
+        groups, dim = call.past_k.shape[1], call.past_k.shape[3]
+        key = ("KVAttention", call.heads, groups, dim)
+        if key not in self._sessions:
+            self._sessions[key] = self._open(_attention_model(call.heads, groups))
+        feeds = {name: _array(getattr(call, name)) for name in ("q", "k", "v", "past_k", "past_v", "kv_len")}
+        feeds["past_extent"] = np.zeros(int(call.kv_len.max()), np.int8)
+        outputs = self._sessions[key].run(["out", "present_k", "present_v"], feeds)
+        out, keys, values = (torch.from_numpy(array).to(call.q) for array in outputs)
+        return out, keys, values
+
+    def _open(self, model: bytes) -> Any:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 3
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _array(tensor: Tensor) -> Array:
+    wide = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    array: Array = wide.cpu().numpy()
+    return array
+
+
+def _attention_model(heads: int, groups: int) -> bytes:
+    """A model that is one ``KVAttention`` node."""
+    import onnx
+
+    from starkv.onnx_ops import DOMAIN, DOMAIN_VERSION, KV_ATTENTION, OPSET, standard_functions
+
+    function = standard_functions()[KV_ATTENTION]
+    node = onnx.helper.make_node(
+        KV_ATTENTION, function.input, function.output, domain=DOMAIN, num_heads=heads, kv_num_heads=groups
+    )
+    types = {"kv_len": onnx.TensorProto.INT32, "past_extent": onnx.TensorProto.INT8}
+    ranks = {"kv_len": 1, "past_extent": 1, "q": 3, "k": 3, "v": 3, "out": 3}
+
+    def declare(name: str) -> onnx.ValueInfoProto:
+        element = types.get(name, onnx.TensorProto.FLOAT)
+        shape = [f"{name}_{axis}" for axis in range(ranks.get(name, 4))]
+        return onnx.helper.make_tensor_value_info(name, element, shape)
+
+    inputs, outputs = ([declare(name) for name in side] for side in (function.input, function.output))
+    graph = onnx.helper.make_graph([node], KV_ATTENTION, inputs, outputs)
+    opsets = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, functions=[function], ir_version=10)
+    return bytes(model.SerializeToString())

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``starkv validate ops``: every implementation of the operators against the PyTorch reference."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from starkv.validation import attention_checks, compress_checks
+from starkv.validation.implementations import implementations
+from starkv.validation.report import Check
+
+MODES = ("native", "official")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def validate_ops(
+    device: torch.device,
+    dtypes: tuple[str, ...] = tuple(DTYPES),
+    started: Callable[[str], None] = lambda _: None,
+) -> Iterator[Check]:
+    """All checks that this machine can run; the others say why not.
+
+    Args:
+        device: ``cuda``, or ``cpu`` where the GPU implementations are emulated on small cases.
+        dtypes: names of the caches' element types; attention has no float32.
+        started: told what is worked at.
+    """
+    others = implementations(device)
+    for size in compress_checks.SIZES[device.type]:
+        for mode in MODES:
+            for name in dtypes:
+                started(f"Compress, {size.name}, {mode}, {name}")
+                yield from compress_checks.check_compress(size, mode, DTYPES[name], device, others)
+    for attention_size in attention_checks.SIZES[device.type]:
+        for name in dtypes:
+            if DTYPES[name] in attention_checks.TOLERANCE:
+                started(f"KVAttention, {attention_size.name}, {name}")
+                yield from attention_checks.check_attention(attention_size, DTYPES[name], device, others)

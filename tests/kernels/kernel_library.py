@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel library that the tests run: the GPU's, or the same kernels built for the processor."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from starkv.kernels.cuda_library import LIBRARY_VARIABLE, KernelLibrary, find_library
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BUILD = ROOT / "build" / "kernels-cpu"
+
+
+def tool(name: str) -> str | None:
+    """A program of the environment or of the system."""
+    beside = Path(sys.executable).parent / name
+    return str(beside) if beside.is_file() else shutil.which(name)
+
+
+def built_for_the_processor() -> Path:
+    """Build ``libstarkv_kernels_cpu.so`` from the sources as they are; seconds where nothing changed."""
+    cmake = tool("cmake")
+    if not cmake or not shutil.which(os.environ.get("CXX", "c++")):
+        pytest.skip("the kernels need CMake and a C++ compiler to be built for the processor")
+    options = ["-DSTARKV_CUDA=OFF", "-DSTARKV_TESTS=OFF"]
+    for command in (
+        [cmake, "-S", str(ROOT / "plugins_trt"), "-B", str(BUILD), *options],
+        [cmake, "--build", str(BUILD), "--target", "starkv_kernels_cpu", "--parallel", "2"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.fail(f"{' '.join(command)}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}", pytrace=False)
+    return BUILD / "libstarkv_kernels_cpu.so"
+
+
+def library_for(device: torch.device) -> KernelLibrary:
+    """The library for tensors on a device; one that ``STARKV_KERNELS`` names goes first."""
+    if named := os.environ.get(LIBRARY_VARIABLE):
+        library = KernelLibrary(named)
+        if library.device == device.type:
+            return library
+    if device.type == "cpu":
+        return KernelLibrary(built_for_the_processor())
+    found = find_library("cuda")
+    if found is None:
+        pytest.skip("no libstarkv_kernels.so: `make plugin` builds it, or STARKV_KERNELS names one")
+    return found
