@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention of one new token: the rows of every KV head split among blocks, whose results a second kernel merges.
+//
+// All blocks that need the new row take it from k and v; one of them stores it. So no block waits for another,
+// and none reads what another one writes.
+#pragma once
+
+#include "attention_decode_tile.h"
+#include "running_softmax.h"
+
+namespace starkv {
+
+template <class T, int kDim>
+struct DecodeShared {
+    // Spreads the rows of heads over the banks.
+    static constexpr int kOutStride = kDim + 4;
+    HeadRows<T, kDim> heads;
+    RunningSoftmax softmax[kAttentionWarps][kDecodeHeads];
+    alignas(16) float out[kAttentionWarps][kDecodeHeads][kOutStride];
+};
+
+// What one warp gathered of its rows: of heads g and g + 8, in the layout of DecodeValues.
+template <class T, int kDim>
+struct DecodeState {
+    RunningSoftmax softmax[2];
+    float out[kDim / 8][4];
+
+    __device__ DecodeState() {
+#pragma unroll
+        for (auto& tile : out)
+            for (float& sum : tile) sum = 0.0F;
+    }
+
+    // Turns products with 16 rows, `first` being the first of them, into weights, and scales what was before.
+    __device__ void weigh(const float (&products)[2][4], int first, int end, uint32_t (&weights)[4]) {
+        const float scale = score_scale(kDim);
+#pragma unroll
+        for (int head = 0; head < 2; ++head) {
+            float visible[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int row = first + i / 2 * 8 + lane_index() % 4 * 2 + i % 2;
+                visible[i] = row < end ? products[i / 2][2 * head + i % 2] : -INFINITY;
+            }
+            float greatest = fmaxf(fmaxf(visible[0], visible[1]), fmaxf(visible[2], visible[3]));
+            greatest = fmaxf(greatest, shfl_xor(greatest, 1));
+            greatest = fmaxf(greatest, shfl_xor(greatest, 2));
+            const float factor = softmax[head].raise(greatest, scale);
+#pragma unroll
+            for (auto& tile : out) {
+                tile[2 * head] *= factor;
+                tile[2 * head + 1] *= factor;
+            }
+#pragma unroll
+            for (float& value : visible) value = softmax[head].weigh(value, scale);
+            weights[head] = pack_fast<T>(visible[0], visible[1]);
+            weights[2 + head] = pack_fast<T>(visible[2], visible[3]);
+        }
+    }
+
+    // Puts the warp's part where the block finds it, relative to the largest score of all warps.
+    __device__ void share(DecodeShared<T, kDim>& shared, int heads) {
+        const int group = lane_index() / 4, thread = lane_index() % 4;
+#pragma unroll
+        for (int head = 0; head < 2; ++head) {
+            softmax[head].sum += shfl_xor(softmax[head].sum, 1);
+            softmax[head].sum += shfl_xor(softmax[head].sum, 2);
+            if (thread == 0) shared.softmax[warp_index()][group + 8 * head] = softmax[head];
+        }
+        __syncthreads();
+#pragma unroll
+        for (int head = 0; head < 2; ++head) {
+            float greatest = -FLT_MAX;
+            for (const auto& warp : shared.softmax) greatest = fmaxf(greatest, warp[group + 8 * head].greatest);
+            const float factor = power_of_two(softmax[head].greatest - greatest);
+            if (group + 8 * head < heads)
+                DecodeValues<T, kDim>::store(out, head, factor, shared.out[warp_index()][group + 8 * head]);
+        }
+        __syncthreads();
+    }
+};
+
+// Stores the new row of a KV head behind the held ones.
+template <class T, int kDim>
+__device__ void store_new_row(const AttentionView& view, const CacheRows<T, kDim>& keys,
+                              const CacheRows<T, kDim>& values, size_t cache_offset) {
+    constexpr int kVectors = kDim / 8;
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread >= 2 * kVectors) return;
+    const bool is_key = thread < kVectors;
+    const T* from = is_key ? keys.newest : values.newest;
+    auto* cache = static_cast<T*>(is_key ? view.buffers.present_k : view.buffers.present_v) + cache_offset;
+    auto* to = reinterpret_cast<uint4*>(cache + static_cast<size_t>(keys.held) * kDim);
+    to[thread % kVectors] = reinterpret_cast<const uint4*>(from)[thread % kVectors];
+}
+
+// Joins what the warps shared and leaves it for the merger.
+template <class T, int kDim>
+__device__ void store_partial(const AttentionView& view, const DecodeShared<T, kDim>& shared, size_t first_head,
+                              int heads, int split) {
+    constexpr int kVectors = kDim / 4;
+    for (int i = static_cast<int>(threadIdx.x); i < heads * kVectors; i += kAttentionThreads) {
+        const int head = i / kVectors, column = i % kVectors * 4;
+        float4 sum{0.0F, 0.0F, 0.0F, 0.0F};
+#pragma unroll
+        for (int warp = 0; warp < kAttentionWarps; ++warp) {
+            const float4 part = *reinterpret_cast<const float4*>(&shared.out[warp][head][column]);
+            sum = {sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w};
+        }
+        const size_t row = (first_head + head) * view.splits + split;
+        *reinterpret_cast<float4*>(view.partial_out + row * kDim + column) = sum;
+    }
+    const int head = static_cast<int>(threadIdx.x);
+    if (head >= heads) return;
+    float greatest = -FLT_MAX, sum = 0.0F;
+    for (const auto& warp : shared.softmax) greatest = fmaxf(greatest, warp[head].greatest);
+    for (const auto& warp : shared.softmax) sum += warp[head].sum * power_of_two(warp[head].greatest - greatest);
+    view.partial_softmax[(first_head + head) * view.splits + split] = make_float2(greatest, sum);
+}
+
+// Grid: splits, blocks of query heads, sequences.
+template <class T, int kDim>
+__global__ void __launch_bounds__(kAttentionThreads, kDim <= 128 ? 3 : 2) decode_attention(AttentionView view) {
+    const AttentionSequence sequence(view, static_cast<int>(blockIdx.z));
+    const int group = static_cast<int>(blockIdx.y) / view.head_blocks;
+    const int head_block = static_cast<int>(blockIdx.y) % view.head_blocks, split = static_cast<int>(blockIdx.x);
+    if (!sequence.valid) return;
+    const DecodeSplits splits(view, sequence.held + 1);
+    if (split >= splits.used) return;
+
+    const int first_shared = head_block * kDecodeHeads;
+    const int heads = min(kDecodeHeads, view.sharing() - first_shared);
+    const int first_head = group * view.sharing() + first_shared;
+    const size_t cache = view.cache_offset(sequence.index, group);
+    const size_t newest = view.new_offset(sequence.index, 0, group);
+    const CacheRows<T, kDim> keys{static_cast<const T*>(view.buffers.present_k) + cache,
+                                  static_cast<const T*>(view.buffers.k) + newest, sequence.held};
+    const CacheRows<T, kDim> values{static_cast<const T*>(view.buffers.present_v) + cache,
+                                    static_cast<const T*>(view.buffers.v) + newest, sequence.held};
+    const int end = min(splits.first_row(split + 1), keys.end());
+    int row = splits.first_row(split) + warp_index() * kDecodeTile;
+
+    // Keys of the next tile are on their way while this one's values are multiplied, and the other way round.
+    // With wider heads, registers don't suffice for both.
+    constexpr bool kAhead = kDim <= 128;
+    DecodeKeys<T, kDim> key_tile;
+    DecodeValues<T, kDim> value_tile;
+    if (kAhead && row < end) {
+        key_tile.load(keys, row);
+        value_tile.load(values, row);
+    }
+    auto& shared = shared_memory<DecodeShared<T, kDim>>();
+    shared.heads.load(static_cast<const T*>(view.buffers.q) + view.query_offset(sequence.index, 0, first_head), heads);
+    if (split == splits.used - 1 && head_block == 0) store_new_row(view, keys, values, cache);
+    __syncthreads();
+
+    DecodeState<T, kDim> state;
+#pragma unroll 1
+    for (; row < end; row += kDecodeRows) {
+        float products[2][4];
+        uint32_t weights[4];
+        const int next = row + kDecodeRows;
+        if (!kAhead) key_tile.load(keys, row);
+        key_tile.multiply(shared.heads, products);
+        if (kAhead && next < end) key_tile.load(keys, next);
+        if (!kAhead) value_tile.load(values, row);
+        state.weigh(products, row, end, weights);
+        value_tile.multiply(weights, state.out);
+        if (kAhead && next < end) value_tile.load(values, next);
+    }
+    state.share(shared, heads);
+    const size_t all_heads = static_cast<size_t>(sequence.index) * view.shape.query_heads;
+    store_partial(view, shared, all_heads + first_head, heads, split);
+}
+
+}  // namespace starkv

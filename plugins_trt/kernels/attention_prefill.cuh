@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention of many new tokens, whose rows are in the cache by now: a block takes some queries of one head along
+// all rows that they see, a tile at a time, with a softmax that runs along.
+#pragma once
+
+#include "async_copy.h"
+#include "attention_prefill_tile.h"
+
+namespace starkv {
+
+// Starts to copy rows into shared memory; those from `count` on become 0.
+template <class T, int kDim, int kRows>
+__device__ void copy_rows(T (&to)[kRows][kDim + 8], const T* from, size_t stride, int count) {
+    constexpr int kVectors = kDim / 8;
+    static_assert(kRows * kVectors % kAttentionThreads == 0, "every thread copies as often");
+#pragma unroll
+    for (int round = 0; round < kRows * kVectors / kAttentionThreads; ++round) {
+        const int i = round * kAttentionThreads + static_cast<int>(threadIdx.x);
+        const int row = i / kVectors, vector = i % kVectors;
+        const bool real = row < count;
+        copy_async(&to[row][vector * 8], from + (real ? row * stride : 0) + vector * 8, real);
+    }
+}
+
+// Stores the block's results, or 0 for a sequence that is left alone.
+template <class T, int kDim>
+__device__ void store_results(const PrefillShared<T, kDim>& shared, T* out, size_t stride, int count, bool valid) {
+    constexpr int kVectors = kDim / 8;
+    constexpr int kOwn = PrefillShared<T, kDim>::kTiles * 16;
+    for (int i = lane_index(); i < kOwn * kVectors; i += kWarp) {
+        const int query = warp_index() * kOwn + i / kVectors, vector = i % kVectors;
+        if (query >= count) return;
+        const T* from = shared.queries[query];
+        reinterpret_cast<uint4*>(out + query * stride)[vector] =
+            valid ? reinterpret_cast<const uint4*>(from)[vector] : make_uint4(0, 0, 0, 0);
+    }
+}
+
+// Grid: query heads, blocks of queries, sequences. Blocks start in this order: those with the most rows first,
+// and heads that share rows together.
+template <class T, int kDim>
+__global__ void __launch_bounds__(kAttentionThreads, 2) prefill_attention(AttentionView view) {
+    using Shared = PrefillShared<T, kDim>;
+    using State = PrefillState<T, kDim>;
+    auto& shared = shared_memory<Shared>();
+    const AttentionSequence sequence(view, static_cast<int>(blockIdx.z));
+    const int head = static_cast<int>(blockIdx.x), group = head / view.sharing();
+    const int first = static_cast<int>(gridDim.y - 1 - blockIdx.y) * Shared::kQueries;
+    const int queries = min(Shared::kQueries, view.shape.new_tokens - first);
+    const size_t query_offset = view.query_offset(sequence.index, first, head);
+    const size_t query_stride = static_cast<size_t>(view.shape.query_heads) * kDim;
+    T* out = static_cast<T*>(view.buffers.out) + query_offset;
+    if (!sequence.valid) return store_results<T, kDim>(shared, out, query_stride, queries, false);
+
+    const size_t cache = view.cache_offset(sequence.index, group);
+    const T* keys = static_cast<const T*>(view.buffers.present_k) + cache;
+    const T* values = static_cast<const T*>(view.buffers.present_v) + cache;
+    // Rows that the block's first query sees, and all; rows that the warp's last query sees.
+    const int seen_by_all = sequence.held + first + 1, rows = seen_by_all + queries - 1;
+    const int warp_queries = min(queries, State::first_query() + State::kTiles * 16);
+    const int warp_rows = warp_queries > State::first_query() ? sequence.held + first + warp_queries : 0;
+
+    copy_rows<T, kDim>(shared.queries, static_cast<const T*>(view.buffers.q) + query_offset, query_stride, queries);
+    copy_rows<T, kDim>(shared.keys, keys, kDim, rows);
+    State state;
+    for (int row = 0; row < rows; row += kPrefillRows) {
+        // Keys are here, and nobody uses the last tile's values any more.
+        wait_for_copies();
+        __syncthreads();
+        copy_rows<T, kDim>(shared.values, values + static_cast<size_t>(row) * kDim, kDim, rows - row);
+        typename State::Products products;
+        // Warps whose queries see nothing of the tile only help to copy.
+        const bool takes_part = row < warp_rows;
+        if (takes_part) {
+            State::multiply_keys(shared, products);
+            if (row + kPrefillRows > seen_by_all) State::mask(products, seen_by_all - 1 - row);
+            state.weigh(products);
+        }
+        // Values are here, and nobody uses these keys any more.
+        wait_for_copies();
+        __syncthreads();
+        const int next = row + kPrefillRows;
+        if (next < rows) copy_rows<T, kDim>(shared.keys, keys + static_cast<size_t>(next) * kDim, kDim, rows - next);
+        if (takes_part) state.multiply_values(shared, products);
+    }
+    state.finish(shared);
+    store_results<T, kDim>(shared, out, query_stride, queries, true);
+}
+
+}  // namespace starkv

@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the kernels of attention see: shapes, tensors, workspace.
+#pragma once
+
+#include "elements.h"
+#include "starkv_kernels.h"
+
+namespace starkv {
+
+constexpr int kAttentionWarps = 4;
+constexpr int kAttentionThreads = kAttentionWarps * kWarp;
+// Query heads that one block of decoding serves: as many as the tensor cores' product has rows.
+constexpr int kDecodeHeads = 16;
+// Rows that the warps of a block of decoding take at once, 16 each.
+constexpr int kDecodeRows = kAttentionWarps * 16;
+
+struct AttentionView {
+    starkv_attention_shape shape;
+    starkv_attention_buffers buffers;
+
+    // Of decoding. Every sequence's rows are split among so many blocks at most.
+    int head_blocks, splits;
+    // Workspace of decoding.
+    float* partial_out;       // [B, H, splits, D]: sums of values with weights below 2^0
+    float2* partial_softmax;  // [B, H, splits]: largest score, sum of weights
+
+    __device__ int sharing() const { return shape.query_heads / shape.kv_heads; }
+    // Elements before the rows of a KV head in the caches.
+    __device__ size_t cache_offset(int sequence, int group) const {
+        return (static_cast<size_t>(sequence) * shape.kv_heads + group) * shape.capacity * shape.head_dim;
+    }
+    // Elements before a new token's row of a KV head in k and v, and of a query head in q and out.
+    __device__ size_t new_offset(int sequence, int token, int group) const {
+        const size_t row = static_cast<size_t>(sequence) * shape.new_tokens + token;
+        return (row * shape.kv_heads + group) * shape.head_dim;
+    }
+    __device__ size_t query_offset(int sequence, int token, int head) const {
+        const size_t row = static_cast<size_t>(sequence) * shape.new_tokens + token;
+        return (row * shape.query_heads + head) * shape.head_dim;
+    }
+};
+
+// One sequence, its length checked: kernels index by it alone.
+struct AttentionSequence {
+    int index;
+    int held;    // rows before the new ones
+    bool valid;  // otherwise it is left alone and its output is 0
+
+    __device__ AttentionSequence(const AttentionView& view, int index_) : index(index_) {
+        held = view.buffers.kv_len[index];
+        valid = held >= 0 && held <= view.shape.capacity - view.shape.new_tokens;
+    }
+};
+
+// How a sequence's rows are split while decoding: as evenly as whole steps of a block allow.
+struct DecodeSplits {
+    int steps, used;
+
+    __device__ DecodeSplits(const AttentionView& view, int rows) : steps(ceil_div(rows, kDecodeRows)) {
+        used = min(steps, view.splits);
+    }
+    __device__ int first_row(int split) const { return split * steps / used * kDecodeRows; }
+};
+
+}  // namespace starkv
