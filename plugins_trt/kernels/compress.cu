@@ -55,6 +55,10 @@ CompressView lay_out(const starkv_compress_shape& shape, Workspace& workspace) {
     view.row_chunks = ceil_div(shape.capacity, kRowsPerBlock);
     const size_t sequences = static_cast<size_t>(shape.layers) * shape.sequences;
     const size_t heads = sequences * shape.kv_heads, blocks = heads * view.blocks_per_group;
+    // One block of memory that is cleared at once.
+    view.counters.next_task = workspace.take<int>(1 + 2 * blocks);
+    view.counters.chunks_done = view.counters.next_task + 1;
+    view.counters.ready = view.counters.chunks_done + blocks;
     view.partial_statistics = workspace.take<float2>(blocks * view.score_chunks * kQueries);
     view.query_statistics = workspace.take<float2>(blocks * kQueries);
     view.mass = workspace.take<float>(blocks * shape.capacity);
@@ -111,27 +115,28 @@ int check_buffers(const starkv_compress_shape& shape, const starkv_compress_buff
     return STARKV_OK;
 }
 
+int64_t score_units(const CompressView& view) {
+    return static_cast<int64_t>(view.shape.layers) * view.shape.sequences * view.shape.kv_heads *
+           view.blocks_per_group;
+}
+
+int64_t score_tasks(const CompressView& view) { return 2 * score_units(view) * view.score_chunks; }
+
 template <class T, int kDim>
-bool score_window(const CompressView& view, dim3 grid, Stream stream) {
-    const size_t shared = sizeof(ScoreShared<T, kDim>);
-    const dim3 blocks(grid.y, grid.z);
-    return launch(window_statistics<T, kDim>, grid, kScoreThreads, shared, stream, view) &&
-           launch(merge_statistics, blocks, kQueries, 0, stream, view) &&
-           launch(window_mass<T, kDim>, grid, kScoreThreads, shared, stream, view);
+bool score_window(const CompressView& view, Stream stream) {
+    const auto tasks = static_cast<unsigned>(score_tasks(view));
+    return clear_on_device(view.counters.next_task, (1 + 2 * score_units(view)) * sizeof(int), stream) &&
+           launch(window_scores<T, kDim>, tasks, kScoreThreads, sizeof(ScoreShared<T, kDim>), stream, view);
 }
 
 template <class T>
 bool score_window(const CompressView& view, Stream stream) {
-    const auto& shape = view.shape;
-    const dim3 grid(static_cast<unsigned>(view.score_chunks),
-                    static_cast<unsigned>(shape.kv_heads * view.blocks_per_group),
-                    static_cast<unsigned>(shape.layers * shape.sequences));
-    switch (shape.head_dim) {
-        case 64: return score_window<T, 64>(view, grid, stream);
-        case 80: return score_window<T, 80>(view, grid, stream);
-        case 96: return score_window<T, 96>(view, grid, stream);
-        case 128: return score_window<T, 128>(view, grid, stream);
-        default: return score_window<T, 256>(view, grid, stream);
+    switch (view.shape.head_dim) {
+        case 64: return score_window<T, 64>(view, stream);
+        case 80: return score_window<T, 80>(view, stream);
+        case 96: return score_window<T, 96>(view, stream);
+        case 128: return score_window<T, 128>(view, stream);
+        default: return score_window<T, 256>(view, stream);
     }
 }
 
@@ -180,7 +185,8 @@ int starkv_compress_workspace(const starkv_compress_shape* shape, size_t* bytes)
     const int status = starkv::check_shape(*shape);
     if (status != STARKV_OK) return status;
     starkv::Workspace workspace(nullptr);
-    starkv::lay_out(*shape, workspace);
+    const starkv::CompressView view = starkv::lay_out(*shape, workspace);
+    if (starkv::score_tasks(view) > INT32_MAX) return STARKV_ERROR_SHAPE;
     *bytes = workspace.bytes();
     return STARKV_OK;
 }
@@ -194,6 +200,7 @@ int starkv_compress(const starkv_compress_shape* shape, const starkv_compress_bu
     if (starkv::any_misaligned({workspace})) return STARKV_ERROR_MISALIGNED;
     starkv::Workspace parts(workspace);
     starkv::CompressView view = starkv::lay_out(*shape, parts);
+    if (starkv::score_tasks(view) > INT32_MAX) return STARKV_ERROR_SHAPE;
     if (parts.bytes() > workspace_bytes) return STARKV_ERROR_WORKSPACE;
     view.buffers = *buffers;
     view.in_place = buffers->k == buffers->dst_k;

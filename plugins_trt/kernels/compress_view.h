@@ -13,7 +13,7 @@ constexpr int kParameters = 23;
 constexpr int kQueries = 64;
 constexpr int kMostKvHeads = 64;
 // Rows of one block of window scores, and of one block of the row-wise kernels.
-constexpr int kScoreRows = 512;
+constexpr int kScoreRows = 256;
 constexpr int kRowsPerBlock = 1024;
 constexpr int kMetaColumns = 4;
 constexpr int kProtectedColumn = 2;
@@ -39,6 +39,13 @@ struct NormStatistics {
     float mean, spread, greatest, total;
 };
 
+// By which blocks of window scores share their work; all 0 before the launch.
+struct ScoreCounters {
+    int* next_task;
+    int* chunks_done;  // [L*B, G, blocks]
+    int* ready;        // [L*B, G, blocks]: 1 when query_statistics hold
+};
+
 struct CompressView {
     starkv_compress_shape shape;
     starkv_compress_buffers buffers;
@@ -48,6 +55,7 @@ struct CompressView {
     bool in_place;
 
     // Workspace.
+    ScoreCounters counters;
     float2* partial_statistics;  // [L*B, G, blocks, chunks, kQueries]: largest score, sum of exponentials
     float2* query_statistics;    // [L*B, G, blocks, kQueries]: largest score, 1 / sum
     float* mass;                 // [L*B, G, blocks, C]: attention of the window

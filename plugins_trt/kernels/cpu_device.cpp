@@ -23,6 +23,12 @@ namespace starkv::cpu_device {
 
 thread_local Position position;
 
+void die(const char* message) {
+    std::fprintf(stderr, "starkv cpu device: %s (block %u,%u,%u)\n", message, position.block.x, position.block.y,
+                 position.block.z);
+    std::abort();
+}
+
 namespace {
 
 constexpr size_t kStackBytes = 256 * 1024;
@@ -74,12 +80,6 @@ struct Block {
     int running = 0;
 };
 thread_local Block block;
-
-[[noreturn]] void die(const char* message) {
-    std::fprintf(stderr, "starkv cpu device: %s (block %u,%u,%u)\n", message, position.block.x, position.block.y,
-                 position.block.z);
-    std::abort();
-}
 
 #if STARKV_OWN_SWITCH
 

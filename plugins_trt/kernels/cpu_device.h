@@ -66,6 +66,8 @@ void run(dim3 grid, int threads, size_t shared_bytes, const std::function<void()
 
 void* shared_memory();
 void block_barrier();
+// Ends the program with a message that names the block.
+[[noreturn]] void die(const char* message);
 
 // Every thread of the warp gives `bytes` bytes; when all have, `combine(all, lane)` has seen the others'.
 // `exchange` returns where the warp's 32 values lie, kMostBytes apart, until the caller's next exchange.

@@ -48,6 +48,17 @@ inline bool copy_on_device(void* to, const void* from, size_t bytes, Stream) {
     std::memcpy(to, from, bytes);
     return true;
 }
+inline bool clear_on_device(void* memory, size_t bytes, Stream) {
+    std::memset(memory, 0, bytes);
+    return true;
+}
+
+// Blocks run one after the other here: what an earlier one was to set is set, or never will be.
+inline void wait_until_set(const int* flag) {
+    if (!*flag) cpu_device::die("a block waits for one that comes after it");
+}
+inline void publish() {}
+inline float2 load_published(const float2* address) { return *address; }
 
 #else
 
@@ -100,6 +111,18 @@ bool launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared
 
 inline bool copy_on_device(void* to, const void* from, size_t bytes, Stream stream) {
     return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream) == cudaSuccess;
+}
+inline bool clear_on_device(void* memory, size_t bytes, Stream stream) {
+    return cudaMemsetAsync(memory, 0, bytes, stream) == cudaSuccess;
+}
+
+// Blocks of one launch that work on each other's results: what was written before publish() is seen by who
+// finds a flag set afterwards, if it is read with load_published().
+__device__ inline void publish() { __threadfence(); }
+__device__ inline float2 load_published(const float2* address) { return __ldcg(address); }
+__device__ inline void wait_until_set(const int* flag) {
+    while (!*static_cast<const volatile int*>(flag)) __nanosleep(100);
+    __threadfence();
 }
 
 #endif

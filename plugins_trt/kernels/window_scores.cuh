@@ -1,37 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of a prompt's last queries to the rows before them, summed over the window.
-//
-// Three kernels: the softmax's statistics of every query over chunks of rows, their merger, and the mass that
-// each row gets. Scores themselves are worked out twice and never stored.
+// Attention of a prompt's last queries to the rows before them, summed over the window. Scores are worked out
+// twice and never stored.
 #pragma once
 
-#include "block.h"
 #include "key_tile.h"
+#include "score_tasks.h"
+#include "softmax_sum.h"
 
 namespace starkv {
 
 constexpr int kScoreWarps = 4;
 constexpr int kScoreThreads = kScoreWarps * kWarp;
 
-// The queries of one block of heads of a KV head: heads_per_block * W of them, head after head.
+// A unit's queries: those of heads_per_block heads of a KV head, W of each, head after head.
 struct QueryBlock {
-    int sequence, group, first_head, count;
+    int unit, sequence, group, first_head, count;
 
-    __device__ QueryBlock(const CompressView& view, int block, int sequence_)
-        : sequence(sequence_), group(block / view.blocks_per_group) {
-        first_head = block % view.blocks_per_group * view.heads_per_block;
-        const int heads = min(view.heads_per_block, view.sharing() - first_head);
-        count = heads * view.shape.window;
-    }
-    // Where the statistics of its first query lie, in units of kQueries.
-    __device__ size_t row(const CompressView& view) const {
-        const int block = first_head / view.heads_per_block;
-        const size_t group_index = static_cast<size_t>(sequence) * view.shape.kv_heads + group;
-        return group_index * view.blocks_per_group + block;
+    __device__ QueryBlock(const CompressView& view, int unit_) : unit(unit_) {
+        const int group_index = unit / view.blocks_per_group;
+        sequence = group_index / view.shape.kv_heads;
+        group = group_index % view.shape.kv_heads;
+        first_head = unit % view.blocks_per_group * view.heads_per_block;
+        count = min(view.heads_per_block, view.sharing() - first_head) * view.shape.window;
     }
     template <class T>
     __device__ const T* queries(const CompressView& view) const {
-        const size_t head = static_cast<size_t>(sequence) * view.shape.query_heads + group * view.sharing() + first_head;
+        const size_t head =
+            static_cast<size_t>(sequence) * view.shape.query_heads + group * view.sharing() + first_head;
         return static_cast<const T*>(view.buffers.q_window) + head * view.shape.window * view.shape.head_dim;
     }
     template <class T>
@@ -39,27 +34,14 @@ struct QueryBlock {
         const size_t head = static_cast<size_t>(sequence) * view.shape.kv_heads + group;
         return static_cast<const T*>(view.buffers.k) + head * view.shape.capacity * view.shape.head_dim;
     }
-};
-
-// Largest score and sum of exponentials below it, of some rows; joined with those of others.
-struct SoftmaxSum {
-    float greatest, sum;
-
-    __device__ void add(float score_a, float score_b) {
-        const float larger = fmaxf(greatest, fmaxf(score_a, score_b));
-        // Nothing seen yet; but what is no number must not get lost.
-        if (larger == -INFINITY && score_a == score_a && score_b == score_b) return;
-        sum = sum * expf(greatest - larger) + expf(score_a - larger) + expf(score_b - larger);
-        greatest = larger;
+    __device__ float2* partial_statistics(const CompressView& view, int chunk) const {
+        return view.partial_statistics + (static_cast<size_t>(unit) * view.score_chunks + chunk) * kQueries;
     }
-    __device__ void join(SoftmaxSum other) {
-        const float larger = fmaxf(greatest, other.greatest);
-        if (larger == -INFINITY) {
-            sum += other.sum;
-            return;
-        }
-        sum = sum * expf(greatest - larger) + other.sum * expf(other.greatest - larger);
-        greatest = larger;
+    __device__ float2* statistics(const CompressView& view) const {
+        return view.query_statistics + static_cast<size_t>(unit) * kQueries;
+    }
+    __device__ float* mass(const CompressView& view) const {
+        return view.mass + static_cast<size_t>(unit) * view.shape.capacity;
     }
 };
 
@@ -67,22 +49,19 @@ template <class T, int kDim>
 struct ScoreShared {
     QueryRows<T, kDim> queries;
     SoftmaxSum sums[kScoreWarps][kQueries];
+    int task;
+    bool last;
 };
 
+// Of each query over the rows of a chunk; by all threads.
 template <class T, int kDim>
-__global__ void __launch_bounds__(kScoreThreads) window_statistics(CompressView view) {
-    const Sequence sequence(view, static_cast<int>(blockIdx.z));
-    const QueryBlock block(view, static_cast<int>(blockIdx.y), sequence.index);
-    const int chunk = static_cast<int>(blockIdx.x), first = chunk * kScoreRows;
-    if (!sequence.valid || first >= sequence.length) return;
-    auto& shared = shared_memory<ScoreShared<T, kDim>>();
-    shared.queries.load(block.queries<T>(view), block.count);
-    __syncthreads();
-
+__device__ void chunk_statistics(const CompressView& view, const Sequence& sequence, const QueryBlock& block,
+                                 int chunk, ScoreShared<T, kDim>& shared) {
     SoftmaxSum sums[kQueryTiles][2];
-    for (auto& tile : sums) tile[0] = tile[1] = {-INFINITY, 0.0F};
+#pragma unroll
+    for (int n = 0; n < kQueryTiles; ++n) sums[n][0] = sums[n][1] = {-INFINITY, 0.0F};
     const T* keys = block.keys<T>(view);
-    const int end = min(first + kScoreRows, sequence.length);
+    const int first = chunk * kScoreRows, end = min(first + kScoreRows, sequence.length);
     KeyTile<T, kDim> tile;
     for (int row = first + warp_index() * kTileRows; row < end; row += kScoreWarps * kTileRows) {
         tile.load(keys, row, end);
@@ -106,7 +85,9 @@ __global__ void __launch_bounds__(kScoreThreads) window_statistics(CompressView 
             }
         }
     }
+#pragma unroll
     for (int n = 0; n < kQueryTiles; ++n)
+#pragma unroll
         for (int c = 0; c < 2; ++c) {
             SoftmaxSum sum = sums[n][c];
             for (int lanes = 4; lanes < kWarp; lanes *= 2)
@@ -115,49 +96,52 @@ __global__ void __launch_bounds__(kScoreThreads) window_statistics(CompressView 
         }
     __syncthreads();
     const int query = static_cast<int>(threadIdx.x);
-    if (query >= kQueries) return;
-    SoftmaxSum sum = shared.sums[0][query];
-    for (int warp = 1; warp < kScoreWarps; ++warp) sum.join(shared.sums[warp][query]);
-    view.partial_statistics[(block.row(view) * view.score_chunks + chunk) * kQueries + query] =
-        make_float2(sum.greatest, sum.sum);
+    if (query < kQueries) {
+        SoftmaxSum sum = shared.sums[0][query];
+        for (int warp = 1; warp < kScoreWarps; ++warp) sum.join(shared.sums[warp][query]);
+        block.partial_statistics(view, chunk)[query] = make_float2(sum.greatest, sum.sum);
+    }
 }
 
-// A block of kQueries threads for each block of queries.
-__global__ void merge_statistics(CompressView view) {
-    const Sequence sequence(view, static_cast<int>(blockIdx.y));
-    if (!sequence.valid) return;
-    const QueryBlock block(view, static_cast<int>(blockIdx.x), sequence.index);
-    const int query = static_cast<int>(threadIdx.x);
-    const float2* partial = view.partial_statistics + block.row(view) * view.score_chunks * kQueries + query;
-    SoftmaxSum sum{-INFINITY, 0.0F};
-    for (int chunk = 0; chunk < ceil_div(sequence.length, kScoreRows); ++chunk)
-        sum.join({partial[chunk * kQueries].x, partial[chunk * kQueries].y});
-    // Queries that only fill the block up get no weight.
-    const bool real = query < block.count;
-    view.query_statistics[block.row(view) * kQueries + query] =
-        make_float2(real ? sum.greatest : 0.0F, real ? 1.0F / sum.sum : 0.0F);
-}
-
-template <class T, int kDim>
-__global__ void __launch_bounds__(kScoreThreads) window_mass(CompressView view) {
-    const Sequence sequence(view, static_cast<int>(blockIdx.z));
-    const QueryBlock block(view, static_cast<int>(blockIdx.y), sequence.index);
-    const int first = static_cast<int>(blockIdx.x) * kScoreRows;
-    if (!sequence.valid || first >= sequence.past) return;
-    auto& shared = shared_memory<ScoreShared<T, kDim>>();
-    shared.queries.load(block.queries<T>(view), block.count);
+// The block that finishes a unit's last chunk merges all of them.
+template <class Shared>
+__device__ void merge_if_last(const CompressView& view, const Sequence& sequence, const QueryBlock& block,
+                              Shared& shared) {
+    const int chunks = ceil_div(sequence.length, kScoreRows), thread = static_cast<int>(threadIdx.x);
+    publish();
     __syncthreads();
+    if (thread == 0) shared.last = atomic_add(view.counters.chunks_done + block.unit, 1) == chunks - 1;
+    __syncthreads();
+    if (!shared.last) return;
+    if (thread < kQueries) {
+        SoftmaxSum sum{-INFINITY, 0.0F};
+        for (int chunk = 0; chunk < chunks; ++chunk) {
+            const float2 partial = load_published(block.partial_statistics(view, chunk) + thread);
+            sum.join({partial.x, partial.y});
+        }
+        // Queries that only fill the block up get no weight.
+        const bool real = thread < block.count;
+        block.statistics(view)[thread] =
+            make_float2(real ? sum.greatest : 0.0F, real ? 1.0F / sum.sum : 0.0F);
+    }
+    publish();
+    __syncthreads();
+    if (thread == 0) atomic_add(view.counters.ready + block.unit, 1);
+}
 
-    const float2* statistics = view.query_statistics + block.row(view) * kQueries;
+// What each row of a chunk gets from all queries of the unit.
+template <class T, int kDim>
+__device__ void chunk_mass(const CompressView& view, const Sequence& sequence, const QueryBlock& block, int chunk,
+                           ScoreShared<T, kDim>& shared) {
     float2 own[kQueryTiles][2];
 #pragma unroll
     for (int n = 0; n < kQueryTiles; ++n)
 #pragma unroll
-        for (int c = 0; c < 2; ++c) own[n][c] = statistics[n * kTileQueries + lane_index() % 4 * 2 + c];
-
+        for (int c = 0; c < 2; ++c)
+            own[n][c] = load_published(block.statistics(view) + n * kTileQueries + lane_index() % 4 * 2 + c);
     const T* keys = block.keys<T>(view);
-    float* mass = view.mass + block.row(view) * view.shape.capacity;
-    const int end = min(first + kScoreRows, sequence.past);
+    float* mass = block.mass(view);
+    const int first = chunk * kScoreRows, end = min(first + kScoreRows, sequence.past);
     KeyTile<T, kDim> tile;
     for (int row = first + warp_index() * kTileRows; row < end; row += kScoreWarps * kTileRows) {
         tile.load(keys, row, end);
@@ -182,6 +166,29 @@ __global__ void __launch_bounds__(kScoreThreads) window_mass(CompressView view) 
             if (upper_row < end) mass[upper_row] = upper;
             if (lower_row < end) mass[lower_row] = lower;
         }
+    }
+}
+
+// A block for each task: 2 * units * score_chunks.
+template <class T, int kDim>
+__global__ void __launch_bounds__(kScoreThreads) window_scores(CompressView view) {
+    auto& shared = shared_memory<ScoreShared<T, kDim>>();
+    if (threadIdx.x == 0) shared.task = atomic_add(view.counters.next_task, 1);
+    __syncthreads();
+    const int units = view.shape.layers * view.shape.sequences * view.shape.kv_heads * view.blocks_per_group;
+    const ScoreTask task = score_task(shared.task, units, view.score_chunks);
+    const QueryBlock block(view, task.unit);
+    const Sequence sequence(view, block.sequence);
+    const int first = task.chunk * kScoreRows;
+    if (!sequence.valid || first >= (task.statistics ? sequence.length : sequence.past)) return;
+    shared.queries.load(block.queries<T>(view), block.count);
+    if (!task.statistics && threadIdx.x == 0) wait_until_set(view.counters.ready + task.unit);
+    __syncthreads();
+    if (task.statistics) {
+        chunk_statistics(view, sequence, block, task.chunk, shared);
+        merge_if_last(view, sequence, block, shared);
+    } else {
+        chunk_mass(view, sequence, block, task.chunk, shared);
     }
 }
 
