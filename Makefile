@@ -15,8 +15,20 @@ PROMPT ?= Click the red star.
 # Through the environment, so that quotes in a prompt reach the command as they are.
 export IMAGE PROMPT
 
+# Of `make plugin`: TensorRT's directory, where to build, GPU architectures such as 80;90.
+# Without them: where it is found, and all that starkv supports.
+TENSORRT_ROOT ?=
+BUILD_DIR     ?= build/plugin
+CUDA_ARCHS    ?=
+# More options of plugins_trt/CMakeLists.txt, such as -DSTARKV_FETCH_TENSORRT_HEADERS=ON.
+CMAKE_OPTIONS ?=
+# Empty where the system's cmake and ninja serve.
+NEW_CMAKE   = awk 'NR == 1 {split($$3, v, "."); exit !(v[1] + 0 > 3 || v[2] >= 24)}'
+BUILD_TOOLS = $(shell cmake --version 2>&1 | $(NEW_CMAKE) && command -v ninja >/dev/null \
+	|| echo $(VENV)/build-ready)
+
 .DEFAULT_GOAL := help
-.PHONY: help demo engine run chat bench test lint train clean
+.PHONY: help demo engine run chat bench plugin test lint train clean
 
 help:  ## Show the targets.
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +43,11 @@ $(VENV)/dev-ready: pyproject.toml $(VENV)/run-ready
 	@echo "adding PyTorch and the test tools (minutes)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+$(VENV)/build-ready: $(VENV)/run-ready
+	@echo "adding cmake and ninja, which are missing here or too old"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'cmake>=3.24' 'ninja>=1.11'
 	@touch $@
 
 demo: $(VENV)/run-ready  ## Export, quantize, build and run the embedded model on a screenshot.
@@ -49,6 +66,13 @@ chat: $(VENV)/run-ready  ## Talk to an engine about a screenshot: [MODEL=…] [I
 
 bench: $(VENV)/run-ready  ## Measure an engine: [MODEL=…] [BUDGET=0.2].
 	$(STARKV) bench --engine '$(MODEL)' $(KV)
+
+plugin: export PATH := $(abspath $(BIN)):$(PATH)
+plugin: $(BUILD_TOOLS)  ## Build CUDA kernels and TensorRT plugins: [TENSORRT_ROOT=…] [CUDA_ARCHS=…].
+	@cmake -S plugins_trt -B '$(BUILD_DIR)' -G Ninja -DTENSORRT_ROOT='$(TENSORRT_ROOT)' \
+		-DSTARKV_CUDA_ARCHS='$(CUDA_ARCHS)' $(CMAKE_OPTIONS)
+	@cmake --build '$(BUILD_DIR)'
+	@cat '$(BUILD_DIR)/summary.txt'
 
 test: $(VENV)/dev-ready lint  ## Lint, check types, run all tests.
 	$(BIN)/python -m pytest

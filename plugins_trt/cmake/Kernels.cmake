@@ -40,6 +40,6 @@ else()
     string(CONCAT reason
       "no CUDA compiler; install the CUDA toolkit and put nvcc on PATH or into CUDACXX, "
       "or give a built library with STARKV_KERNELS")
-    starkv_not_built(starkv_kernels ${reason})
+    starkv_not_built(starkv_kernels "${reason}")
   endif()
 endif()

@@ -3,6 +3,9 @@
 # never needed: TensorRT loads the plugins, not the other way round.
 
 set(STARKV_TENSORRT_DOWNLOAD_TAG v11.1)
+set(STARKV_TENSORRT_HEADERS_URL
+  https://raw.githubusercontent.com/NVIDIA/TensorRT/${STARKV_TENSORRT_DOWNLOAD_TAG}/include
+  CACHE STRING "Where STARKV_FETCH_TENSORRT_HEADERS downloads from")
 # All that the plugins include, directly or not, and their SHA-256.
 set(STARKV_TENSORRT_DOWNLOADS
   NvInferRuntime.h e78c2d49516a66f726864904386534f63eacf0ad75a6dfdde7dfa70adf39f797
@@ -15,15 +18,15 @@ set(STARKV_TENSORRT_DOWNLOADS
   NvInferVersion.h 8648df4851fb2df1a15d7dfdae6454428c4b119055f65f6a98de8ff806977b2e)
 
 function(starkv_download_tensorrt_headers directory)
-  set(source https://raw.githubusercontent.com/NVIDIA/TensorRT/${STARKV_TENSORRT_DOWNLOAD_TAG}/include)
   set(left ${STARKV_TENSORRT_DOWNLOADS})
   while(left)
     list(POP_FRONT left header hash)
-    file(DOWNLOAD ${source}/${header} ${directory}/${header} EXPECTED_HASH SHA256=${hash} STATUS status)
+    set(url ${STARKV_TENSORRT_HEADERS_URL}/${header})
+    file(DOWNLOAD ${url} ${directory}/${header} EXPECTED_HASH SHA256=${hash} STATUS status)
     list(GET status 0 failed)
     if(failed)
       list(GET status 1 reason)
-      message(FATAL_ERROR "${source}/${header}: ${reason}. Give the headers with TENSORRT_INCLUDE_DIR instead")
+      message(FATAL_ERROR "${url}: ${reason}. Give the headers with TENSORRT_INCLUDE_DIR instead")
     endif()
   endwhile()
 endfunction()

@@ -26,6 +26,7 @@ function(starkv_add_plugin_library target device_copy_source)
 endfunction()
 
 find_package(CUDAToolkit QUIET)
+set(reason "")
 if(NOT TENSORRT_HEADERS)
   string(CONCAT reason
     "no TensorRT headers; give them with TENSORRT_ROOT or TENSORRT_INCLUDE_DIR, "
@@ -37,8 +38,8 @@ elseif(NOT CUDAToolkit_FOUND)
 endif()
 
 if(reason)
-  starkv_not_built(starkv_trt ${reason})
-  starkv_not_built(starkv_trt_cpu ${reason})
+  starkv_not_built(starkv_trt "${reason}")
+  starkv_not_built(starkv_trt_cpu "${reason}")
 else()
   starkv_add_plugin_library(starkv_trt_cpu device_copy_cpu.cpp)
   target_link_libraries(starkv_trt_cpu PRIVATE starkv_kernels_cpu_objects)

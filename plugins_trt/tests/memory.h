@@ -34,11 +34,16 @@ public:
         blocks_.push_back(block);
         return block;
     }
-    void upload(void* to, const void* from, std::size_t bytes) override { std::memcpy(to, from, bytes); }
-    void download(void* to, const void* from, std::size_t bytes) override { std::memcpy(to, from, bytes); }
+    void upload(void* to, const void* from, std::size_t bytes) override { copy(to, from, bytes); }
+    void download(void* to, const void* from, std::size_t bytes) override { copy(to, from, bytes); }
     cudaStream_t stream() const override { return nullptr; }
 
 private:
+    static void copy(void* to, const void* from, std::size_t bytes) {
+        // An empty tensor's data may be null, which memcpy does not take.
+        if (bytes > 0) std::memcpy(to, from, bytes);
+    }
+
     std::vector<void*> blocks_;
 };
 
