@@ -24,8 +24,8 @@ int check_shape(const starkv_attention_shape& shape) {
     if (shape.kv_heads < 1 || shape.kv_heads > kMostKvHeads || shape.query_heads < 1 ||
         shape.query_heads > kMostGrid || shape.query_heads % shape.kv_heads)
         return STARKV_ERROR_HEADS;
-    if (shape.sequences < 1 || shape.sequences > kMostGrid || shape.new_tokens < 1 || shape.capacity < 1 ||
-        shape.capacity > kMostRows || shape.new_tokens > kMostRows / 4)
+    if (shape.sequences < 1 || shape.sequences > kMostGrid / shape.kv_heads || shape.new_tokens < 1 ||
+        shape.capacity < 1 || shape.capacity > kMostRows || shape.new_tokens > kMostRows / 4)
         return STARKV_ERROR_SHAPE;
     // Threads that append rows are counted by an int.
     const int64_t appended = static_cast<int64_t>(shape.new_tokens) * shape.kv_heads * shape.head_dim / 8;
@@ -35,11 +35,10 @@ int check_shape(const starkv_attention_shape& shape) {
 AttentionView lay_out(const starkv_attention_shape& shape, Workspace& workspace) {
     AttentionView view{};
     view.shape = shape;
+    view.sharing = shape.query_heads / shape.kv_heads;
     if (shape.new_tokens > 1) return view;
-    view.head_blocks = ceil_div(shape.query_heads / shape.kv_heads, kDecodeHeads);
-    const int64_t blocks = static_cast<int64_t>(shape.sequences) * shape.kv_heads * view.head_blocks;
-    const int wanted = std::max(1, static_cast<int>(kWantedBlocks / blocks));
-    view.splits = std::min(wanted, ceil_div(shape.capacity, kDecodeRows));
+    const int blocks = shape.sequences * shape.kv_heads * ceil_div(view.sharing, kDecodeHeads);
+    view.splits = std::min(std::max(1, kWantedBlocks / blocks), ceil_div(shape.capacity, kDecodeRows));
     const size_t parts = static_cast<size_t>(shape.sequences) * shape.query_heads * view.splits;
     view.partial_out = workspace.take<float>(parts * shape.head_dim);
     view.partial_softmax = workspace.take<float2>(parts);
@@ -89,8 +88,8 @@ template <class T, int kDim>
 bool decode(const AttentionView& view, Stream stream) {
     const auto& shape = view.shape;
     const auto sequences = static_cast<unsigned>(shape.sequences);
-    const dim3 parts(static_cast<unsigned>(view.splits), static_cast<unsigned>(shape.kv_heads * view.head_blocks),
-                     sequences);
+    const dim3 parts(static_cast<unsigned>(view.splits), static_cast<unsigned>(ceil_div(view.sharing, kDecodeHeads)),
+                     static_cast<unsigned>(shape.kv_heads) * sequences);
     const dim3 heads(static_cast<unsigned>(shape.query_heads), sequences);
     return launch(decode_attention<T, kDim>, parts, kAttentionThreads, sizeof(DecodeShared<T, kDim>), stream, view) &&
            launch(merge_attention<T, kDim>, heads, kMergeThreads, sizeof(MergeShared<kDim>), stream, view);

@@ -14,7 +14,7 @@ template <class T, int kDim>
 struct DecodeShared {
     // Spreads the rows of heads over the banks.
     static constexpr int kOutStride = kDim + 4;
-    HeadRows<T, kDim> heads;
+    HeadOperands<T, kDim> heads;
     RunningSoftmax softmax[kAttentionWarps][kDecodeHeads];
     alignas(16) float out[kAttentionWarps][kDecodeHeads][kOutStride];
 };
@@ -80,20 +80,6 @@ struct DecodeState {
     }
 };
 
-// Stores the new row of a KV head behind the held ones.
-template <class T, int kDim>
-__device__ void store_new_row(const AttentionView& view, const CacheRows<T, kDim>& keys,
-                              const CacheRows<T, kDim>& values, size_t cache_offset) {
-    constexpr int kVectors = kDim / 8;
-    const int thread = static_cast<int>(threadIdx.x);
-    if (thread >= 2 * kVectors) return;
-    const bool is_key = thread < kVectors;
-    const T* from = is_key ? keys.newest : values.newest;
-    auto* cache = static_cast<T*>(is_key ? view.buffers.present_k : view.buffers.present_v) + cache_offset;
-    auto* to = reinterpret_cast<uint4*>(cache + static_cast<size_t>(keys.held) * kDim);
-    to[thread % kVectors] = reinterpret_cast<const uint4*>(from)[thread % kVectors];
-}
-
 // Joins what the warps shared and leaves it for the merger.
 template <class T, int kDim>
 __device__ void store_partial(const AttentionView& view, const DecodeShared<T, kDim>& shared, size_t first_head,
@@ -118,26 +104,21 @@ __device__ void store_partial(const AttentionView& view, const DecodeShared<T, k
     view.partial_softmax[(first_head + head) * view.splits + split] = make_float2(greatest, sum);
 }
 
-// Grid: splits, blocks of query heads, sequences.
+// Grid: splits, blocks of query heads, KV heads of all sequences. There is one new token, so that a sequence's heads
+// lie behind those of the one before in all tensors.
 template <class T, int kDim>
 __global__ void __launch_bounds__(kAttentionThreads, kDim <= 128 ? 3 : 2) decode_attention(AttentionView view) {
-    const AttentionSequence sequence(view, static_cast<int>(blockIdx.z));
-    const int group = static_cast<int>(blockIdx.y) / view.head_blocks;
-    const int head_block = static_cast<int>(blockIdx.y) % view.head_blocks, split = static_cast<int>(blockIdx.x);
+    const int split = static_cast<int>(blockIdx.x), group = static_cast<int>(blockIdx.z);
+    const AttentionSequence sequence(view, group / view.shape.kv_heads);
     if (!sequence.valid) return;
     const DecodeSplits splits(view, sequence.held + 1);
     if (split >= splits.used) return;
 
-    const int first_shared = head_block * kDecodeHeads;
-    const int heads = min(kDecodeHeads, view.sharing() - first_shared);
-    const int first_head = group * view.sharing() + first_shared;
-    const size_t cache = view.cache_offset(sequence.index, group);
-    const size_t newest = view.new_offset(sequence.index, 0, group);
-    const CacheRows<T, kDim> keys{static_cast<const T*>(view.buffers.present_k) + cache,
-                                  static_cast<const T*>(view.buffers.k) + newest, sequence.held};
-    const CacheRows<T, kDim> values{static_cast<const T*>(view.buffers.present_v) + cache,
-                                    static_cast<const T*>(view.buffers.v) + newest, sequence.held};
-    const int end = min(splits.first_row(split + 1), keys.end());
+    const int first_shared = static_cast<int>(blockIdx.y) * kDecodeHeads;
+    const int heads = min(kDecodeHeads, view.sharing - first_shared);
+    const size_t first_head = static_cast<size_t>(group) * view.sharing + first_shared;
+    const DecodeRows<T, kDim> rows(view, group, sequence.held);
+    const int end = min(splits.first_row(split + 1), rows.end());
     int row = splits.first_row(split) + warp_index() * kDecodeTile;
 
     // Keys of the next tile are on their way while this one's values are multiplied, and the other way round.
@@ -146,12 +127,12 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim <= 128 ? 3 : 2) decode
     DecodeKeys<T, kDim> key_tile;
     DecodeValues<T, kDim> value_tile;
     if (kAhead && row < end) {
-        key_tile.load(keys, row);
-        value_tile.load(values, row);
+        key_tile.load(rows, row);
+        value_tile.load(rows, row);
     }
     auto& shared = shared_memory<DecodeShared<T, kDim>>();
-    shared.heads.load(static_cast<const T*>(view.buffers.q) + view.query_offset(sequence.index, 0, first_head), heads);
-    if (split == splits.used - 1 && head_block == 0) store_new_row(view, keys, values, cache);
+    shared.heads.load(static_cast<const T*>(view.buffers.q) + first_head * kDim, heads);
+    if (split == splits.used - 1 && first_shared == 0) rows.store_newest();
     __syncthreads();
 
     DecodeState<T, kDim> state;
@@ -160,17 +141,16 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim <= 128 ? 3 : 2) decode
         float products[2][4];
         uint32_t weights[4];
         const int next = row + kDecodeRows;
-        if (!kAhead) key_tile.load(keys, row);
+        if (!kAhead) key_tile.load(rows, row);
         key_tile.multiply(shared.heads, products);
-        if (kAhead && next < end) key_tile.load(keys, next);
-        if (!kAhead) value_tile.load(values, row);
+        if (kAhead && next < end) key_tile.load(rows, next);
+        if (!kAhead) value_tile.load(rows, row);
         state.weigh(products, row, end, weights);
         value_tile.multiply(weights, state.out);
-        if (kAhead && next < end) value_tile.load(values, next);
+        if (kAhead && next < end) value_tile.load(rows, next);
     }
     state.share(shared, heads);
-    const size_t all_heads = static_cast<size_t>(sequence.index) * view.shape.query_heads;
-    store_partial(view, shared, all_heads + first_head, heads, split);
+    store_partial(view, shared, first_head, heads, split);
 }
 
 }  // namespace starkv

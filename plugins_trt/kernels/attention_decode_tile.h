@@ -16,32 +16,67 @@ namespace starkv {
 
 constexpr int kDecodeTile = 16;
 
-// A KV head's rows: those of the cache, and the newest one, which need not have been stored yet.
+// A KV head's rows: those of the caches, and the newest one, which need not have been stored yet.
 template <class T, int kDim>
-struct CacheRows {
-    const T* cache;
-    const T* newest;
+struct DecodeRows {
+    const AttentionView& view;
+    size_t cache, newest;  // elements before the head's rows in the caches, and before its row in k and v
     int held;
 
-    __device__ const T* operator[](int row) const {
-        return row < held ? cache + static_cast<size_t>(row) * kDim : newest;
-    }
+    // `group` counts the KV heads of all sequences.
+    __device__ DecodeRows(const AttentionView& view_, int group, int held_)
+        : view(view_), cache(static_cast<size_t>(group) * view.shape.capacity * kDim),
+          newest(static_cast<size_t>(group) * kDim), held(held_) {}
+
     __device__ int end() const { return held + 1; }
+    __device__ const T* key(int row) const { return find(view.buffers.present_k, view.buffers.k, row); }
+    __device__ const T* value(int row) const { return find(view.buffers.present_v, view.buffers.v, row); }
+
+    // Puts the newest row behind the held ones.
+    __device__ void store_newest() const {
+        constexpr int kVectors = kDim / 8;
+        const int vector = static_cast<int>(threadIdx.x) % kVectors;
+        const size_t to = cache + static_cast<size_t>(held) * kDim;
+        if (threadIdx.x < kVectors)
+            copy_vector(view.buffers.present_k, to, view.buffers.k, vector);
+        else if (threadIdx.x < 2 * kVectors)
+            copy_vector(view.buffers.present_v, to, view.buffers.v, vector);
+    }
+
+private:
+    __device__ const T* find(const void* caches, const void* new_rows, int row) const {
+        const T* in_cache = static_cast<const T*>(caches) + cache + static_cast<size_t>(row) * kDim;
+        return row < held ? in_cache : static_cast<const T*>(new_rows) + newest;
+    }
+    __device__ void copy_vector(void* caches, size_t to, const void* new_rows, int vector) const {
+        const T* from = static_cast<const T*>(new_rows) + newest;
+        reinterpret_cast<uint4*>(static_cast<T*>(caches) + to)[vector] = reinterpret_cast<const uint4*>(from)[vector];
+    }
 };
 
-// Query heads in shared memory. Unused bytes behind each spread rows over the banks; heads behind the last are 0.
+// Query heads in shared memory, as each step of the product with keys wants them: a lane's operand is one vector.
+// Heads behind the last are 0.
 template <class T, int kDim>
-struct HeadRows {
-    static constexpr int kStride = (kDim * 2 + 63) / 128 * 64 + 32;
-    alignas(16) T rows[kDecodeHeads][kStride];
+struct HeadOperands {
+    uint4 operands[kDim / 16][kWarp];
 
     __device__ void load(const T* source, int count) {
-        constexpr int kVectors = kDim / 8;
-        for (int i = static_cast<int>(threadIdx.x); i < kDecodeHeads * kVectors; i += kAttentionThreads) {
-            const int head = i / kVectors, vector = i % kVectors;
-            auto* to = reinterpret_cast<uint4*>(rows[head]) + vector;
-            *to = head < count ? reinterpret_cast<const uint4*>(source)[i] : make_uint4(0, 0, 0, 0);
+        for (int i = static_cast<int>(threadIdx.x); i < kDim / 16 * kWarp; i += kAttentionThreads) {
+            const int step = i / kWarp, group = i % kWarp / 4;
+            const T* head = source + group * kDim + first_column(step, i % 4);
+            const auto* upper = reinterpret_cast<const uint2*>(head);
+            const auto* lower = reinterpret_cast<const uint2*>(head + 8 * kDim);
+            const uint2 u = group < count ? *upper : make_uint2(0, 0);
+            const uint2 l = group + 8 < count ? *lower : make_uint2(0, 0);
+            operands[step][i % kWarp] = make_uint4(u.x, l.x, u.y, l.y);
         }
+    }
+
+private:
+    // Where the four elements lie that a thread contributes to a step: 16 bytes of keys serve two steps.
+    static __device__ int first_column(int step, int thread) {
+        const bool paired = step < kDim / 32 * 2;
+        return paired ? step / 2 * 32 + thread * 8 + step % 2 * 4 : step * 16 + thread * 4;
     }
 };
 
@@ -54,13 +89,13 @@ struct DecodeKeys {
     uint2 rest[2];
 
     // Rows from the end on are 0.
-    __device__ void load(const CacheRows<T, kDim>& keys, int first) {
+    __device__ void load(const DecodeRows<T, kDim>& rows, int first) {
         const int thread = lane_index() % 4;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = first + half * 8 + lane_index() / 4;
-            const bool real = row < keys.end();
-            const T* key = keys[row];
+            const bool real = row < rows.end();
+            const T* key = rows.key(row);
 #pragma unroll
             for (int pair = 0; pair < kPairs; ++pair)
                 vectors[half][pair] = real ? *reinterpret_cast<const uint4*>(key + pair * 32 + thread * 8)
@@ -71,30 +106,22 @@ struct DecodeKeys {
     }
 
     // products[half]: heads g, g, g + 8, g + 8 with keys 8 half + 2t, 2t + 1, 2t, 2t + 1.
-    __device__ void multiply(const HeadRows<T, kDim>& heads, float (&products)[2][4]) const {
-        const T* upper = heads.rows[lane_index() / 4];
-        const T* lower = heads.rows[lane_index() / 4 + 8];
-        const int thread = lane_index() % 4;
+    __device__ void multiply(const HeadOperands<T, kDim>& heads, float (&products)[2][4]) const {
 #pragma unroll
         for (auto& half : products)
             for (float& product : half) product = 0.0F;
 #pragma unroll
-        for (int pair = 0; pair < kPairs; ++pair) {
-            const uint4 u = *reinterpret_cast<const uint4*>(upper + pair * 32 + thread * 8);
-            const uint4 l = *reinterpret_cast<const uint4*>(lower + pair * 32 + thread * 8);
+        for (int step = 0; step < kDim / 16; ++step) {
+            const uint4 head = heads.operands[step][lane_index()];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const uint4 key = vectors[half][pair];
-                multiply_add<T>(products[half], {u.x, l.x, u.y, l.y}, {key.x, key.y});
-                multiply_add<T>(products[half], {u.z, l.z, u.w, l.w}, {key.z, key.w});
+                uint2 key = rest[half];
+                if (step < 2 * kPairs) {
+                    const uint4& pair = vectors[half][step / 2];
+                    key = step % 2 ? make_uint2(pair.z, pair.w) : make_uint2(pair.x, pair.y);
+                }
+                multiply_add<T>(products[half], {head.x, head.y, head.z, head.w}, {key.x, key.y});
             }
-        }
-        if (kRest) {
-            const uint2 u = *reinterpret_cast<const uint2*>(upper + kPairs * 32 + thread * 4);
-            const uint2 l = *reinterpret_cast<const uint2*>(lower + kPairs * 32 + thread * 4);
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-                multiply_add<T>(products[half], {u.x, l.x, u.y, l.y}, {rest[half].x, rest[half].y});
         }
     }
 };
@@ -109,13 +136,13 @@ struct DecodeValues {
     uint32_t words[4][kWords];
 
     // Rows from the end on are 0: what lies there may be no numbers, which no weight of 0 would silence.
-    __device__ void load(const CacheRows<T, kDim>& values, int first) {
+    __device__ void load(const DecodeRows<T, kDim>& rows, int first) {
         const int group = lane_index() / 4;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int row = first + lane_index() % 4 * 2 + i % 2 + i / 2 * 8;
-            const bool real = row < values.end();
-            const T* value = values[row];
+            const bool real = row < rows.end();
+            const T* value = rows.value(row);
 #pragma unroll
             for (int piece = 0; piece < kPieces; ++piece) {
                 const auto* from = reinterpret_cast<const uint4*>(value + piece * 64 + group * 8);

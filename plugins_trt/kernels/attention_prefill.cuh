@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) prefill_attention(Attent
     using State = PrefillState<T, kDim>;
     auto& shared = shared_memory<Shared>();
     const AttentionSequence sequence(view, static_cast<int>(blockIdx.z));
-    const int head = static_cast<int>(blockIdx.x), group = head / view.sharing();
+    const int head = static_cast<int>(blockIdx.x), group = head / view.sharing;
     const int first = static_cast<int>(gridDim.y - 1 - blockIdx.y) * Shared::kQueries;
     const int queries = min(Shared::kQueries, view.shape.new_tokens - first);
     const size_t query_offset = view.query_offset(sequence.index, first, head);

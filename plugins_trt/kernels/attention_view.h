@@ -18,13 +18,12 @@ struct AttentionView {
     starkv_attention_shape shape;
     starkv_attention_buffers buffers;
 
-    // Of decoding. Every sequence's rows are split among so many blocks at most.
-    int head_blocks, splits;
+    int sharing;  // query heads of a KV head
+    int splits;   // of decoding: among so many blocks the rows of a KV head are split at most
     // Workspace of decoding.
     float* partial_out;       // [B, H, splits, D]: sums of values with weights below 2^0
     float2* partial_softmax;  // [B, H, splits]: largest score, sum of weights
 
-    __device__ int sharing() const { return shape.query_heads / shape.kv_heads; }
     // Elements before the rows of a KV head in the caches.
     __device__ size_t cache_offset(int sequence, int group) const {
         return (static_cast<size_t>(sequence) * shape.kv_heads + group) * shape.capacity * shape.head_dim;
