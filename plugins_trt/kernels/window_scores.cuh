@@ -47,11 +47,17 @@ struct QueryBlock {
 
 template <class T, int kDim>
 struct ScoreShared {
-    QueryRows<T, kDim> queries;
+    QueryFragments<T, kDim> queries;
     SoftmaxSum sums[kScoreWarps][kQueries];
     int task;
     bool last;
 };
+
+// Scores are scaled and in units of ln 2.
+template <int kDim>
+__device__ float score_scale() {
+    return kLog2E / sqrtf(static_cast<float>(kDim));
+}
 
 // Of each query over the rows of a chunk; by all threads.
 template <class T, int kDim>
@@ -59,40 +65,43 @@ __device__ void chunk_statistics(const CompressView& view, const Sequence& seque
                                  int chunk, ScoreShared<T, kDim>& shared) {
     SoftmaxSum sums[kQueryTiles][2];
 #pragma unroll
-    for (int n = 0; n < kQueryTiles; ++n) sums[n][0] = sums[n][1] = {-INFINITY, 0.0F};
+    for (int m = 0; m < kQueryTiles; ++m) sums[m][0] = sums[m][1] = {-INFINITY, 0.0F};
     const T* keys = block.keys<T>(view);
+    const float scale = score_scale<kDim>();
     const int first = chunk * kScoreRows, end = min(first + kScoreRows, sequence.length);
+    const int group = lane_index() / 4, thread = lane_index() % 4;
     KeyTile<T, kDim> tile;
     for (int row = first + warp_index() * kTileRows; row < end; row += kScoreWarps * kTileRows) {
         tile.load(keys, row, end);
-        float scores[kQueryTiles][4];
-        tile.scores(shared.queries, block.count, scores);
-        const int upper = row + lane_index() / 4, lower = upper + 8;
+        TileScores scores;
+        tile.multiply(shared.queries, block.count, scores);
         const bool all_visible = row + kTileRows <= min(end, sequence.past);
 #pragma unroll
-        for (int n = 0; n < kQueryTiles; ++n) {
-            if (n * kTileQueries >= block.count) break;
+        for (int m = 0; m < kQueryTiles; ++m) {
+            if (m * kQueryTileRows >= block.count) break;
 #pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                float a = scores[n][c], b = scores[n][2 + c];
-                if (!all_visible) {
-                    const int query = n * kTileQueries + lane_index() % 4 * 2 + c;
-                    const int last_seen = min(end - 1, sequence.past + query % view.shape.window);
-                    if (upper > last_seen) a = -INFINITY;
-                    if (lower > last_seen) b = -INFINITY;
+            for (int half = 0; half < 2; ++half) {
+                const int query = m * kQueryTileRows + half * 8 + group;
+                const int last_seen =
+                    all_visible ? end : min(end - 1, sequence.past + query % view.shape.window);
+                float own[kKeyTiles * 2];
+#pragma unroll
+                for (int i = 0; i < kKeyTiles * 2; ++i) {
+                    const int key = row + i / 2 * 8 + thread * 2 + i % 2;
+                    own[i] = key <= last_seen ? scores[m][i / 2][2 * half + i % 2] * scale : -INFINITY;
                 }
-                sums[n][c].add(a, b);
+                sums[m][half].add(own);
             }
         }
     }
 #pragma unroll
-    for (int n = 0; n < kQueryTiles; ++n)
+    for (int m = 0; m < kQueryTiles; ++m)
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-            SoftmaxSum sum = sums[n][c];
-            for (int lanes = 4; lanes < kWarp; lanes *= 2)
+        for (int half = 0; half < 2; ++half) {
+            SoftmaxSum sum = sums[m][half];
+            for (int lanes = 1; lanes < 4; lanes *= 2)
                 sum.join({shfl_xor(sum.greatest, lanes), shfl_xor(sum.sum, lanes)});
-            if (lane_index() < 4) shared.sums[warp_index()][n * kTileQueries + lane_index() * 2 + c] = sum;
+            if (thread == 0) shared.sums[warp_index()][m * kQueryTileRows + half * 8 + group] = sum;
         }
     __syncthreads();
     const int query = static_cast<int>(threadIdx.x);
@@ -133,38 +142,39 @@ __device__ void merge_if_last(const CompressView& view, const Sequence& sequence
 template <class T, int kDim>
 __device__ void chunk_mass(const CompressView& view, const Sequence& sequence, const QueryBlock& block, int chunk,
                            ScoreShared<T, kDim>& shared) {
+    const int group = lane_index() / 4, thread = lane_index() % 4;
     float2 own[kQueryTiles][2];
 #pragma unroll
-    for (int n = 0; n < kQueryTiles; ++n)
+    for (int m = 0; m < kQueryTiles; ++m)
 #pragma unroll
-        for (int c = 0; c < 2; ++c)
-            own[n][c] = load_published(block.statistics(view) + n * kTileQueries + lane_index() % 4 * 2 + c);
+        for (int half = 0; half < 2; ++half)
+            own[m][half] = load_published(block.statistics(view) + m * kQueryTileRows + half * 8 + group);
     const T* keys = block.keys<T>(view);
+    const float scale = score_scale<kDim>();
     float* mass = block.mass(view);
     const int first = chunk * kScoreRows, end = min(first + kScoreRows, sequence.past);
     KeyTile<T, kDim> tile;
     for (int row = first + warp_index() * kTileRows; row < end; row += kScoreWarps * kTileRows) {
         tile.load(keys, row, end);
-        float scores[kQueryTiles][4];
-        tile.scores(shared.queries, block.count, scores);
-        float upper = 0.0F, lower = 0.0F;
+        TileScores scores;
+        tile.multiply(shared.queries, block.count, scores);
+        float sums[kKeyTiles * 2] = {};
 #pragma unroll
-        for (int n = 0; n < kQueryTiles; ++n) {
-            if (n * kTileQueries >= block.count) break;
+        for (int m = 0; m < kQueryTiles; ++m) {
+            if (m * kQueryTileRows >= block.count) break;
 #pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                upper += expf(scores[n][c] - own[n][c].x) * own[n][c].y;
-                lower += expf(scores[n][2 + c] - own[n][c].x) * own[n][c].y;
-            }
+            for (int half = 0; half < 2; ++half)
+#pragma unroll
+                for (int i = 0; i < kKeyTiles * 2; ++i) {
+                    const float score = scores[m][i / 2][2 * half + i % 2] * scale;
+                    sums[i] += power_of_two(score - own[m][half].x) * own[m][half].y;
+                }
         }
-        for (int lanes = 1; lanes < 4; lanes *= 2) {
-            upper += shfl_xor(upper, lanes);
-            lower += shfl_xor(lower, lanes);
-        }
-        const int upper_row = row + lane_index() / 4, lower_row = upper_row + 8;
-        if (lane_index() % 4 == 0) {
-            if (upper_row < end) mass[upper_row] = upper;
-            if (lower_row < end) mass[lower_row] = lower;
+#pragma unroll
+        for (int i = 0; i < kKeyTiles * 2; ++i) {
+            for (int lanes = 4; lanes < kWarp; lanes *= 2) sums[i] += shfl_xor(sums[i], lanes);
+            const int key = row + i / 2 * 8 + thread * 2 + i % 2;
+            if (group == 0 && key < end) mass[key] = sums[i];
         }
     }
 }
