@@ -4,15 +4,15 @@
 import os
 import shutil
 import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import pytest
+from kernel_library import ROOT, tool
 
-SOURCE = Path(__file__).parents[2] / "plugins_trt"
+BUILD = ROOT / "build" / "plugins-cpu"
+"""All versions are built here in turn, so that the kernels are compiled once."""
 HEADERS_VARIABLE = "STARKV_TENSORRT_HEADERS"
 """Directories of NvInferRuntime.h, one per version to test, separated as in PATH."""
 _SYSTEM = (
@@ -47,52 +47,35 @@ class PluginBuild:
 
 
 def header_folders() -> list[Path]:
-    """Folders with TensorRT's headers on this machine."""
-    return [folder for folder in _candidates() if (folder / "NvInferRuntime.h").is_file()]
-
-
-def _candidates() -> Iterator[Path]:
-    named = os.environ.get(HEADERS_VARIABLE)
-    if named:
-        yield from map(Path, named.split(os.pathsep))
-    elif root := os.environ.get("TENSORRT_ROOT"):
-        yield Path(root) / "include"
-    else:
-        yield from map(Path, _SYSTEM)
-
-
-def tool(name: str) -> str:
-    """A program of the virtual environment or of the system; skips the test if there is none."""
-    found = shutil.which(name, path=Path(sys.executable).parent) or shutil.which(name)
-    if not found:
-        pytest.skip(f"{name} is not installed")
-    return found
+    """Folders of TensorRT's headers: those that the environment names, or what the system has."""
+    if named := os.environ.get(HEADERS_VARIABLE):
+        return [Path(folder) for folder in named.split(os.pathsep)]
+    if root := os.environ.get("TENSORRT_ROOT"):
+        return [Path(root) / "include"]
+    return [folder for folder in map(Path, _SYSTEM) if (folder / "NvInferRuntime.h").is_file()]
 
 
 @cache
 def build(headers: Path, folder: Path) -> PluginBuild:
-    """Build once per version.
+    """Build against one version's headers.
 
     Args:
         headers: folder of NvInferRuntime.h.
-        folder: for the build; all versions share it, so that the kernels are compiled once.
+        folder: where the result goes.
     """
-    cmake, ninja = tool("cmake"), tool("ninja")
-    configure = [
-        *(cmake, "-S", SOURCE, "-B", folder / "shared", "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"),
-        *(f"-DTENSORRT_INCLUDE_DIR={headers}", "-DSTARKV_CUDA=OFF", "-DCMAKE_BUILD_TYPE=Release"),
-        "-DCMAKE_CXX_FLAGS_RELEASE=-O1",
-    ]
-    report = _run(configure)
+    cmake = tool("cmake")
+    if not cmake or not shutil.which(os.environ.get("CXX", "c++")):
+        pytest.skip("the plugins need CMake and a C++ compiler")
+    options = [f"-DTENSORRT_INCLUDE_DIR={headers}", "-DSTARKV_CUDA=OFF", "-DCMAKE_CXX_FLAGS_RELEASE=-O1"]
+    report = _run([cmake, "-S", ROOT / "plugins_trt", "-B", BUILD, *options])
     if "no CUDA toolkit" in report:
         pytest.skip("no CUDA toolkit, whose cuda_runtime_api.h TensorRT's headers include")
-    _run([cmake, "--build", folder / "shared", "--parallel", "2"])
-    built = Path(folder / headers.resolve().as_posix().replace("/", "_"))
-    built.mkdir()
+    _run([cmake, "--build", BUILD, "--parallel", "2"])
+    folder.mkdir(parents=True)
     for name in _LIBRARIES:
-        shutil.copy2(folder / "shared" / name, built)
-    version = _run([built / "harness", built / "libstarkv_trt_cpu.so"]).split("TensorRT ")[1]
-    return PluginBuild(built, int(version.split(".")[0]))
+        shutil.copy2(BUILD / name, folder)
+    version = _run([folder / "harness", folder / "libstarkv_trt_cpu.so"]).split("TensorRT ")[1]
+    return PluginBuild(folder, int(version.split(".")[0]))
 
 
 def _run(command: list[str | Path]) -> str:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from compress_cases import CASES, check_implementation, check_in_place
 from compress_prompts import Case
-from plugin_build import HEADERS_VARIABLE, PluginBuild, build, header_folders, tool
+from plugin_build import HEADERS_VARIABLE, PluginBuild, build, header_folders
 
 from starkv.kernels.attention_call import AttentionCall, reference_attention
 from starkv.kernels.compress_call import CompressCall, CompressResult
@@ -37,8 +37,8 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """The plugins compiled against one version's headers."""
     if request.param is None:
         pytest.skip(_REASON)
-    folder = tmp_path_factory.getbasetemp() / "plugins"
-    return build(request.param, folder)
+    name = str(request.param.resolve()).replace("/", "_")
+    return build(request.param, tmp_path_factory.getbasetemp() / "plugins" / name)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def driver(built: PluginBuild) -> PluginDriver:
 
 def symbols(library: Path, *options: str) -> list[str]:
     listing = subprocess.run(
-        [tool("nm"), "-D", *options, library], capture_output=True, text=True, check=True
+        ["nm", "-D", *options, library], capture_output=True, text=True, check=True
     ).stdout
     return [line.split()[-1].split("@")[0] for line in listing.splitlines()]
 
