@@ -14,6 +14,8 @@ namespace starkv {
 
 constexpr int kCopyBytes = 16;
 
+// copy_async(to, from, real) writes zeros where `real` is false; nothing is read then, wherever `from` points.
+
 #if STARKV_CPU
 
 struct LateCopy {
@@ -45,7 +47,6 @@ inline void wait_for_copies() {
 
 #else
 
-// Writes zeros where `real` is false; nothing is read then, but `from` must still be a device address.
 __device__ inline void copy_async(void* to, const void* from, bool real) {
     const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
     const int bytes = real ? kCopyBytes : 0;

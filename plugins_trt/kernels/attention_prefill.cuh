@@ -8,18 +8,22 @@
 
 namespace starkv {
 
-// Starts to copy rows into shared memory; those from `count` on become 0.
+// Starts to copy rows into shared memory; those from `count` on become 0. Eight threads take 128 bytes of a row, so
+// that addresses differ by constants.
 template <class T, int kDim, int kRows>
 __device__ void copy_rows(T (&to)[kRows][kDim + 8], const T* from, size_t stride, int count) {
-    constexpr int kVectors = kDim / 8;
-    static_assert(kRows * kVectors % kAttentionThreads == 0, "every thread copies as often");
+    constexpr int kVectors = kDim / 8, kTogether = 8, kRowsAtOnce = kAttentionThreads / kTogether;
+    static_assert(kRows % kRowsAtOnce == 0, "every thread copies as often");
+    const int first_row = static_cast<int>(threadIdx.x) / kTogether, vector = static_cast<int>(threadIdx.x) % kTogether;
+    T* own_to = &to[first_row][vector * 8];
+    const T* own_from = from + first_row * stride + vector * 8;
 #pragma unroll
-    for (int round = 0; round < kRows * kVectors / kAttentionThreads; ++round) {
-        const int i = round * kAttentionThreads + static_cast<int>(threadIdx.x);
-        const int row = i / kVectors, vector = i % kVectors;
-        const bool real = row < count;
-        copy_async(&to[row][vector * 8], from + (real ? row * stride : 0) + vector * 8, real);
-    }
+    for (int row = 0; row < kRows; row += kRowsAtOnce)
+#pragma unroll
+        for (int next = 0; next < kVectors; next += kTogether)
+            if (next + kTogether <= kVectors || next + vector < kVectors)
+                copy_async(own_to + row * (kDim + 8) + next * 8, own_from + row * stride + next * 8,
+                           first_row + row < count);
 }
 
 // Stores the block's results, or 0 for a sequence that is left alone.

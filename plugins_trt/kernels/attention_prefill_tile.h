@@ -62,15 +62,15 @@ struct PrefillState {
 #pragma unroll
             for (int tile = 0; tile < kTiles; ++tile)
                 load_matrix(queries[tile],
-                            matrix_part(&shared.queries[first_query() + tile * 16][column], Shared::kStride));
+                            row_parts(&shared.queries[first_query() + tile * 16][column], Shared::kStride));
 #pragma unroll
             for (int step = 0; step < kSteps; ++step) {
                 uint32_t keys[4];
-                load_matrix(keys, matrix_part(&shared.keys[step * 16][column], Shared::kStride));
+                load_matrix(keys, column_parts(&shared.keys[step * 16][column], Shared::kStride));
 #pragma unroll
                 for (int tile = 0; tile < kTiles; ++tile) {
-                    multiply_add<T>(products[tile][2 * step], queries[tile], {keys[0], keys[2]});
-                    multiply_add<T>(products[tile][2 * step + 1], queries[tile], {keys[1], keys[3]});
+                    multiply_add<T>(products[tile][2 * step], queries[tile], {keys[0], keys[1]});
+                    multiply_add<T>(products[tile][2 * step + 1], queries[tile], {keys[2], keys[3]});
                 }
             }
         }
@@ -132,7 +132,7 @@ struct PrefillState {
 #pragma unroll
             for (int column = 0; column < kDim; column += 16) {
                 uint32_t values[4];
-                load_matrix_transposed(values, matrix_part(&shared.values[step * 16][column], Shared::kStride));
+                load_matrix_transposed(values, row_parts(&shared.values[step * 16][column], Shared::kStride));
 #pragma unroll
                 for (int tile = 0; tile < kTiles; ++tile) {
                     multiply_add<T>(out[tile][column / 8], packed[tile], {values[0], values[1]});

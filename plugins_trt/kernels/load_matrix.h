@@ -1,23 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sixteen rows of 16 elements of 16 bits, from shared memory into the registers that multiply_add() wants.
 //
-// Every lane names where 8 elements begin: lanes 0 ... 15 those of the rows' first halves, the others those of
-// the second halves (matrix_part). With g = lane / 4 and t = lane % 4 a thread gets
-//   load_matrix:             columns 2t, 2t + 1 of rows g and g + 8 in the first two registers, columns 2t + 8,
-//                            2t + 9 in the others: the operand a, or, as registers {0, 2} and {1, 3}, two
-//                            operands b whose columns are the rows
-//   load_matrix_transposed:  rows 2t, 2t + 1 and 2t + 8, 2t + 9 of column g in the first two registers, of
-//                            column g + 8 in the others: two operands b
+// Every lane names where 8 elements of a row begin; four groups of 8 lanes name the quarters of the matrix. With
+// g = lane / 4 and t = lane % 4 a thread gets of each quarter, one register for each,
+//   load_matrix:             columns 2t and 2t + 1 of row g
+//   load_matrix_transposed:  rows 2t and 2t + 1 of column g
+// so that the result is
+//   load_matrix(row_parts):                 operand a
+//   load_matrix(column_parts):              two operands b, whose columns are the upper and the lower rows
+//   load_matrix_transposed(row_parts):      two operands b, of the left and of the right columns
 #pragma once
 
 #include "elements.h"
 
 namespace starkv {
 
-// Where this lane's 8 elements begin in 16 rows that lie `stride` elements apart.
+// Where this lane's 8 elements begin in 16 rows that lie `stride` elements apart. Quarters in the order upper left,
+// lower left, upper right, lower right.
 template <class T>
-__device__ inline const T* matrix_part(const T* first_row, int stride) {
+__device__ inline const T* row_parts(const T* first_row, int stride) {
     return first_row + lane_index() % 16 * stride + lane_index() / 16 * 8;
+}
+
+// In the order upper left, upper right, lower left, lower right.
+template <class T>
+__device__ inline const T* column_parts(const T* first_row, int stride) {
+    return first_row + (lane_index() % 8 + lane_index() / 16 * 8) * stride + lane_index() / 8 % 2 * 8;
 }
 
 #if STARKV_CPU
