@@ -8,8 +8,12 @@ QUANT  ?=
 BACKEND ?= auto
 # Share of a prompt's KV rows to keep, such as 0.2; all of them if empty.
 BUDGET ?=
+DEVICE ?= auto
+# PyTorch and Triton of the environment if it is set up, else the machine's own.
+GPU_PYTHON ?= $(if $(wildcard $(VENV)/dev-ready),$(BIN)/python,$(PYTHON))
+# Checkout of the official STaR-KV repository, to measure against.
+OFFICIAL ?=
 KV     := $(if $(BUDGET),--kv-budget '$(BUDGET)')
-BUDGET ?=
 IMAGE  ?= examples/screen.png
 PROMPT ?= Click the red star.
 # Through the environment, so that quotes in a prompt reach the command as they are.
@@ -28,10 +32,10 @@ BUILD_TOOLS = $(shell cmake --version 2>&1 | $(NEW_CMAKE) && command -v ninja >/
 	|| echo $(VENV)/build-ready)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo engine run chat bench plugin test lint train clean
+.PHONY: help demo engine run chat bench plugin validate gpu-check test lint train clean
 
 help:  ## Show the targets.
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/run-ready: pyproject.toml
 	@echo "setting up $(VENV) (a minute)"
@@ -73,6 +77,12 @@ plugin: $(BUILD_TOOLS)  ## Build CUDA kernels and TensorRT plugins: [TENSORRT_RO
 		-DSTARKV_CUDA_ARCHS='$(CUDA_ARCHS)' $(CMAKE_OPTIONS)
 	@cmake --build '$(BUILD_DIR)'
 	@cat '$(BUILD_DIR)/summary.txt'
+
+validate: $(VENV)/dev-ready  ## Compare all implementations of the operators: [DEVICE=auto|cpu|cuda].
+	$(STARKV) validate ops --device $(DEVICE)
+
+gpu-check:  ## On a machine with a GPU: build, test, sanitize, compare and measure the kernels. Installs nothing.
+	$(GPU_PYTHON) benchmarks/gpu_check.py $(if $(OFFICIAL),--official '$(OFFICIAL)')
 
 test: $(VENV)/dev-ready lint  ## Lint, check types, run all tests.
 	$(BIN)/python -m pytest

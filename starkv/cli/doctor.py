@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 
 import typer
 from rich.table import Table
@@ -21,6 +22,7 @@ from starkv.cli.console import results
 from starkv.cli.engines import engines_home
 from starkv.cli.options import Json
 from starkv.host import cpu_model, usable_processors
+from starkv.kernels.library_paths import KERNELS, PLUGINS, kernel_libraries, plugin_libraries
 
 GIB = 2**30
 _SMALL_DISK = 20 * GIB  # a 7B model: 5 GiB of engine, 16 GiB of checkpoint
@@ -150,8 +152,14 @@ def _tensorrt() -> Finding:
     return Finding("TensorRT", False, "not installed", "not used by this version of starkv")
 
 
-def _plugin() -> Finding:
-    return Finding("plugin", False, "not part of this version", "not needed for ONNX Runtime engines")
+def _kernels() -> Finding:
+    found = [path.name for device in KERNELS for path in islice(kernel_libraries(device), 1)]
+    found += [both[0].name for device in PLUGINS if (both := plugin_libraries(device))]
+    usable = KERNELS["cuda"] in found
+    if found:
+        advice = "" if usable else "those for tests only: `make plugin` with nvcc builds the GPU's"
+        return Finding("kernels", usable, ", ".join(found), advice)
+    return Finding("kernels", False, "not built", "needed only for GPUs: `make plugin`")
 
 
 def _nvcc() -> Finding:
@@ -181,6 +189,6 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     _trace,
     _cuda,
     _tensorrt,
-    _plugin,
+    _kernels,
     _nvcc,
 )

@@ -6,8 +6,6 @@ kernels on host memory, for tests.
 """
 
 import ctypes
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +16,9 @@ from starkv.errors import StarkvError, UsageError
 from starkv.kernels import cuda_structures as structures
 from starkv.kernels.attention_call import AttentionCall
 from starkv.kernels.compress_call import CompressCall, CompressResult
+from starkv.kernels.library_paths import kernel_libraries
 
 ABI_VERSION = 1
-LIBRARY_VARIABLE = "STARKV_KERNELS"
-BUILD_DIRECTORY = Path("build") / "plugin"
 
 
 class KernelError(StarkvError):
@@ -226,26 +223,14 @@ def _check_type(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
         raise UsageError(f"{name} must be {dtype}, not {tensor.dtype}")
 
 
-def candidates(device: str) -> Iterator[Path]:
-    """Where a library for ``cuda`` or ``cpu`` may lie: what ``STARKV_KERNELS`` names, then ``make plugin``'s
-    folder, then beside this package."""
-    named = os.environ.get(LIBRARY_VARIABLE)
-    if named:
-        yield Path(named)
-    name = "libstarkv_kernels.so" if device == "cuda" else "libstarkv_kernels_cpu.so"
-    yield BUILD_DIRECTORY / name
-    yield Path(__file__).resolve().parent.parent.parent / BUILD_DIRECTORY / name
-
-
 def find_library(device: str) -> KernelLibrary | None:
     """The first library of that kind, or None.
 
     Raises:
         KernelError: a library is there, but doesn't fit.
     """
-    for path in candidates(device):
-        if path.is_file():
-            library = KernelLibrary(path)
-            if library.device == device:
-                return library
+    for path in kernel_libraries(device):
+        library = KernelLibrary(path)
+        if library.device == device:
+            return library
     return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Scores per KV head: the window's attention, pooled along the rows, and the hidden-norm boost."""
 
 from dataclasses import dataclass
@@ -78,7 +78,8 @@ def norm_statistics_kernel(
     tl.store(statistics_ptr + 4 * pair, mean)
     tl.store(statistics_ptr + 4 * pair + 1, spread)
     tl.store(statistics_ptr + 4 * pair + 2, largest_logit)
-    tl.store(statistics_ptr + 4 * pair + 3, 1.0 / tl.sum(shares, 0))
+    total = tl.sum(shares, 0)
+    tl.store(statistics_ptr + 4 * pair + 3, 1.0 / tl.where(total == 0.0, 1.0, total))
 
 
 @triton.jit

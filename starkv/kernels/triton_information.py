@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Spatial information in each KV head's scores of the newest screenshot, and its moving average
 (``methods/star_kv_stages.py``)."""
 
@@ -13,6 +13,7 @@ from starkv.kernels.triton_shared import (
     FRAME_GRID_COLUMNS,
     FRAME_GRID_ROWS,
     FRAME_ROWS_TO_END,
+    padded,
     parameter_index,
 )
 from starkv.methods.expected_information import SPATIAL_BINS as _SPATIAL_BINS
@@ -23,23 +24,25 @@ MI_CHANCE, MI_SCALE = parameter_index("mi_chance"), parameter_index("mi_scale")
 SPATIAL_BINS, VALUE_BINS = tl.constexpr(_SPATIAL_BINS), tl.constexpr(_VALUE_BINS)
 PLACES = tl.constexpr(256)
 """Places of the screen, 144, as a power of two."""
-VALUE_BITS = tl.constexpr(31)
-"""Of a float32 that is at least 0, whose bits order like the number itself."""
+_VALUE_BITS = 31
+VALUES = tl.constexpr(1 << _VALUE_BITS)
+"""Numbers that are at least 0 have float32 bits below this, which order like the numbers."""
+CELLS_PER_PASS_STEP, CELLS_PER_COUNT_STEP = tl.constexpr(512), tl.constexpr(64)
 
 
 @triton.jit
-def rank_key(scores_ptr, cell, cells, INDEX_BITS: tl.constexpr):
+def rank_key(scores_ptr, cell, cells, INDICES: tl.constexpr):
     """One int64 per cell that orders like (score or 0, cell): no two are equal; the largest one of all
-    behind the last cell."""
+    behind the last cell. ``INDICES`` is a power of two above every cell."""
     score = tl.load(scores_ptr + cell, mask=cell < cells, other=0.0)
     # A sum of 0 and −0 is 0, whose bits are the smallest.
     positive = tl.where(score < 0.0, 0.0, score) + 0.0
-    key = (positive.to(tl.int32, bitcast=True).to(tl.int64) << INDEX_BITS) | cell
-    return tl.where(cell < cells, key, (1 << (VALUE_BITS + INDEX_BITS)) - 1)
+    key = positive.to(tl.int32, bitcast=True).to(tl.int64) * INDICES + cell
+    return tl.where(cell < cells, key, VALUES * INDICES - 1)
 
 
 @triton.jit
-def bin_boundaries(scores_ptr, cells, INDEX_BITS: tl.constexpr, CELLS: tl.constexpr):
+def bin_boundaries(scores_ptr, cells, INDICES: tl.constexpr, KEY_BITS: tl.constexpr):
     """Smallest key of each of the 16 equally full bins, ``[16]`` int64.
 
     A radix selection with one bit per pass, all boundaries at once: a boundary is the largest number that at
@@ -48,12 +51,13 @@ def bin_boundaries(scores_ptr, cells, INDEX_BITS: tl.constexpr, CELLS: tl.conste
     value_bin = tl.arange(0, VALUE_BINS)
     first_rank = (value_bin * cells + VALUE_BINS - 1) // VALUE_BINS
     boundary = tl.zeros([VALUE_BINS], tl.int64)
-    bit = tl.full([VALUE_BINS], 1 << (VALUE_BITS + INDEX_BITS - 1), tl.int64)
-    for _ in range(VALUE_BITS + INDEX_BITS):
+    bit = tl.full([VALUE_BINS], VALUES * INDICES // 2, tl.int64)
+    for _ in range(KEY_BITS):
         raised = boundary | bit
         below = tl.zeros([VALUE_BINS], tl.int32)
-        for first in range(0, cells, CELLS):
-            key = rank_key(scores_ptr, first + tl.arange(0, CELLS), cells, INDEX_BITS)
+        for first in range(0, cells, CELLS_PER_PASS_STEP):
+            cell = first + tl.arange(0, CELLS_PER_PASS_STEP)
+            key = rank_key(scores_ptr, cell, cells, INDICES)
             below += tl.sum((key[:, None] < raised[None, :]).to(tl.int32), 0)
         boundary = tl.where(below <= first_rank, raised, boundary)
         bit = bit >> 1
@@ -70,18 +74,18 @@ def place_of(cell, grid_rows, grid_columns):
 
 @triton.jit
 def mutual_information(
-    scores_ptr, cells, grid_rows, grid_columns, INDEX_BITS: tl.constexpr, CELLS: tl.constexpr
+    scores_ptr, cells, grid_rows, grid_columns, INDICES: tl.constexpr, KEY_BITS: tl.constexpr
 ):
     """Plug-in estimate between the bin of a score's rank and its place, nats; 0 where no score is above 0."""
-    boundary = bin_boundaries(scores_ptr, cells, INDEX_BITS, 4 * CELLS)
+    boundary = bin_boundaries(scores_ptr, cells, INDICES, KEY_BITS)
     value_bin, place = tl.arange(0, VALUE_BINS), tl.arange(0, PLACES)
     counts = tl.zeros([VALUE_BINS, PLACES], tl.float32)
-    sums = tl.zeros([CELLS], tl.float32)
-    for first in range(0, cells, CELLS):
-        cell = first + tl.arange(0, CELLS)
+    sums = tl.zeros([CELLS_PER_COUNT_STEP], tl.float32)
+    for first in range(0, cells, CELLS_PER_COUNT_STEP):
+        cell = first + tl.arange(0, CELLS_PER_COUNT_STEP)
         score = tl.load(scores_ptr + cell, mask=cell < cells, other=0.0)
         sums += tl.where(score < 0.0, 0.0, score)
-        key = rank_key(scores_ptr, cell, cells, INDEX_BITS)
+        key = rank_key(scores_ptr, cell, cells, INDICES)
         own_bin = tl.sum((key[:, None] >= boundary[None, :]).to(tl.int32), 1) - 1
         own_place = place_of(cell, grid_rows, grid_columns)
         # Counting as a product of zeros and ones, exact in float32: no atomics, and tensor cores are quick.
@@ -106,8 +110,8 @@ def information_kernel(
     average_ptr,
     groups,
     capacity,
-    INDEX_BITS: tl.constexpr,
-    CELLS: tl.constexpr,
+    INDICES: tl.constexpr,
+    KEY_BITS: tl.constexpr,
 ):
     """The moving average of one KV head's information."""
     group = tl.program_id(0)
@@ -120,8 +124,8 @@ def information_kernel(
             tl.load(frame_ptr + FRAME_CELLS),
             tl.load(frame_ptr + FRAME_GRID_ROWS),
             tl.load(frame_ptr + FRAME_GRID_COLUMNS),
-            INDEX_BITS,
-            CELLS,
+            INDICES,
+            KEY_BITS,
         )
         beyond_chance = tl.maximum(information - tl.load(parameters_ptr + MI_CHANCE), 0.0)
         decay = tl.load(parameters_ptr + MI_DECAY)
@@ -139,6 +143,7 @@ def update_information(call: CompressCall, scores: Tensor, result: CompressResul
     """
     layers, batch, groups, capacity, _ = call.k.shape
     assert scores.shape == (layers, batch, groups, capacity)
+    indices = padded(call.pattern_ema.shape[-1])
     information_kernel[(layers * batch * groups,)](
         scores,
         call.kv_len,
@@ -149,6 +154,7 @@ def update_information(call: CompressCall, scores: Tensor, result: CompressResul
         result.mi_ema,
         groups,
         capacity,
-        INDEX_BITS=call.pattern_ema.shape[-1].bit_length(),
-        CELLS=64,
+        INDICES=indices,
+        KEY_BITS=_VALUE_BITS + indices.bit_length() - 1,
+        num_warps=8,
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Entropy of each layer's scores, and the rows that each layer keeps by it (``methods/star_kv_stages.py``).
 
 Here it is also decided which sequences cannot be compressed, because only here all layers come together.
@@ -116,6 +116,7 @@ def is_frame_inside(frame_ptr, length, pattern_length, WINDOW: tl.constexpr):
 @triton.jit
 def layer_rows_kernel(
     needed_ptr,
+    fresh_temperature_ptr,
     old_temperature_ptr,
     kv_len_ptr,
     frame_ptr,
@@ -163,8 +164,9 @@ def layer_rows_kernel(
         fits = fits & (slot == sequence)
     accepted = tl.min(tl.where(inside, fits.to(tl.int32), 1), 0) > 0
     tl.store(kept_ptr + pair, tl.where(accepted, kept, 0), mask=inside)
-    old_temperature = tl.load(old_temperature_ptr + pair, mask=inside, other=0.0)
-    tl.store(temperature_ptr + pair, old_temperature, mask=inside & (accepted == 0))
+    fresh = tl.load(fresh_temperature_ptr + pair, mask=inside, other=0.0)
+    old = tl.load(old_temperature_ptr + pair, mask=inside, other=0.0)
+    tl.store(temperature_ptr + pair, tl.where(accepted, fresh, old), mask=inside)
 
 
 def layer_rows(call: CompressCall, result: CompressResult, in_place: bool) -> None:
@@ -178,19 +180,21 @@ def layer_rows(call: CompressCall, result: CompressResult, in_place: bool) -> No
     layers, batch, _, capacity, _ = call.k.shape
     assert layers > 0
     needed = torch.empty(layers, batch, dtype=torch.float32, device=call.k.device)
+    fresh_temperature = torch.empty_like(needed)
     entropy_kernel[(layers * batch,)](
         result.stages,
         call.kv_len,
         call.parameters,
         call.temperature,
         needed,
-        result.temperature,
+        fresh_temperature,
         capacity,
         WINDOW=call.window,
         ROWS=_ROWS_PER_STEP,
     )
     layer_rows_kernel[(batch,)](
         needed,
+        fresh_temperature,
         call.temperature,
         call.kv_len,
         call.frame,

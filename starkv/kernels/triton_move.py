@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Move the kept rows of keys, values and metadata to the front of their slot."""
 
 import triton
@@ -10,7 +10,8 @@ from starkv.errors import UsageError
 from starkv.kernels.compress_call import CompressCall, CompressResult
 from starkv.kernels.triton_shared import blocks, padded
 
-_ROWS_PER_STEP = 32
+_STEP_BYTES = 16 * 1024
+"""Rows that a program holds in registers."""
 
 
 @triton.jit
@@ -93,7 +94,9 @@ def _move(
     slots, slot_capacity = destination.shape[1], destination.shape[-2]
     width = source.shape[-1]
     assert source.dtype == destination.dtype
-    programs = 1 if in_place else blocks(slot_capacity, _ROWS_PER_STEP)
+    columns = padded(width)
+    rows = max(1, _STEP_BYTES // (columns * source.element_size()))
+    programs = 1 if in_place else blocks(slot_capacity, rows)
     move_kernel[(programs, layers * batch * groups)](
         source,
         destination,
@@ -106,6 +109,6 @@ def _move(
         slots,
         slot_capacity,
         WIDTH=width,
-        COLUMNS=padded(width),
-        ROWS=_ROWS_PER_STEP,
+        COLUMNS=columns,
+        ROWS=rows,
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """How stable each KV head's attention over the newest screenshot is, and the moving average it is compared
 with (``methods/star_kv_prior.py``)."""
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Which rows stay (``methods/select.py``): the higher priority first, of equal ones the lower row.
 
 Exact whatever the scores: a radix selection over keys that order like priorities finds the lowest one that
@@ -16,9 +16,9 @@ from starkv.methods.rows import ROW_PROTECTED as _ROW_PROTECTED
 ROW_PROTECTED = tl.constexpr(_ROW_PROTECTED)
 LARGEST = tl.constexpr(3.4028234663852886e38)
 """The largest finite float32."""
-DIGIT_BITS, DIGITS = tl.constexpr(8), tl.constexpr(256)
-"""Of a key, decided in one pass."""
-_ROWS_PER_STEP = 1024
+DIGITS = tl.constexpr(256)
+"""Values of 8 bits of a key, which are decided in one pass."""
+_ROWS_PER_STEP = 2048
 
 
 @triton.jit
@@ -45,8 +45,7 @@ def lowest_kept_key(scores_ptr, row_meta_ptr, past, length, kept, ROWS: tl.const
     left = kept
     prefix = (kept * 0).to(tl.uint32)
     decided = prefix
-    for step in tl.static_range(32 // DIGIT_BITS):
-        shift: tl.constexpr = 32 - DIGIT_BITS * (step + 1)
+    for shift in tl.static_range(24, -1, -8):
         counts = tl.zeros([DIGITS], tl.int32)
         for first in range(0, length, ROWS):
             row = first + tl.arange(0, ROWS)
@@ -117,4 +116,5 @@ def select_rows(call: CompressCall, result: CompressResult) -> None:
         slot_capacity,
         WINDOW=call.window,
         ROWS=_ROWS_PER_STEP,
+        num_warps=8,
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """What several kernels of ``Compress`` share: names of its parameters, and which rows they may touch.
 
 Symbols are those of ``compress_call.py``. Kernels take bare pointers to contiguous tensors, and count

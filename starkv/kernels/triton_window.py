@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Attention mass that the window's queries give to each row before the window (``methods/window.py``).
 
 Keys are read twice, in chunks that run in parallel: first for the largest score and the sum of each query's
@@ -36,21 +36,23 @@ def window_scores(
     q_ptr,
     keys,
     head,
+    query,
     row,
     length,
     scale,
     WINDOW: tl.constexpr,
-    QUERIES: tl.constexpr,
     DIM: tl.constexpr,
     DIMS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):
-    """Scaled products of a head's window with keys, ``[QUERIES, rows]``; −inf where a query doesn't see."""
-    query = tl.arange(0, QUERIES)
+    """Scaled products of a head's queries with keys, ``[queries, rows]``; −inf where a query doesn't see."""
     dim = tl.arange(0, DIMS)
     offset = (head.to(tl.int64) * WINDOW + query[:, None]) * DIM + dim[None, :]
     queries = tl.load(q_ptr + offset, mask=(query[:, None] < WINDOW) & (dim[None, :] < DIM), other=0.0)
-    scores = tl.dot(queries, keys, input_precision=PRECISION) * scale
+    if WIDEN:
+        queries, keys = queries.to(tl.float32), keys.to(tl.float32)
+    # Products of half precision are exact in float32 anyway; TF32 would round those of float32.
+    scores = tl.dot(queries, keys, input_precision="ieee") * scale
     last_seen = length - WINDOW + query
     visible = (row[None, :] <= last_seen[:, None]) & (query[:, None] < WINDOW)
     return tl.where(visible, scores, float("-inf"))
@@ -72,27 +74,27 @@ def softmax_parts_kernel(
     DIM: tl.constexpr,
     DIMS: tl.constexpr,
     ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):
-    """Largest score, and sum of the exponentials below it, of every query in one chunk of a KV head's rows."""
+    """Largest score and sum of exponentials of every query in one chunk of a KV head's rows."""
     chunk, group = tl.program_id(0), tl.program_id(1)
     length = valid_length(kv_len_ptr, group // groups, capacity, WINDOW)
     if chunk * ROWS < length:
         row = chunk * ROWS + tl.arange(0, ROWS)
-        query = tl.arange(0, QUERIES)
         keys = load_keys(k_ptr, group, row, length, capacity, DIM, DIMS)
         heads = tl.num_programs(1).to(tl.int64) * SHARING
         for sharer in range(SHARING):
             head = group * SHARING + sharer
-            scores = window_scores(
-                q_ptr, keys, head, row, length, scale, WINDOW, QUERIES, DIM, DIMS, PRECISION
-            )
-            largest = tl.max(scores, 1)
-            # A query may see nothing of the last chunk: −inf − (−inf) is not a number.
-            total = tl.sum(tl.exp(scores - tl.where(largest == float("-inf"), 0.0, largest)[:, None]), 1)
-            part = (chunk * heads + head) * WINDOW + query
-            tl.store(part_max_ptr + part, largest, mask=query < WINDOW)
-            tl.store(part_sum_ptr + part, total, mask=query < WINDOW)
+            for first_query in range(0, WINDOW, QUERIES):
+                query = first_query + tl.arange(0, QUERIES)
+                scores = window_scores(q_ptr, keys, head, query, row, length, scale, WINDOW, DIM, DIMS, WIDEN)
+                largest = tl.max(scores, 1)
+                # A query may see nothing of the last chunk: −inf − (−inf) is not a number.
+                shift = tl.where(largest == float("-inf"), 0.0, largest)
+                total = tl.sum(tl.exp(scores - shift[:, None]), 1)
+                part = (chunk * heads + head) * WINDOW + query
+                tl.store(part_max_ptr + part, largest, mask=query < WINDOW)
+                tl.store(part_sum_ptr + part, total, mask=query < WINDOW)
 
 
 @triton.jit
@@ -149,32 +151,31 @@ def window_mass_kernel(
     DIM: tl.constexpr,
     DIMS: tl.constexpr,
     ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):
-    """Sum of the window's attention to one chunk of a KV head's rows, per query head or averaged over them."""
+    """Sum of the window's attention to one chunk of a KV head's rows, per query head or their mean."""
     chunk, group = tl.program_id(0), tl.program_id(1)
     length = valid_length(kv_len_ptr, group // groups, capacity, WINDOW)
     past = past_rows(kv_len_ptr, group // groups, capacity, WINDOW)
     if chunk * ROWS < past:
         row = chunk * ROWS + tl.arange(0, ROWS)
-        query = tl.arange(0, QUERIES)
         keys = load_keys(k_ptr, group, row, length, capacity, DIM, DIMS)
-        of_group = tl.zeros([ROWS], tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
         for sharer in range(SHARING):
             head = group * SHARING + sharer
-            scores = window_scores(
-                q_ptr, keys, head, row, length, scale, WINDOW, QUERIES, DIM, DIMS, PRECISION
-            )
-            at = head.to(tl.int64) * WINDOW + query
-            largest = tl.load(max_ptr + at, mask=query < WINDOW, other=0.0)
-            inverse_sum = tl.load(inverse_sum_ptr + at, mask=query < WINDOW, other=0.0)
-            mass = tl.sum(tl.exp(scores - largest[:, None]) * inverse_sum[:, None], 0)
             if PER_HEAD:
-                tl.store(mass_ptr + head.to(tl.int64) * capacity + row, mass, mask=row < past)
-            else:
-                of_group += mass
+                total = tl.zeros([ROWS], tl.float32)
+            for first_query in range(0, WINDOW, QUERIES):
+                query = first_query + tl.arange(0, QUERIES)
+                scores = window_scores(q_ptr, keys, head, query, row, length, scale, WINDOW, DIM, DIMS, WIDEN)
+                at = head.to(tl.int64) * WINDOW + query
+                largest = tl.load(max_ptr + at, mask=query < WINDOW, other=0.0)
+                inverse_sum = tl.load(inverse_sum_ptr + at, mask=query < WINDOW, other=0.0)
+                total += tl.sum(tl.exp(scores - largest[:, None]) * inverse_sum[:, None], 0)
+            if PER_HEAD:
+                tl.store(mass_ptr + head.to(tl.int64) * capacity + row, total, mask=row < past)
         if not PER_HEAD:
-            tl.store(mass_ptr + group.to(tl.int64) * capacity + row, of_group / SHARING, mask=row < past)
+            tl.store(mass_ptr + group.to(tl.int64) * capacity + row, total / SHARING, mask=row < past)
 
 
 def window_mass(call: CompressCall) -> Tensor:
@@ -204,14 +205,17 @@ def window_mass(call: CompressCall) -> Tensor:
     mass = empty(layers, batch, heads if per_head else groups, capacity)
     sizes = {
         "WINDOW": window,
-        "QUERIES": padded(window, 16),
+        # Without tensor cores, products of wide blocks need more registers than there are.
+        "QUERIES": 16 if call.k.dtype == torch.float32 else padded(window, 16),
         "SHARING": heads // groups,
         "DIM": dim,
         "DIMS": dims,
         "ROWS": rows,
-        # Products of half precision are exact in float32; TF32 would round those of float32.
-        "PRECISION": "ieee",
+        # Triton's interpreter would multiply the bits of bfloat16 as whole numbers.
+        "WIDEN": triton.knobs.runtime.interpret and call.k.dtype == torch.bfloat16,
     }
+    # The loops are short: deep pipelines would only take shared memory from other programs.
+    sizes["num_stages"] = 2
     grid, scale = (chunks, pairs * groups), 1.0 / math.sqrt(dim)
     softmax_parts_kernel[grid](
         call.k, call.q_window, call.kv_len, part_max, part_sum, scale, groups, capacity, **sizes

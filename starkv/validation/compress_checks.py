@@ -16,7 +16,7 @@ from starkv.validation.implementations import Compress, Implementation
 from starkv.validation.report import Check
 from starkv.validation.timing import median_seconds, runs_on
 
-_SMALL = CompressSize("2 layers, 7 heads a group", Heads(2, 14, 2, 128), (20, 36))
+_SMALL = CompressSize("2 layers, 7 heads a group", Heads(2, 14, 2, 128), (10, 18), 2)
 SIZES = {
     "cpu": (_SMALL,),
     "cuda": (

@@ -5,14 +5,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from starkv.kernels.attention_call import AttentionCall
 from starkv.kernels.compress_call import CompressCall, CompressResult
-from starkv.kernels.cuda_library import BUILD_DIRECTORY, KernelError, find_library
+from starkv.kernels.cuda_library import KernelError, find_library
+from starkv.kernels.library_paths import KERNELS, PLUGINS, plugin_libraries
 
 Compress = Callable[[CompressCall], CompressResult]
 Attention = Callable[[AttentionCall], tuple[Tensor, Tensor, Tensor]]
@@ -69,13 +69,12 @@ def triton(device: torch.device) -> Implementation:
     """Triton on the GPU, or in its interpreter."""
     if not find_spec("triton"):
         return Implementation("Triton", missing="the package triton is not installed")
-    emulated = device.type == "cpu"
-    if emulated:
+    if device.type == "cpu":
         # Read when kernels are defined, which is now.
         os.environ.setdefault("TRITON_INTERPRET", "1")
     from starkv.kernels.triton_compress import compress
 
-    return Implementation("Triton", compress, timed=not emulated, widest=1_000 if emulated else 1 << 30)
+    return _on(device, "Triton", "interpreted", compress)
 
 
 def cuda(device: torch.device) -> Implementation:
@@ -85,38 +84,26 @@ def cuda(device: torch.device) -> Implementation:
     except KernelError as error:
         return Implementation("CUDA", missing=str(error))
     if library is None:
-        return Implementation("CUDA", missing=f"no kernel library for {device.type}; {_BUILD}")
-    emulated = device.type == "cpu"
-    return Implementation(
-        "CUDA",
-        library.compress,
-        library.attention,
-        timed=not emulated,
-        widest=1_000 if emulated else 1 << 30,
-    )
+        return Implementation("CUDA", missing=f"no {KERNELS[device.type]}; {_BUILD}")
+    return _on(device, "CUDA", "emulated", library.compress, library.attention)
 
 
 def plugin(device: torch.device) -> Implementation:
     """The TensorRT plugins' ``enqueue``, called without TensorRT."""
     from starkv.kernels.plugin_driver import PluginDriver
 
-    emulated = device.type == "cpu"
-    names = ("libstarkv_trt_cpu.so" if emulated else "libstarkv_trt.so", "libstarkv_plugin_driver.so")
-    for folder in _library_folders():
-        libraries = [folder / name for name in names]
-        if all(library.is_file() for library in libraries):
-            driver = PluginDriver(*libraries)
-            return Implementation(
-                "TensorRT plugin",
-                driver.compress,
-                driver.attention,
-                timed=not emulated,
-                widest=1_000 if emulated else 1 << 30,
-            )
-    return Implementation("TensorRT plugin", missing=f"no {names[0]}; {_BUILD} where TensorRT's headers are")
+    libraries = plugin_libraries(device.type)
+    if libraries is None:
+        reason = f"no {PLUGINS[device.type]}; {_BUILD} where TensorRT's headers are"
+        return Implementation("TensorRT plugin", missing=reason)
+    driver = PluginDriver(*libraries)
+    return _on(device, "TensorRT plugin", "emulated", driver.compress, driver.attention)
 
 
-def _library_folders() -> list[Path]:
-    named = os.environ.get("STARKV_KERNELS")
-    beside = [Path(named).parent] if named else []
-    return [*beside, BUILD_DIRECTORY, Path(__file__).resolve().parent.parent.parent / BUILD_DIRECTORY]
+def _on(
+    device: torch.device, name: str, emulation: str, compress: Compress, attention: Attention | None = None
+) -> Implementation:
+    """A GPU implementation, on the GPU or as it is emulated on the processor."""
+    if device.type == "cpu":
+        return Implementation(f"{name} ({emulation})", compress, attention, timed=False, widest=1_000)
+    return Implementation(name, compress, attention)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from starkv import __version__
 from starkv.host import cpu_model, usable_processors
@@ -95,11 +95,8 @@ class Report:
         return json.dumps({**asdict(self), "counts": counts, "all_passed": self.passed}, indent=2)
 
     def write(self, path: Path) -> None:
-        """Write the JSON beside its place, then rename it there."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_text(self.to_json() + "\n")
-        beside.replace(path)
+        """Write the JSON to a file."""
+        write_text(path, self.to_json() + "\n")
 
 
 def installed_versions() -> dict[str, str]:
@@ -117,3 +114,17 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_json(path: Path, figures: dict[str, Any]) -> None:
+    """Write a benchmark's figures with today's date and the versions that they depend on."""
+    stamped = {"date": datetime.date.today().isoformat(), "versions": installed_versions(), **figures}
+    write_text(path, json.dumps(stamped, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its place, then rename it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text)
+    beside.replace(path)

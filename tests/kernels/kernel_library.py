@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from starkv.kernels.cuda_library import LIBRARY_VARIABLE, KernelLibrary, find_library
+from starkv.kernels.cuda_library import KernelLibrary, find_library
+from starkv.kernels.library_paths import LIBRARY_VARIABLE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BUILD = ROOT / "build" / "kernels-cpu"
