@@ -12,7 +12,13 @@ from starkv.kernels.compress_call import CompressCall, CompressResult
 from starkv.methods.star_kv_config import StarKVConfig
 from starkv.methods.star_kv_state import StarKVState
 
-CASE = Case("refused", config=StarKVConfig.official(mi_profile_steps=1), batch=3, prompts=(((7, 9), (7, 9)),))
+CASE = Case(
+    "refused",
+    config=StarKVConfig.official(mi_profile_steps=1),
+    batch=3,
+    groups=1,
+    prompts=(((4, 5), (4, 5)),),
+)
 REFUSED = 1
 """The sequence that is spoiled; its neighbours are compressed."""
 
