@@ -9,7 +9,6 @@ namespace starkv {
 constexpr int kCompactThreads = 256;
 constexpr int kCompactRows = 64;
 constexpr int kInPlaceThreads = 512;
-constexpr int kVectorsInFlight = 8;
 
 // One of the tensors that move, as rows of 16-byte vectors: every head's keys, then values, then the metadata.
 struct MovedTensor {
@@ -38,6 +37,31 @@ struct MovedTensor {
     }
 };
 
+// Some of a tensor's vectors on their way, in registers: enough at once to keep the memory busy.
+template <int kThreads, int kInFlight>
+struct MovingVectors {
+    static constexpr int kCount = kThreads * kInFlight;
+    uint4 held[kInFlight];
+
+    // Vectors start ... start + kCount - 1 of the destination, as far as they lie before `end`.
+    __device__ void load(const MovedTensor& tensor, const int* source_rows, unsigned start, unsigned end) {
+        const auto vectors = static_cast<unsigned>(tensor.vectors);
+#pragma unroll
+        for (int n = 0; n < kInFlight; ++n) {
+            const unsigned i = start + n * kThreads + threadIdx.x;
+            if (i >= end) break;
+            held[n] = tensor.from[static_cast<size_t>(source_rows[i / vectors]) * vectors + i % vectors];
+        }
+    }
+    __device__ void store(const MovedTensor& tensor, unsigned start, unsigned end) const {
+#pragma unroll
+        for (int n = 0; n < kInFlight; ++n) {
+            const unsigned i = start + n * kThreads + threadIdx.x;
+            if (i < end) tensor.to[i] = held[n];
+        }
+    }
+};
+
 // Into other memory: a block for kCompactRows rows of one tensor of a sequence.
 __global__ void __launch_bounds__(kCompactThreads) compact_rows(CompressView view, int row_bytes) {
     const Sequence sequence(view, static_cast<int>(blockIdx.z));
@@ -46,10 +70,11 @@ __global__ void __launch_bounds__(kCompactThreads) compact_rows(CompressView vie
     if (first >= kept) return;
     const MovedTensor tensor(view, sequence, static_cast<int>(blockIdx.y), row_bytes);
     const int* source_rows = view.source_rows + static_cast<size_t>(sequence.index) * view.shape.slot_capacity;
-    const int end = min(first + kCompactRows, kept) * tensor.vectors;
-    for (int i = first * tensor.vectors + static_cast<int>(threadIdx.x); i < end; i += kCompactThreads) {
-        const int row = i / tensor.vectors;
-        tensor.to[i] = tensor.from[static_cast<size_t>(source_rows[row]) * tensor.vectors + i % tensor.vectors];
+    const auto end = static_cast<unsigned>(min(first + kCompactRows, kept) * tensor.vectors);
+    MovingVectors<kCompactThreads, 4> moving;
+    for (unsigned start = first * tensor.vectors; start < end; start += moving.kCount) {
+        moving.load(tensor, source_rows, start, end);
+        moving.store(tensor, start, end);
     }
 }
 
@@ -59,22 +84,12 @@ __global__ void __launch_bounds__(kInPlaceThreads) compact_rows_in_place(Compres
     const Sequence sequence(view, static_cast<int>(blockIdx.y));
     const MovedTensor tensor(view, sequence, static_cast<int>(blockIdx.x), row_bytes);
     const int* source_rows = view.source_rows + static_cast<size_t>(sequence.index) * view.shape.slot_capacity;
-    const int total = view.buffers.new_len[sequence.index] * tensor.vectors;
-    for (int start = 0; start < total; start += kInPlaceThreads * kVectorsInFlight) {
-        uint4 held[kVectorsInFlight];
-#pragma unroll
-        for (int n = 0; n < kVectorsInFlight; ++n) {
-            const int i = start + n * kInPlaceThreads + static_cast<int>(threadIdx.x);
-            if (i >= total) break;
-            const size_t row = static_cast<size_t>(source_rows[i / tensor.vectors]);
-            held[n] = tensor.from[row * tensor.vectors + i % tensor.vectors];
-        }
+    const auto end = static_cast<unsigned>(view.buffers.new_len[sequence.index] * tensor.vectors);
+    MovingVectors<kInPlaceThreads, 8> moving;
+    for (unsigned start = 0; start < end; start += moving.kCount) {
+        moving.load(tensor, source_rows, start, end);
         __syncthreads();
-#pragma unroll
-        for (int n = 0; n < kVectorsInFlight; ++n) {
-            const int i = start + n * kInPlaceThreads + static_cast<int>(threadIdx.x);
-            if (i < total) tensor.to[i] = held[n];
-        }
+        moving.store(tensor, start, end);
         __syncthreads();
     }
 }

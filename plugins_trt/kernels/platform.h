@@ -57,7 +57,7 @@ inline bool clear_on_device(void* memory, size_t bytes, Stream) {
 inline void wait_until_set(const int* flag) {
     if (!*flag) cpu_device::die("a block waits for one that comes after it");
 }
-inline void publish() {}
+inline void device_fence() {}
 inline float2 load_published(const float2* address) { return *address; }
 
 #else
@@ -116,9 +116,9 @@ inline bool clear_on_device(void* memory, size_t bytes, Stream stream) {
     return cudaMemsetAsync(memory, 0, bytes, stream) == cudaSuccess;
 }
 
-// Blocks of one launch that work on each other's results: what was written before publish() is seen by who
-// finds a flag set afterwards, if it is read with load_published().
-__device__ inline void publish() { __threadfence(); }
+// Blocks of one launch that work on each other's results: what a block wrote before a fence and then a flag, a
+// block that finds the flag set sees behind a fence of its own, if it reads past the L1 cache.
+__device__ inline void device_fence() { __threadfence(); }
 __device__ inline float2 load_published(const float2* address) { return __ldcg(address); }
 __device__ inline void wait_until_set(const int* flag) {
     while (!*static_cast<const volatile int*>(flag)) __nanosleep(100);

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kSelectThreads) select_rows(CompressView view)
         for (int start = 0; start < sequence.length; start += kSelectThreads) {
             const int row = start + thread;
             const bool stays = row < sequence.past ? key_of(row) < bound : row < sequence.length;
-            const Running place = block_running_sum(stays, shared.scan);
+            const auto place = block_running_sum(static_cast<int>(stays), shared.scan);
             if (stays) {
                 source_rows[kept + place.before] = row;
                 if (rows) rows[kept + place.before] = row;

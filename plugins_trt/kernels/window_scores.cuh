@@ -117,11 +117,12 @@ template <class Shared>
 __device__ void merge_if_last(const CompressView& view, const Sequence& sequence, const QueryBlock& block,
                               Shared& shared) {
     const int chunks = ceil_div(sequence.length, kScoreRows), thread = static_cast<int>(threadIdx.x);
-    publish();
+    device_fence();
     __syncthreads();
     if (thread == 0) shared.last = atomic_add(view.counters.chunks_done + block.unit, 1) == chunks - 1;
     __syncthreads();
     if (!shared.last) return;
+    device_fence();
     if (thread < kQueries) {
         SoftmaxSum sum{-INFINITY, 0.0F};
         for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -133,7 +134,7 @@ __device__ void merge_if_last(const CompressView& view, const Sequence& sequence
         block.statistics(view)[thread] =
             make_float2(real ? sum.greatest : 0.0F, real ? 1.0F / sum.sum : 0.0F);
     }
-    publish();
+    device_fence();
     __syncthreads();
     if (thread == 0) atomic_add(view.counters.ready + block.unit, 1);
 }
