@@ -4,6 +4,8 @@
 
 #include "platform.h"
 
+#include <type_traits>
+
 namespace starkv {
 
 constexpr int kMostWarps = 32;
@@ -42,22 +44,24 @@ __device__ T block_max(T value, BlockScratch<T>& scratch) {
     return block_reduce(value, scratch, [](T a, T b) { return a > b ? a : b; });
 }
 
+template <class T>
 struct Running {
-    int before;
-    int total;
+    T before;
+    T total;
 };
 
-// Sum of the values of the threads before this one, and of all.
-__device__ inline Running block_running_sum(int value, BlockScratch<int>& scratch) {
-    int running = value;
+// Sum of the values of the threads before this one, and of all. The scratch alone says what type they have.
+template <class T>
+__device__ Running<T> block_running_sum(std::common_type_t<T> value, BlockScratch<T>& scratch) {
+    T running = value;
     for (int lanes = 1; lanes < kWarp; lanes *= 2) {
-        const int other = shfl_up(running, lanes);
+        const T other = shfl_up(running, lanes);
         if (lane_index() >= lanes) running += other;
     }
     if (lane_index() == kWarp - 1) scratch.of_warp[warp_index()] = running;
     __syncthreads();
     const int warps = static_cast<int>(blockDim.x) / kWarp;
-    int before = running - value, total = 0;
+    T before = running - value, total = 0;
     for (int warp = 0; warp < warps; ++warp) {
         if (warp < warp_index()) before += scratch.of_warp[warp];
         total += scratch.of_warp[warp];

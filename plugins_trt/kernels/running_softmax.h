@@ -3,21 +3,11 @@
 #pragma once
 
 #include "elements.h"
+#include "softmax_sum.h"
 
 #include <cfloat>
 
 namespace starkv {
-
-// 2^value, to about 2 units of the last place; 0 where that is subnormal.
-__device__ inline float power_of_two(float value) {
-#if STARKV_CPU
-    return exp2f(value);
-#else
-    float result;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
-    return result;
-#endif
-}
 
 // pack() in one instruction.
 template <class T>
@@ -46,7 +36,6 @@ __device__ inline uint32_t pack_fast<Half>(float first, float second) {
 
 // Factor of products of queries and keys that makes powers of two of their softmax's exponentials.
 __device__ inline float score_scale(int dim) {
-    constexpr float kLog2E = 1.4426950408889634F;
     return kLog2E / sqrtf(static_cast<float>(dim));
 }
 
