@@ -60,8 +60,7 @@ void check_result(const AttentionSizes& sizes, const OperatorRun& run, const Hos
                 }
             }
         }
-        // New rows hold their own number as well, so the cache's values are the same before and after, but
-        // for rows that the case changed.
+        // New rows hold their own number, others what they held.
         for (std::int64_t head = 0; head < sizes.kv_heads; ++head) {
             for (std::int64_t row = 0; row < sizes.capacity; ++row) {
                 const bool fits = kRowsHeld[b] + sizes.new_tokens <= sizes.capacity;

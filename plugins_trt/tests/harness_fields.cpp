@@ -112,12 +112,11 @@ void check_copies(PluginLibrary& library, const char* operator_name, Fields fiel
     REQUIRE(plugin);
     const PluginHandle recreated(
         creator->createPlugin("layer", plugin.runtime()->getFieldsToSerialize(), TensorRTPhase::kRUNTIME));
-    PluginHandle cloned(plugin.get()->clone());
-    PluginHandle attached(plugin.runtime()->attachToContext(nullptr));
+    const PluginHandle cloned(plugin.get()->clone());
+    const PluginHandle attached(plugin.runtime()->attachToContext(nullptr));
     const Values values = values_of(plugin.runtime()->getFieldsToSerialize());
     CHECK_EQUAL(values.size(), 2U);
-    for (const PluginHandle* copy :
-         {&recreated, const_cast<const PluginHandle*>(&cloned), const_cast<const PluginHandle*>(&attached)}) {
+    for (const PluginHandle* copy : {&recreated, &cloned, &attached}) {
         REQUIRE(*copy);
         CHECK(copy->get() != plugin.get());
         CHECK(values_of(copy->runtime()->getFieldsToSerialize()) == values);
@@ -127,9 +126,10 @@ void check_copies(PluginLibrary& library, const char* operator_name, Fields fiel
         CHECK_EQUAL(std::string(copy->build()->getTimingCacheID()), plugin.build()->getTimingCacheID());
     }
     // A clone outlives what it was made of, which sanitizers watch.
-    PluginHandle grandchild(cloned.get()->clone());
-    cloned = PluginHandle(nullptr);
-    CHECK(values_of(grandchild.runtime()->getFieldsToSerialize()) == values);
+    PluginHandle parent(plugin.get()->clone());
+    const PluginHandle child(parent.get()->clone());
+    parent = PluginHandle(nullptr);
+    CHECK(values_of(child.runtime()->getFieldsToSerialize()) == values);
 }
 
 void check_timing_cache_ids(PluginLibrary& library) {
