@@ -97,9 +97,8 @@ def build() -> Result:
         return f"given: {Path(given).name}", "", {}
     if not shutil.which("nvcc") or not shutil.which("cmake"):
         raise StepError(f"no nvcc or no cmake on PATH, and {LIBRARY} names no library")
-    run_command(
-        ["cmake", "-S", "plugins_trt", "-B", str(BUILD), "-DSTARKV_CUDA_ARCHS=native", "-DSTARKV_TESTS=ON"]
-    )
+    options = ["-DSTARKV_CUDA_ARCHS=native", f"-DTENSORRT_ROOT={os.environ.get('TENSORRT_ROOT', '')}"]
+    run_command(["cmake", "-S", "plugins_trt", "-B", str(BUILD), *options])
     run_command(["cmake", "--build", str(BUILD), "--parallel"])
     os.environ[LIBRARY] = str(BUILD / "libstarkv_kernels.so")
     return "built for this card", "", {}
@@ -180,7 +179,7 @@ def attention() -> Result:
 
 def plugin() -> Result:
     """The TensorRT plugins' ``enqueue`` on the GPU, without TensorRT."""
-    driver = BUILD / "tests" / "starkv_gpu_driver"
+    driver = BUILD / "gpu_driver"
     if not driver.is_file():
         raise SkippedError("the plugins were not built: no TensorRT headers (TENSORRT_ROOT)")
     output = run_command([str(driver), str(BUILD / "libstarkv_trt.so")])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from starkv.kernels.cuda_library import KernelLibrary, find_library
-from starkv.kernels.library_paths import LIBRARY_VARIABLE
+from starkv.kernels.library_paths import KERNELS, LIBRARY_VARIABLE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BUILD = ROOT / "build" / "kernels-cpu"
@@ -23,20 +23,20 @@ def tool(name: str) -> str | None:
     return str(beside) if beside.is_file() else shutil.which(name)
 
 
-def built_for_the_processor() -> Path:
-    """Build ``libstarkv_kernels_cpu.so`` from the sources as they are; seconds where nothing changed."""
+def built_for_the_processor(target: str, file: str) -> Path:
+    """Build a target for the processor from the sources as they are; seconds where nothing changed."""
     cmake = tool("cmake")
     if not cmake or not shutil.which(os.environ.get("CXX", "c++")):
         pytest.skip("the kernels need CMake and a C++ compiler to be built for the processor")
-    options = ["-DSTARKV_CUDA=OFF", "-DSTARKV_TESTS=OFF"]
+    options = ["-DSTARKV_CUDA=OFF"]
     for command in (
         [cmake, "-S", str(ROOT / "plugins_trt"), "-B", str(BUILD), *options],
-        [cmake, "--build", str(BUILD), "--target", "starkv_kernels_cpu", "--parallel", "2"],
+        [cmake, "--build", str(BUILD), "--target", target, "--parallel", "2"],
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             pytest.fail(f"{' '.join(command)}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}", pytrace=False)
-    return BUILD / "libstarkv_kernels_cpu.so"
+    return BUILD / file
 
 
 def library_for(device: torch.device) -> KernelLibrary:
@@ -46,7 +46,7 @@ def library_for(device: torch.device) -> KernelLibrary:
         if library.device == device.type:
             return library
     if device.type == "cpu":
-        return KernelLibrary(built_for_the_processor())
+        return KernelLibrary(built_for_the_processor("starkv_kernels_cpu", KERNELS["cpu"]))
     found = find_library("cuda")
     if found is None:
         pytest.skip("no libstarkv_kernels.so: `make plugin` builds it, or STARKV_KERNELS names one")
