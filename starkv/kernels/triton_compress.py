@@ -11,6 +11,8 @@ not its own), more rows are to stay than it or its slot has, or the newest scree
 window.
 """
 
+import torch
+
 from starkv.errors import UsageError
 from starkv.kernels.compress_call import CompressCall, CompressResult
 from starkv.kernels.triton_final_scores import final_scores
@@ -24,6 +26,8 @@ from starkv.kernels.triton_window import window_mass
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 MAX_WINDOW = 64
+MAX_HEADS = 65535
+"""KV heads of all layers and sequences: one axis of a launch."""
 
 
 def compress(call: CompressCall) -> CompressResult:
@@ -47,7 +51,15 @@ def compress(call: CompressCall) -> CompressResult:
         raise UsageError(f"the window must have 1 to {MAX_WINDOW} rows, not {call.window}")
     if call.pooling_kernel < 1 or call.pooling_kernel % 2 == 0:
         raise UsageError(f"the pooling kernel must be odd, not {call.pooling_kernel}")
+    if call.k.shape[:3].numel() > MAX_HEADS:
+        raise UsageError(f"L · B · G must be at most {MAX_HEADS}, not {call.k.shape[:3].numel()}")
     in_place = is_in_place(call)
+    # Triton launches on the current device, which need not be that of the tensors.
+    with torch.cuda.device_of(call.k):
+        return _launch(call, in_place)
+
+
+def _launch(call: CompressCall, in_place: bool) -> CompressResult:
     result = CompressResult.empty_for(call)
     groups = group_scores(call, window_mass(call), result.stages)
     layer_rows(call, result, in_place)

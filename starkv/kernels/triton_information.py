@@ -27,7 +27,7 @@ PLACES = tl.constexpr(256)
 _VALUE_BITS = 31
 VALUES = tl.constexpr(1 << _VALUE_BITS)
 """Numbers that are at least 0 have float32 bits below this, which order like the numbers."""
-CELLS_PER_PASS_STEP, CELLS_PER_COUNT_STEP = tl.constexpr(512), tl.constexpr(64)
+CELLS_PER_PASS_STEP, CELLS_PER_COUNT_STEP = tl.constexpr(1024), tl.constexpr(64)
 
 
 @triton.jit
@@ -35,8 +35,8 @@ def rank_key(scores_ptr, cell, cells, INDICES: tl.constexpr):
     """One int64 per cell that orders like (score or 0, cell): no two are equal; the largest one of all
     behind the last cell. ``INDICES`` is a power of two above every cell."""
     score = tl.load(scores_ptr + cell, mask=cell < cells, other=0.0)
-    # A sum of 0 and −0 is 0, whose bits are the smallest.
-    positive = tl.where(score < 0.0, 0.0, score) + 0.0
+    # Of −0 this makes 0, whose bits are the smallest.
+    positive = tl.where(score > 0.0, score, 0.0)
     key = positive.to(tl.int32, bitcast=True).to(tl.int64) * INDICES + cell
     return tl.where(cell < cells, key, VALUES * INDICES - 1)
 

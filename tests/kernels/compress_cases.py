@@ -30,10 +30,10 @@ _TWO = (((7, 9),), ((7, 9), (7, 9)))
 _ONE = (((9, 11),),)
 
 CASES = [
-    Case("native", prompts=(((13, 15),), ((13, 15), (13, 15)), ((13, 15), (13, 15)))),
+    Case("native", layers=1, prompts=(((13, 15),), ((13, 15), (13, 15)), ((13, 15), (13, 15)))),
     Case("official", config=OFFICIAL, prompts=(((7, 9),),) + (((7, 9), (7, 9)),) * 2),
     Case("native_bfloat16", dtype=torch.bfloat16, dim=128, sharing=3, prompts=_TWO),
-    Case("official_float16", config=OFFICIAL, dtype=torch.float16, dim=80, sharing=1, prompts=_TWO),
+    Case("official_float16", config=OFFICIAL, dtype=torch.float16, dim=80, sharing=1, prompts=_ONE),
     Case("dim_96_of_seven", dtype=torch.bfloat16, dim=96, sharing=7, groups=1, layers=1, prompts=_TWO),
     Case("dim_256", dtype=torch.float16, dim=256, prompts=_ONE),
     Case("dim_256_float32", dim=256, prompts=_ONE),
@@ -42,14 +42,24 @@ CASES = [
     Case("window_20", config=replace(NATIVE, window=20), prompts=_TWO),
     Case("window_64", config=replace(NATIVE, window=64), prompts=(((12, 13),),), layers=1, seed=1),
     Case("maxpool", config=replace(NATIVE, pooling="maxpool"), prompts=_TWO),
-    Case("maxpool_7", config=replace(OFFICIAL, pooling="maxpool", kernel=7), prompts=_TWO, sharing=3),
+    Case(
+        "maxpool_7", config=replace(OFFICIAL, pooling="maxpool", kernel=7), prompts=_TWO, sharing=3, layers=1
+    ),
     Case("not_pooled", config=replace(NATIVE, kernel=1), prompts=_ONE),
     Case("wide_pool", config=replace(NATIVE, kernel=63), prompts=_ONE),
     Case("protected_rows", protect=True, share=0.2, prompts=_TWO),
-    Case("ragged_batch", batch=3, layers=3, ragged=True, prompts=_TWO),
+    Case("ragged_batch", batch=3, ragged=True, prompts=_TWO),
     Case("spare_rows", spare_rows=9, prompts=_TWO),
-    Case("ragged_with_spare_rows", batch=2, ragged=True, spare_rows=5, protect=True, dtype=torch.float16),
-    Case("layer_budgets", layers=7, share=0.6, prompts=_TWO, groups=1),
+    Case(
+        "ragged_with_spare_rows",
+        batch=2,
+        ragged=True,
+        spare_rows=5,
+        protect=True,
+        dtype=torch.float16,
+        prompts=_ONE,
+    ),
+    Case("layer_budgets", layers=5, share=0.6, prompts=_TWO, groups=1),
     Case("equal_budgets", config=replace(NATIVE, entropy=False), layers=3, prompts=_TWO),
     Case("few_rows", share=0.0, layers=3, prompts=_TWO),
     Case("nearly_all_rows", share=0.97, layers=3, prompts=_TWO),

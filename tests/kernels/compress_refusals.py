@@ -47,7 +47,7 @@ SPOILS: dict[str, Callable[[CompressCall], None]] = {
 }
 
 
-def _call(device: torch.device) -> CompressCall:
+def refusable_call(device: torch.device) -> CompressCall:
     """A call whose state is not the initial one."""
     state = StarKVState.initial(CASE.layers, CASE.batch, CASE.groups)
     state = replace(state, mi_ema=state.mi_ema + 0.25, temperature=state.temperature * 0.5)
@@ -64,10 +64,10 @@ def check_refused(implementation: Compress, spoil: str, device: torch.device) ->
         spoil: one of :data:`SPOILS`.
         device: where it runs.
     """
-    call = _call(device)
+    call = refusable_call(device)
     SPOILS[spoil](call)
     inputs = on_device(call, torch.device("cpu"))
-    expected_call = _call(device)
+    expected_call = refusable_call(device)
     result, expected = implementation(call), implementation(expected_call)
     assert_unchanged(call, inputs)
     assert_left_alone(call, result, REFUSED)
@@ -87,7 +87,7 @@ def check_refused(implementation: Compress, spoil: str, device: torch.device) ->
 
 def check_small_pool_refused(implementation: Compress, device: torch.device) -> None:
     """Assert that nothing is written where a slot is a row too small for what is kept."""
-    call = _call(device)
+    call = refusable_call(device)
     rows = int(implementation(on_device(call, device)).new_len.max()) - 1
     small = {name: getattr(call, name)[..., :rows, :].contiguous() for name in ("dst_k", "dst_v", "dst_meta")}
     call = replace(call, **small)

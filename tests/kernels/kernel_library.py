@@ -28,7 +28,7 @@ def built_for_the_processor(target: str, file: str) -> Path:
     cmake = tool("cmake")
     if not cmake or not shutil.which(os.environ.get("CXX", "c++")):
         pytest.skip("the kernels need CMake and a C++ compiler to be built for the processor")
-    options = ["-DSTARKV_CUDA=OFF"]
+    options = ["-DSTARKV_CUDA=OFF", "-DSTARKV_TESTS=ON"]
     for command in (
         [cmake, "-S", str(ROOT / "plugins_trt"), "-B", str(BUILD), *options],
         [cmake, "--build", str(BUILD), "--target", target, "--parallel", "2"],
