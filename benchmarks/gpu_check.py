@@ -97,7 +97,13 @@ def build() -> Result:
         return f"given: {Path(given).name}", "", {}
     if not shutil.which("nvcc") or not shutil.which("cmake"):
         raise StepError(f"no nvcc or no cmake on PATH, and {LIBRARY} names no library")
-    options = ["-DSTARKV_CUDA_ARCHS=native", f"-DTENSORRT_ROOT={os.environ.get('TENSORRT_ROOT', '')}"]
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    options = [
+        f"-DSTARKV_CUDA_ARCHS={major}{minor}",
+        f"-DTENSORRT_ROOT={os.environ.get('TENSORRT_ROOT', '')}",
+    ]
     run_command(["cmake", "-S", "plugins_trt", "-B", str(BUILD), *options])
     run_command(["cmake", "--build", str(BUILD), "--parallel"])
     os.environ[LIBRARY] = str(BUILD / "libstarkv_kernels.so")
