@@ -16,7 +16,8 @@ namespace starkv {
 
 constexpr int kDecodeTile = 16;
 
-// A KV head's rows: those of the caches, and the newest one, which need not have been stored yet.
+// A KV head's rows: those of the caches, and the newest one, which need not have been stored yet. It also stands
+// for rows behind it, which get no weight: what lies there in the caches may be no numbers.
 template <class T, int kDim>
 struct DecodeRows {
     const AttentionView& view;
@@ -88,20 +89,15 @@ struct DecodeKeys {
     uint4 vectors[2][kPairs];
     uint2 rest[2];
 
-    // Rows from the end on are 0.
     __device__ void load(const DecodeRows<T, kDim>& rows, int first) {
         const int thread = lane_index() % 4;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int row = first + half * 8 + lane_index() / 4;
-            const bool real = row < rows.end();
-            const T* key = rows.key(row);
+            const T* key = rows.key(first + half * 8 + lane_index() / 4);
 #pragma unroll
             for (int pair = 0; pair < kPairs; ++pair)
-                vectors[half][pair] = real ? *reinterpret_cast<const uint4*>(key + pair * 32 + thread * 8)
-                                           : make_uint4(0, 0, 0, 0);
-            if (kRest)
-                rest[half] = real ? *reinterpret_cast<const uint2*>(key + kPairs * 32 + thread * 4) : make_uint2(0, 0);
+                vectors[half][pair] = *reinterpret_cast<const uint4*>(key + pair * 32 + thread * 8);
+            if (kRest) rest[half] = *reinterpret_cast<const uint2*>(key + kPairs * 32 + thread * 4);
         }
     }
 
@@ -115,16 +111,28 @@ struct DecodeKeys {
             const uint4 head = heads.operands[step][lane_index()];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                uint2 key = rest[half];
-                if (step < 2 * kPairs) {
-                    const uint4& pair = vectors[half][step / 2];
-                    key = step % 2 ? make_uint2(pair.z, pair.w) : make_uint2(pair.x, pair.y);
-                }
+                const uint2 key = operand(half, step);
                 multiply_add<T>(products[half], {head.x, head.y, head.z, head.w}, {key.x, key.y});
             }
         }
     }
+
+private:
+    __device__ uint2 operand(int half, int step) const {
+        if (step >= 2 * kPairs) return rest[half];
+        const uint4& pair = vectors[half][step / 2];
+        return step % 2 ? make_uint2(pair.z, pair.w) : make_uint2(pair.x, pair.y);
+    }
 };
+
+// One half of each of two registers side by side, the first in the lower half.
+#if STARKV_CPU
+inline uint32_t lower_halves(uint32_t first, uint32_t second) { return (first & 0xffffU) | second << 16; }
+inline uint32_t upper_halves(uint32_t first, uint32_t second) { return first >> 16 | (second & 0xffff0000U); }
+#else
+__device__ inline uint32_t lower_halves(uint32_t first, uint32_t second) { return __byte_perm(first, second, 0x5410); }
+__device__ inline uint32_t upper_halves(uint32_t first, uint32_t second) { return __byte_perm(first, second, 0x7632); }
+#endif
 
 // A thread holds parts of rows 2t, 2t + 1, 2t + 8 and 2t + 9: of every 64 columns the 8 from 8g on, so that a
 // warp reads whole lines; of the last 16 or 32 columns its eighth.
@@ -135,27 +143,23 @@ struct DecodeValues {
     static constexpr int kWords = kDim / 16;
     uint32_t words[4][kWords];
 
-    // Rows from the end on are 0: what lies there may be no numbers, which no weight of 0 would silence.
     __device__ void load(const DecodeRows<T, kDim>& rows, int first) {
         const int group = lane_index() / 4;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int row = first + lane_index() % 4 * 2 + i % 2 + i / 2 * 8;
-            const bool real = row < rows.end();
-            const T* value = rows.value(row);
+            const T* value = rows.value(first + lane_index() % 4 * 2 + i % 2 + i / 2 * 8);
 #pragma unroll
             for (int piece = 0; piece < kPieces; ++piece) {
-                const auto* from = reinterpret_cast<const uint4*>(value + piece * 64 + group * 8);
-                const uint4 vector = real ? *from : make_uint4(0, 0, 0, 0);
+                const uint4 vector = *reinterpret_cast<const uint4*>(value + piece * 64 + group * 8);
                 words[i][piece * 4] = vector.x;
                 words[i][piece * 4 + 1] = vector.y;
                 words[i][piece * 4 + 2] = vector.z;
                 words[i][piece * 4 + 3] = vector.w;
             }
             const T* last = value + kPieces * 64 + group * kRestColumns;
-            if (kRestColumns == 2) words[i][kWords - 1] = real ? *reinterpret_cast<const uint32_t*>(last) : 0;
+            if (kRestColumns == 2) words[i][kWords - 1] = *reinterpret_cast<const uint32_t*>(last);
             if (kRestColumns == 4) {
-                const uint2 vector = real ? *reinterpret_cast<const uint2*>(last) : make_uint2(0, 0);
+                const uint2 vector = *reinterpret_cast<const uint2*>(last);
                 words[i][kWords - 2] = vector.x;
                 words[i][kWords - 1] = vector.y;
             }
@@ -168,8 +172,8 @@ struct DecodeValues {
 #pragma unroll
         for (int word = 0; word < kWords; ++word) {
             const uint32_t a = words[0][word], b = words[1][word], c = words[2][word], d = words[3][word];
-            multiply_add<T>(sums[2 * word], weights, {(a & 0xffffU) | b << 16, (c & 0xffffU) | d << 16});
-            multiply_add<T>(sums[2 * word + 1], weights, {a >> 16 | (b & 0xffff0000U), c >> 16 | (d & 0xffff0000U)});
+            multiply_add<T>(sums[2 * word], weights, {lower_halves(a, b), lower_halves(c, d)});
+            multiply_add<T>(sums[2 * word + 1], weights, {upper_halves(a, b), upper_halves(c, d)});
         }
     }
 
