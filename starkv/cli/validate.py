@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``starkv validate``: does what runs here agree with what it should be?"""
 
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +16,7 @@ app = typer.Typer(no_args_is_help=True)
 
 Device = Literal["auto", "cpu", "cuda"]
 _MARKS = {"passed": "[green]passed[/]", "failed": "[bold red]failed[/]", "skipped": "[yellow]skipped[/]"}
-_COLUMNS = ("", "operator", "dtype", "case", "implementation", "error", "same rows", "time", "PyTorch", "")
+_COLUMNS = ("", "dtype", "implementation", "error", "same rows", "time", "PyTorch", "")
 
 
 @app.callback()
@@ -69,11 +70,14 @@ def ops(
 
 
 def print_report(report: Report) -> None:
-    """The report as a table on stdout, a summary on stderr."""
-    table = Table(*_COLUMNS, box=None, header_style="dim")
-    for check in report.checks:
-        table.add_row(_MARKS[check.status], *_cells(check))
-    results.print(table)
+    """A table for each case on stdout, a summary on stderr."""
+    for (subject, case), checks in groupby(report.checks, lambda check: (check.subject, check.case)):
+        table = Table(
+            *_COLUMNS, box=None, header_style="dim", title=f"{subject}: {case}", title_justify="left"
+        )
+        for check in checks:
+            table.add_row(_MARKS[check.status], *_cells(check))
+        results.print(table)
     counts = ", ".join(f"{report.count(status)} {status}" for status in ("passed", "failed", "skipped"))
     note(f"{report.device}: {counts}")
 
@@ -81,17 +85,15 @@ def print_report(report: Report) -> None:
 def _cells(check: Check) -> tuple[str, ...]:
     measures = check.measures
 
-    def show(name: str, form: str, scale: float = 1.0) -> str:
-        return format(scale * measures[name], form) if name in measures else ""
+    def show(name: str, form: str, scale: float = 1.0, unit: str = "") -> str:
+        return format(scale * measures[name], form) + unit if name in measures else ""
 
     return (
-        check.subject,
         check.dtype,
-        check.case,
         check.implementation,
         show("error", ".1e"),
         show("kept_agreement", ".2%"),
-        show("seconds", ",.3f", 1e3) + (" ms" if "seconds" in measures else ""),
-        show("reference_seconds", ",.3f", 1e3) + (" ms" if "reference_seconds" in measures else ""),
+        show("seconds", ",.3f", 1e3, " ms"),
+        show("reference_seconds", ",.3f", 1e3, " ms"),
         check.reason,
     )

@@ -46,7 +46,9 @@ def check_compress(
     name = f"{size.name}, {size.prompt.length:,} rows, {mode}"
     for other in others:
         blank = Check("Compress", other.name, name, "skipped", dtype=str(dtype).removeprefix("torch."))
-        if reason := other.why_not(other.compress, size.prompt.length):
+        if not other.missing and other.compress is None:
+            continue
+        if reason := other.why_not(size.prompt.length):
             yield replace(blank, reason=reason)
             continue
         assert other.compress is not None

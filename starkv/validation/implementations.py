@@ -21,7 +21,7 @@ _BUILD = "`make plugin` builds it"
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run the operators."""
+    """One way to run the operators, or some of them."""
 
     name: str
     compress: Compress | None = None
@@ -33,12 +33,10 @@ class Implementation:
     widest: int = 1 << 30
     """Most rows of a case that it can take in reasonable time."""
 
-    def why_not(self, operator: object, rows: int) -> str:
-        """Why an operator of this implementation can't be run on so many rows; empty if it can."""
+    def why_not(self, rows: int) -> str:
+        """Why it can't be run on so many rows; empty if it can."""
         if self.missing:
             return self.missing
-        if operator is None:
-            return "not an operator of this implementation"
         if rows > self.widest:
             return f"would take too long at {rows:,} rows here"
         return ""
