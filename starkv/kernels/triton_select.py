@@ -35,7 +35,7 @@ def priority_keys(scores_ptr, row_meta_ptr, row, past):
     priority = tl.where(row < past, priority, float("inf"))
     # −0 and 0 tie.
     bits = tl.where(priority == 0.0, 0.0, priority).to(tl.uint32, bitcast=True)
-    return tl.where(bits >> 31 == 0, bits | 0x80000000, ~bits)
+    return bits ^ tl.where(bits >> 31 == 0, 0x80000000, 0xFFFFFFFF)
 
 
 @triton.jit
