@@ -121,9 +121,9 @@ typedef struct starkv_attention_shape {
     int32_t sequences;    /* B */
     int32_t new_tokens;   /* S */
     int32_t query_heads;  /* H */
-    int32_t kv_heads;     /* G */
+    int32_t kv_heads;     /* G, at most 64 */
     int32_t head_dim;     /* D */
-    int32_t capacity;     /* C */
+    int32_t capacity;     /* C, at most 2^24 */
     int32_t dtype;        /* STARKV_FLOAT16 or STARKV_BFLOAT16 */
 } starkv_attention_shape;
 
@@ -141,6 +141,7 @@ typedef struct starkv_attention_buffers {
     void* out;                /* [B,S,H*D] */
 } starkv_attention_buffers;
 
+/* Bytes of workspace for starkv_attention: 0 unless S is 1; null will do then. */
 STARKV_API int starkv_attention_workspace(const starkv_attention_shape* shape, size_t* bytes);
 
 STARKV_API int starkv_attention(const starkv_attention_shape* shape, const starkv_attention_buffers* buffers,
@@ -158,9 +159,11 @@ STARKV_API int starkv_argmax(const float* logits, int32_t* ids, int32_t sequence
                              void* stream);
 
 /* Nucleus sampling. Per sequence: temperature[b] > 0, top_p[b] in (0, 1], uniform[b] in [0, 1) drawn by the
- * caller. Probabilities are rounded to multiples of 2^-40, the larger first and of equal ones the lower id:
- * the kept set is the shortest beginning whose sum reaches top_p. Of it, in order of ids, the first whose
- * running sum exceeds uniform * total is chosen. A temperature of 0 or less is argmax. */
+ * caller. A token weighs exp((logit - largest) / temperature), rounded to a multiple of 2^-40, so that sums are
+ * exact and every device chooses the same token (starkv/kernels/sampling_reference.py). The larger weights come
+ * first and of equal ones the lower id: the kept set is the shortest beginning whose sum reaches top_p of all.
+ * Of it, in order of ids, the first whose running sum exceeds uniform times what is kept is chosen. A temperature
+ * of 0 or less is argmax. NaN weighs nothing. At most 2^22 tokens. */
 STARKV_API int starkv_sample_top_p(const float* logits, const float* temperature, const float* top_p,
                                    const float* uniform, int32_t* ids, int32_t sequences, int32_t vocabulary,
                                    void* stream);

@@ -89,6 +89,15 @@ def test_of_equal_tokens_at_the_cut_the_first_are_kept(kernels: KernelLibrary, d
     assert sampled(kernels, device, logits, 1.0, 0.25, 0.9999) == [249]
 
 
+def test_tokens_behind_the_cut_take_no_part(kernels: KernelLibrary, device: torch.device) -> None:
+    """The largest token comes last, after equal ones of which only some are kept."""
+    logits = torch.zeros(1, 20)
+    logits[0, -1] = 2.0
+    for uniform in (0.0, 0.1, 0.3, 0.4, 0.5, 0.999999):
+        expected = [sample_token(logits[0], 1.0, 0.4, uniform)]
+        assert sampled(kernels, device, logits, 1.0, 0.4, uniform) == expected
+
+
 def test_odd_numbers(kernels: KernelLibrary, device: torch.device) -> None:
     odd = [
         [NAN, 1.0, 3.0, NAN, 3.0],
