@@ -119,7 +119,7 @@ STARKV_API int starkv_compress(const starkv_compress_shape* shape, const starkv_
 
 typedef struct starkv_attention_shape {
     int32_t sequences;    /* B */
-    int32_t new_tokens;   /* S */
+    int32_t new_tokens;   /* S, at most 2^21 */
     int32_t query_heads;  /* H */
     int32_t kv_heads;     /* G, at most 64 */
     int32_t head_dim;     /* D */

@@ -14,7 +14,7 @@ namespace starkv {
 
 constexpr int kCopyBytes = 16;
 
-// copy_async(to, from, real) writes zeros where `real` is false; nothing is read then, wherever `from` points.
+// copy_async(to, from, real) writes zeros where `real` is false, and then reads nothing.
 
 #if STARKV_CPU
 
@@ -29,8 +29,8 @@ inline std::vector<LateCopy>& late_copies() {
     return copies[threadIdx.x];
 }
 
-// A GPU may have done a copy at once, or not before the wait. Here threads with even numbers do the former and
-// the others the latter: both a missing wait and a start that comes too early change results.
+// A GPU may have done a copy at once, or not before the wait. Here threads with even numbers do the former
+// and the others the latter: both a missing wait and a start that comes too early change results.
 inline void copy_async(void* to, const void* from, bool real) {
     static const unsigned char zeros[kCopyBytes] = {};
     if (!real) from = zeros;

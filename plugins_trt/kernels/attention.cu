@@ -12,11 +12,13 @@ namespace {
 
 constexpr int kMostKvHeads = 64;
 constexpr int kMostRows = 1 << 24;
+constexpr int kMostNewTokens = 1 << 21;
 // Limit of a grid's second and third dimension.
 constexpr int kMostGrid = 65535;
-// Blocks that a large GPU (132 multiprocessors) holds at once. A constant, so that the same call always is split
-// alike: results repeat, and a captured graph fits every length.
+// Blocks that a large GPU (132 multiprocessors) holds at once. A constant, so that the same call always is
+// split alike: results repeat, and a captured graph fits every length.
 constexpr int kWantedBlocks = 132 * 3;
+static_assert(kWantedBlocks <= kMostSplits, "the merger has room for all splits");
 
 int check_shape(const starkv_attention_shape& shape) {
     if (shape.dtype != STARKV_FLOAT16 && shape.dtype != STARKV_BFLOAT16) return STARKV_ERROR_DTYPE;
@@ -25,7 +27,7 @@ int check_shape(const starkv_attention_shape& shape) {
         shape.query_heads > kMostGrid || shape.query_heads % shape.kv_heads)
         return STARKV_ERROR_HEADS;
     if (shape.sequences < 1 || shape.sequences > kMostGrid / shape.kv_heads || shape.new_tokens < 1 ||
-        shape.capacity < 1 || shape.capacity > kMostRows || shape.new_tokens > kMostRows / 4)
+        shape.capacity < 1 || shape.capacity > kMostRows || shape.new_tokens > kMostNewTokens)
         return STARKV_ERROR_SHAPE;
     // Threads that append rows are counted by an int.
     const int64_t appended = static_cast<int64_t>(shape.new_tokens) * shape.kv_heads * shape.head_dim / 8;
@@ -46,9 +48,9 @@ AttentionView lay_out(const starkv_attention_shape& shape, Workspace& workspace)
 }
 
 int check_buffers(const starkv_attention_shape& shape, const starkv_attention_buffers& buffers) {
-    const std::initializer_list<const void*> all = {
-        buffers.q,      buffers.k,         buffers.v,         buffers.past_k, buffers.past_v,
-        buffers.kv_len, buffers.present_k, buffers.present_v, buffers.out};
+    const std::initializer_list<const void*> all = {buffers.q,         buffers.k,         buffers.v,
+                                                    buffers.past_k,    buffers.past_v,    buffers.kv_len,
+                                                    buffers.present_k, buffers.present_v, buffers.out};
     if (any_null(all)) return STARKV_ERROR_NULL_POINTER;
     if (any_misaligned(all)) return STARKV_ERROR_MISALIGNED;
     struct Part {
@@ -62,7 +64,8 @@ int check_buffers(const starkv_attention_shape& shape, const starkv_attention_bu
     const Part read[] = {{buffers.q, query_bytes},      {buffers.k, new_bytes},
                          {buffers.v, new_bytes},        {buffers.past_k, cache_bytes},
                          {buffers.past_v, cache_bytes}, {buffers.kv_len, shape.sequences * sizeof(int32_t)}};
-    const Part written[] = {{buffers.present_k, cache_bytes}, {buffers.present_v, cache_bytes}, {buffers.out, query_bytes}};
+    const Part written[] = {
+        {buffers.present_k, cache_bytes}, {buffers.present_v, cache_bytes}, {buffers.out, query_bytes}};
     for (const Part& to : written) {
         for (const Part& from : read) {
             const bool in_place = (from.start == buffers.past_k && to.start == buffers.present_k) ||
@@ -70,7 +73,8 @@ int check_buffers(const starkv_attention_shape& shape, const starkv_attention_bu
             if (!in_place && overlap(from.start, from.bytes, to.start, to.bytes)) return STARKV_ERROR_OVERLAP;
         }
         for (const Part& other : written)
-            if (&other != &to && overlap(other.start, other.bytes, to.start, to.bytes)) return STARKV_ERROR_OVERLAP;
+            if (&other != &to && overlap(other.start, other.bytes, to.start, to.bytes))
+                return STARKV_ERROR_OVERLAP;
     }
     return STARKV_OK;
 }
@@ -80,18 +84,22 @@ bool copy_caches(const AttentionView& view, Stream stream) {
     const auto& buffers = view.buffers;
     const size_t heads = static_cast<size_t>(shape.sequences) * shape.kv_heads;
     const size_t bytes = heads * shape.capacity * shape.head_dim * 2;
-    return (buffers.present_k == buffers.past_k || copy_on_device(buffers.present_k, buffers.past_k, bytes, stream)) &&
-           (buffers.present_v == buffers.past_v || copy_on_device(buffers.present_v, buffers.past_v, bytes, stream));
+    return (buffers.present_k == buffers.past_k ||
+            copy_on_device(buffers.present_k, buffers.past_k, bytes, stream)) &&
+           (buffers.present_v == buffers.past_v ||
+            copy_on_device(buffers.present_v, buffers.past_v, bytes, stream));
 }
 
 template <class T, int kDim>
 bool decode(const AttentionView& view, Stream stream) {
     const auto& shape = view.shape;
     const auto sequences = static_cast<unsigned>(shape.sequences);
-    const dim3 parts(static_cast<unsigned>(view.splits), static_cast<unsigned>(ceil_div(view.sharing, kDecodeHeads)),
+    const dim3 parts(static_cast<unsigned>(view.splits),
+                     static_cast<unsigned>(ceil_div(view.sharing, kDecodeHeads)),
                      static_cast<unsigned>(shape.kv_heads) * sequences);
     const dim3 heads(static_cast<unsigned>(shape.query_heads), sequences);
-    return launch(decode_attention<T, kDim>, parts, kAttentionThreads, sizeof(DecodeShared<T, kDim>), stream, view) &&
+    return launch(decode_attention<T, kDim>, parts, kAttentionThreads, sizeof(DecodeShared<T, kDim>), stream,
+                  view) &&
            launch(merge_attention<T, kDim>, heads, kMergeThreads, sizeof(MergeShared<kDim>), stream, view);
 }
 
@@ -138,8 +146,8 @@ int starkv_attention_workspace(const starkv_attention_shape* shape, size_t* byte
     return STARKV_OK;
 }
 
-int starkv_attention(const starkv_attention_shape* shape, const starkv_attention_buffers* buffers, void* workspace,
-                     size_t workspace_bytes, void* stream) {
+int starkv_attention(const starkv_attention_shape* shape, const starkv_attention_buffers* buffers,
+                     void* workspace, size_t workspace_bytes, void* stream) {
     if (!shape || !buffers) return STARKV_ERROR_NULL_POINTER;
     int status = starkv::check_shape(*shape);
     if (status == STARKV_OK) status = starkv::check_buffers(*shape, *buffers);

@@ -14,7 +14,8 @@ __global__ void append_rows(AttentionView view) {
     const auto& shape = view.shape;
     const int vectors = shape.head_dim / 8;
     const int i = static_cast<int>(blockIdx.x) * kAppendThreads + static_cast<int>(threadIdx.x);
-    const int vector = i % vectors, group = i / vectors % shape.kv_heads, token = i / vectors / shape.kv_heads;
+    const int vector = i % vectors, group = i / vectors % shape.kv_heads;
+    const int token = i / vectors / shape.kv_heads;
     if (!sequence.valid || token >= shape.new_tokens) return;
     const bool is_key = blockIdx.y == 0;
     const size_t from = view.new_offset(sequence.index, token, group) / 8 + vector;

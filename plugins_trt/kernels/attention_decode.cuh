@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of one new token: the rows of every KV head split among blocks, whose results a second kernel merges.
+// Attention of one new token: blocks share the rows of every KV head, another kernel merges their results.
 //
-// All blocks that need the new row take it from k and v; one of them stores it. So no block waits for another,
-// and none reads what another one writes.
+// All blocks that need the new row take it from k and v; one of them stores it. So no block waits for
+// another, and none reads what another one writes.
 #pragma once
 
 #include "attention_decode_tile.h"
@@ -71,7 +71,8 @@ struct DecodeState {
 #pragma unroll
         for (int head = 0; head < 2; ++head) {
             float greatest = -FLT_MAX;
-            for (const auto& warp : shared.softmax) greatest = fmaxf(greatest, warp[group + 8 * head].greatest);
+            for (const auto& warp : shared.softmax)
+                greatest = fmaxf(greatest, warp[group + 8 * head].greatest);
             const float factor = power_of_two(softmax[head].greatest - greatest);
             if (group + 8 * head < heads)
                 DecodeValues<T, kDim>::store(out, head, factor, shared.out[warp_index()][group + 8 * head]);
@@ -82,8 +83,8 @@ struct DecodeState {
 
 // Joins what the warps shared and leaves it for the merger.
 template <class T, int kDim>
-__device__ void store_partial(const AttentionView& view, const DecodeShared<T, kDim>& shared, size_t first_head,
-                              int heads, int split) {
+__device__ void store_partial(const AttentionView& view, const DecodeShared<T, kDim>& shared,
+                              size_t first_head, int heads, int split) {
     constexpr int kVectors = kDim / 4;
     for (int i = static_cast<int>(threadIdx.x); i < heads * kVectors; i += kAttentionThreads) {
         const int head = i / kVectors, column = i % kVectors * 4;
@@ -100,14 +101,16 @@ __device__ void store_partial(const AttentionView& view, const DecodeShared<T, k
     if (head >= heads) return;
     float greatest = -FLT_MAX, sum = 0.0F;
     for (const auto& warp : shared.softmax) greatest = fmaxf(greatest, warp[head].greatest);
-    for (const auto& warp : shared.softmax) sum += warp[head].sum * power_of_two(warp[head].greatest - greatest);
+    for (const auto& warp : shared.softmax)
+        sum += warp[head].sum * power_of_two(warp[head].greatest - greatest);
     view.partial_softmax[(first_head + head) * view.splits + split] = make_float2(greatest, sum);
 }
 
-// Grid: splits, blocks of query heads, KV heads of all sequences. There is one new token, so that a sequence's heads
-// lie behind those of the one before in all tensors.
+// Grid: splits, blocks of query heads, KV heads of all sequences. There is one new token, so that a
+// sequence's heads lie behind those of the one before in all tensors.
 template <class T, int kDim>
-__global__ void __launch_bounds__(kAttentionThreads, kDim <= 128 ? 3 : 2) decode_attention(AttentionView view) {
+__global__ void __launch_bounds__(kAttentionThreads, kDim <= 128 ? 3 : 2)
+    decode_attention(AttentionView view) {
     const int split = static_cast<int>(blockIdx.x), group = static_cast<int>(blockIdx.z);
     const AttentionSequence sequence(view, group / view.shape.kv_heads);
     if (!sequence.valid) return;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sixteen rows of a cache against the query heads that share it, by one warp.
 //
-// Keys and values go from device memory straight into the registers that the tensor cores multiply: nothing is
-// staged in shared memory, every byte is read once, in pieces of 16 bytes where the head dimension allows. Both
-// products are permuted for that: a sum over the head dimension does not care for its order (key_tile.h), and
-// columns of the output may be worked out in any order that is known when they are stored.
+// Keys and values go from device memory straight into the registers that the tensor cores multiply: nothing
+// is staged in shared memory, every byte is read once, in pieces of 16 bytes where the head dimension allows.
+// Both products are permuted for that: a sum over the head dimension does not care for its order
+// (key_tile.h), and columns of the output may be worked out in any order that is known when they are stored.
 //
 // Throughout, g = lane / 4 and t = lane % 4.
 #pragma once
@@ -16,8 +16,8 @@ namespace starkv {
 
 constexpr int kDecodeTile = 16;
 
-// A KV head's rows: those of the caches, and the newest one, which need not have been stored yet. It also stands
-// for rows behind it, which get no weight: what lies there in the caches may be no numbers.
+// A KV head's rows: those of the caches, and the newest one, which need not have been stored yet. It also
+// stands for rows behind it, which get no weight: what lies there in the caches may be no numbers.
 template <class T, int kDim>
 struct DecodeRows {
     const AttentionView& view;
@@ -26,8 +26,10 @@ struct DecodeRows {
 
     // `group` counts the KV heads of all sequences.
     __device__ DecodeRows(const AttentionView& view_, int group, int held_)
-        : view(view_), cache(static_cast<size_t>(group) * view.shape.capacity * kDim),
-          newest(static_cast<size_t>(group) * kDim), held(held_) {}
+        : view(view_),
+          cache(static_cast<size_t>(group) * view.shape.capacity * kDim),
+          newest(static_cast<size_t>(group) * kDim),
+          held(held_) {}
 
     __device__ int end() const { return held + 1; }
     __device__ const T* key(int row) const { return find(view.buffers.present_k, view.buffers.k, row); }
@@ -51,12 +53,13 @@ private:
     }
     __device__ void copy_vector(void* caches, size_t to, const void* new_rows, int vector) const {
         const T* from = static_cast<const T*>(new_rows) + newest;
-        reinterpret_cast<uint4*>(static_cast<T*>(caches) + to)[vector] = reinterpret_cast<const uint4*>(from)[vector];
+        reinterpret_cast<uint4*>(static_cast<T*>(caches) + to)[vector] =
+            reinterpret_cast<const uint4*>(from)[vector];
     }
 };
 
-// Query heads in shared memory, as each step of the product with keys wants them: a lane's operand is one vector.
-// Heads behind the last are 0.
+// Query heads in shared memory, as each step of the product with keys wants them: a lane's operand is one
+// vector. Heads behind the last are 0.
 template <class T, int kDim>
 struct HeadOperands {
     uint4 operands[kDim / 16][kWarp];
@@ -130,8 +133,12 @@ private:
 inline uint32_t lower_halves(uint32_t first, uint32_t second) { return (first & 0xffffU) | second << 16; }
 inline uint32_t upper_halves(uint32_t first, uint32_t second) { return first >> 16 | (second & 0xffff0000U); }
 #else
-__device__ inline uint32_t lower_halves(uint32_t first, uint32_t second) { return __byte_perm(first, second, 0x5410); }
-__device__ inline uint32_t upper_halves(uint32_t first, uint32_t second) { return __byte_perm(first, second, 0x7632); }
+__device__ inline uint32_t lower_halves(uint32_t first, uint32_t second) {
+    return __byte_perm(first, second, 0x5410);
+}
+__device__ inline uint32_t upper_halves(uint32_t first, uint32_t second) {
+    return __byte_perm(first, second, 0x7632);
+}
 #endif
 
 // A thread holds parts of rows 2t, 2t + 1, 2t + 8 and 2t + 9: of every 64 columns the 8 from 8g on, so that a
@@ -166,8 +173,9 @@ struct DecodeValues {
         }
     }
 
-    // sums[n] += weights * values of heads g, g, g + 8, g + 8. A word holds two neighbouring columns of one row; the
-    // product wants one column of two rows. Its columns 2t, 2t + 1 are column n of two threads' pieces: see store().
+    // sums[n] += weights * values of heads g, g, g + 8, g + 8. A word holds two neighbouring columns of one
+    // row; the product wants one column of two rows. Its columns 2t, 2t + 1 are column n of two threads'
+    // pieces: see store().
     __device__ void multiply(const uint32_t (&weights)[4], float (&sums)[kDim / 8][4]) const {
 #pragma unroll
         for (int word = 0; word < kWords; ++word) {
@@ -177,7 +185,7 @@ struct DecodeValues {
         }
     }
 
-    // Puts a thread's sums of one head, g (0) or g + 8 (1), where they belong in the head's row, times `factor`.
+    // Puts a thread's sums of one head, g (0) or g + 8 (1), times `factor` where they belong in its row.
     static __device__ void store(const float (&sums)[kDim / 8][4], int head, float factor, float* row) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {

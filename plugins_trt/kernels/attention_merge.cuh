@@ -9,7 +9,7 @@
 namespace starkv {
 
 constexpr int kMergeThreads = 256;
-// One split of a sequence has its own block only while the others' blocks don't fill a GPU yet.
+// More would be more blocks than a GPU holds at once.
 constexpr int kMostSplits = 512;
 
 template <int kDim>

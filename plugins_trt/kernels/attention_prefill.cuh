@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of many new tokens, whose rows are in the cache by now: a block takes some queries of one head along
-// all rows that they see, a tile at a time, with a softmax that runs along.
+// Attention of many new tokens, whose rows are in the cache by now: a block takes some queries of one head
+// along all rows that they see, a tile at a time, with a softmax that runs along.
 #pragma once
 
 #include "async_copy.h"
@@ -8,13 +8,14 @@
 
 namespace starkv {
 
-// Starts to copy rows into shared memory; those from `count` on become 0. Eight threads take 128 bytes of a row, so
-// that addresses differ by constants.
+// Starts to copy rows into shared memory; those from `count` on become 0. Eight threads take 128 bytes of a
+// row, so that addresses differ by constants.
 template <class T, int kDim, int kRows>
 __device__ void copy_rows(T (&to)[kRows][kDim + 8], const T* from, size_t stride, int count) {
     constexpr int kVectors = kDim / 8, kTogether = 8, kRowsAtOnce = kAttentionThreads / kTogether;
     static_assert(kRows % kRowsAtOnce == 0, "every thread copies as often");
-    const int first_row = static_cast<int>(threadIdx.x) / kTogether, vector = static_cast<int>(threadIdx.x) % kTogether;
+    const int thread = static_cast<int>(threadIdx.x);
+    const int first_row = thread / kTogether, vector = thread % kTogether;
     T* own_to = &to[first_row][vector * 8];
     const T* own_from = from + first_row * stride + vector * 8;
 #pragma unroll
@@ -28,7 +29,8 @@ __device__ void copy_rows(T (&to)[kRows][kDim + 8], const T* from, size_t stride
 
 // Stores the block's results, or 0 for a sequence that is left alone.
 template <class T, int kDim>
-__device__ void store_results(const PrefillShared<T, kDim>& shared, T* out, size_t stride, int count, bool valid) {
+__device__ void store_results(const PrefillShared<T, kDim>& shared, T* out, size_t stride, int count,
+                              bool valid) {
     constexpr int kVectors = kDim / 8;
     constexpr int kOwn = PrefillShared<T, kDim>::kTiles * 16;
     for (int i = lane_index(); i < kOwn * kVectors; i += kWarp) {
@@ -40,8 +42,8 @@ __device__ void store_results(const PrefillShared<T, kDim>& shared, T* out, size
     }
 }
 
-// Grid: query heads, blocks of queries, sequences. Blocks start in this order: those with the most rows first,
-// and heads that share rows together.
+// Grid: query heads, blocks of queries, sequences. Blocks start in this order: those with the most rows
+// first, and heads that share rows together.
 template <class T, int kDim>
 __global__ void __launch_bounds__(kAttentionThreads, 2) prefill_attention(AttentionView view) {
     using Shared = PrefillShared<T, kDim>;
@@ -64,7 +66,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) prefill_attention(Attent
     const int warp_queries = min(queries, State::first_query() + State::kTiles * 16);
     const int warp_rows = warp_queries > State::first_query() ? sequence.held + first + warp_queries : 0;
 
-    copy_rows<T, kDim>(shared.queries, static_cast<const T*>(view.buffers.q) + query_offset, query_stride, queries);
+    copy_rows<T, kDim>(shared.queries, static_cast<const T*>(view.buffers.q) + query_offset, query_stride,
+                       queries);
     copy_rows<T, kDim>(shared.keys, keys, kDim, rows);
     State state;
     for (int row = 0; row < rows; row += kPrefillRows) {
@@ -84,7 +87,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) prefill_attention(Attent
         wait_for_copies();
         __syncthreads();
         const int next = row + kPrefillRows;
-        if (next < rows) copy_rows<T, kDim>(shared.keys, keys + static_cast<size_t>(next) * kDim, kDim, rows - next);
+        if (next < rows)
+            copy_rows<T, kDim>(shared.keys, keys + static_cast<size_t>(next) * kDim, kDim, rows - next);
         if (takes_part) state.multiply_values(shared, products);
     }
     state.finish(shared);

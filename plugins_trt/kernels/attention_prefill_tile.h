@@ -25,8 +25,9 @@ struct PrefillShared {
     alignas(16) T values[kPrefillRows][kStride];
 };
 
-// Queries of one warp, and what they gathered so far. With g = lane / 4 and t = lane % 4 a thread holds of every
-// tile of 16 queries the rows g and g + 8, and of every 8 columns 2t and 2t + 1, as multiply_add() lays them out.
+// Queries of one warp, and what they gathered so far. With g = lane / 4 and t = lane % 4 a thread holds of
+// every tile of 16 queries the rows g and g + 8, and of every 8 columns 2t and 2t + 1, as multiply_add() lays
+// them out.
 template <class T, int kDim>
 struct PrefillState {
     using Shared = PrefillShared<T, kDim>;
@@ -76,7 +77,7 @@ struct PrefillState {
         }
     }
 
-    // Hides rows that a query must not see: of the tile's rows, the block's query q sees those up to visible + q.
+    // Hides rows of a tile: the block's query q sees those up to visible + q.
     static __device__ void mask(Products& products, int visible) {
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile)

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sixteen rows of 16 elements of 16 bits, from shared memory into the registers that multiply_add() wants.
 //
-// Every lane names where 8 elements of a row begin; four groups of 8 lanes name the quarters of the matrix. With
-// g = lane / 4 and t = lane % 4 a thread gets of each quarter, one register for each,
+// Every lane names where 8 elements of a row begin; four groups of 8 lanes name the quarters of the matrix.
+// With g = lane / 4 and t = lane % 4 a thread gets of each quarter, one register for each,
 //   load_matrix:             columns 2t and 2t + 1 of row g
 //   load_matrix_transposed:  rows 2t and 2t + 1 of column g
 // so that the result is
@@ -15,8 +15,8 @@
 
 namespace starkv {
 
-// Where this lane's 8 elements begin in 16 rows that lie `stride` elements apart. Quarters in the order upper left,
-// lower left, upper right, lower right.
+// Where this lane's 8 elements begin in 16 rows that lie `stride` elements apart. Quarters in the order upper
+// left, lower left, upper right, lower right.
 template <class T>
 __device__ inline const T* row_parts(const T* first_row, int stride) {
     return first_row + lane_index() % 16 * stride + lane_index() / 16 * 8;

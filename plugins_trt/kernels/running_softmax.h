@@ -35,9 +35,7 @@ __device__ inline uint32_t pack_fast<Half>(float first, float second) {
 }
 
 // Factor of products of queries and keys that makes powers of two of their softmax's exponentials.
-__device__ inline float score_scale(int dim) {
-    return kLog2E / sqrtf(static_cast<float>(dim));
-}
+__device__ inline float score_scale(int dim) { return kLog2E / sqrtf(static_cast<float>(dim)); }
 
 // Of one query: the largest score so far, and the sum of weights 2^(score - greatest). Starts from the lowest
 // number instead of -infinity, whose distance to itself is no number.

@@ -23,19 +23,21 @@ int starkv_argmax(const float* logits, int32_t* ids, int32_t sequences, int32_t 
     const int status = starkv::check_logits({logits, ids}, sequences, vocabulary);
     if (status != STARKV_OK) return status;
     const size_t shared = sizeof(starkv::BlockScratch<starkv::Mass>);
-    const bool launched = starkv::launch(starkv::argmax_tokens, static_cast<unsigned>(sequences),
-                                         starkv::kSamplingThreads, shared, static_cast<starkv::Stream>(stream), logits,
-                                         ids, vocabulary);
+    const bool launched =
+        starkv::launch(starkv::argmax_tokens, static_cast<unsigned>(sequences), starkv::kSamplingThreads,
+                       shared, static_cast<starkv::Stream>(stream), logits, ids, vocabulary);
     return launched ? STARKV_OK : STARKV_ERROR_LAUNCH;
 }
 
-int starkv_sample_top_p(const float* logits, const float* temperature, const float* top_p, const float* uniform,
-                        int32_t* ids, int32_t sequences, int32_t vocabulary, void* stream) {
-    const int status = starkv::check_logits({logits, temperature, top_p, uniform, ids}, sequences, vocabulary);
+int starkv_sample_top_p(const float* logits, const float* temperature, const float* top_p,
+                        const float* uniform, int32_t* ids, int32_t sequences, int32_t vocabulary,
+                        void* stream) {
+    const int status =
+        starkv::check_logits({logits, temperature, top_p, uniform, ids}, sequences, vocabulary);
     if (status != STARKV_OK) return status;
-    const bool launched = starkv::launch(starkv::sample_tokens, static_cast<unsigned>(sequences),
-                                         starkv::kSamplingThreads, sizeof(starkv::SamplingShared),
-                                         static_cast<starkv::Stream>(stream), logits, temperature, top_p, uniform, ids,
-                                         vocabulary);
+    const bool launched =
+        starkv::launch(starkv::sample_tokens, static_cast<unsigned>(sequences), starkv::kSamplingThreads,
+                       sizeof(starkv::SamplingShared), static_cast<starkv::Stream>(stream), logits,
+                       temperature, top_p, uniform, ids, vocabulary);
     return launched ? STARKV_OK : STARKV_ERROR_LAUNCH;
 }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Chooses the next token of every sequence: one block looks at all logits of one.
 //
-// Nucleus sampling needs the tokens in order of their weights, but only to find where a sum is reached. A radix
-// search does that without sorting: from the highest bits of the weights down, it adds up how much mass each value
-// of the next bits has, and goes on with the one where the sum is reached.
+// Nucleus sampling needs the tokens in order of their weights, but only to find where a sum is reached. A
+// radix search does that without sorting: from the highest bits of the weights down, it adds up how much mass
+// each value of the next bits has, and goes on with the one where the sum is reached.
 #pragma once
 
 #include "block.h"
@@ -39,7 +39,8 @@ struct TokenWeights {
 
     __device__ Mass operator[](int id) const {
         // Infinite ones have no distance from each other.
-        return logits[id] == greatest ? token_weight(0.0F) : token_weight((greatest - logits[id]) / temperature);
+        return logits[id] == greatest ? token_weight(0.0F)
+                                      : token_weight((greatest - logits[id]) / temperature);
     }
 };
 
@@ -67,8 +68,9 @@ __device__ inline int greatest_token(const float* logits, int count, BlockScratc
     return ordered_token(block_max(greatest, scratch));
 }
 
-// Adds up the mass of each value of the bits from `shift` on, of weights whose higher bits are those of `known`.
-__device__ inline void add_up_digits(const TokenWeights& weights, Mass known, int shift, SamplingShared& shared) {
+// Adds up the mass of each value of the bits from `shift` on, of weights that share higher bits with `known`.
+__device__ inline void add_up_digits(const TokenWeights& weights, Mass known, int shift,
+                                     SamplingShared& shared) {
     const int thread = static_cast<int>(threadIdx.x);
     for (int digit = thread; digit < kDigits; digit += kSamplingThreads) shared.mass[digit] = 0;
     __syncthreads();
@@ -90,9 +92,10 @@ __device__ inline void add_up_digits(const TokenWeights& weights, Mass known, in
     __syncthreads();
 }
 
-// Finds the cut where the sum of weights, the largest first, reaches `share` of all; every thread gets the cut and
-// the mass that has to be reached, which is 0 if no logit is a number.
-__device__ inline Cut find_cut(const TokenWeights& weights, float share, SamplingShared& shared, Mass& target) {
+// Finds the cut where the sum of weights, the largest first, reaches `share` of all; every thread gets the
+// cut and the mass that has to be reached, which is 0 if no logit is a number.
+__device__ inline Cut find_cut(const TokenWeights& weights, float share, SamplingShared& shared,
+                               Mass& target) {
     Cut cut{0, 0};
     const int thread = static_cast<int>(threadIdx.x);
     for (int shift = 3 * kDigitBits; shift >= 0; shift -= kDigitBits) {
@@ -121,8 +124,8 @@ __device__ inline Cut find_cut(const TokenWeights& weights, float share, Samplin
     return cut;
 }
 
-// Finds, in order of ids, the first kept token with which the sum exceeds `share` of what is kept. Of tokens at
-// the cut, the first `kept_at_cut` are kept. The warp that finds it writes it.
+// Finds, in order of ids, the first kept token with which the sum exceeds `share` of what is kept. Of tokens
+// at the cut, the first `kept_at_cut` are kept. The warp that finds it writes it.
 __device__ inline void choose_token(const TokenWeights& weights, Cut cut, int kept_at_cut, float share,
                                     SamplingShared& shared, int32_t* chosen) {
     const int own_tokens = ceil_div(ceil_div(weights.count, kSamplingWarps), kWarp) * kWarp;
@@ -156,7 +159,8 @@ __device__ inline void choose_token(const TokenWeights& weights, Cut cut, int ke
         const Mass weight = id < end ? weights[id] : 0;
         const bool is_at_cut = id < end && weight == cut.weight;
         const unsigned ties = ballot(is_at_cut), lower_lanes = (1U << lane_index()) - 1;
-        const bool stays = is_at_cut ? seen_at_cut + count_bits(ties & lower_lanes) < kept_at_cut : weight > cut.weight;
+        const bool stays =
+            is_at_cut ? seen_at_cut + count_bits(ties & lower_lanes) < kept_at_cut : weight > cut.weight;
         Mass running = stays ? weight : 0;
         for (int lanes = 1; lanes < kWarp; lanes *= 2) {
             const Mass other = shfl_up(running, lanes);
@@ -170,7 +174,8 @@ __device__ inline void choose_token(const TokenWeights& weights, Cut cut, int ke
 }
 
 // Grid: sequences.
-__global__ void __launch_bounds__(kSamplingThreads) argmax_tokens(const float* logits, int32_t* ids, int vocabulary) {
+__global__ void __launch_bounds__(kSamplingThreads)
+    argmax_tokens(const float* logits, int32_t* ids, int vocabulary) {
     auto& scratch = shared_memory<BlockScratch<Mass>>();
     const int sequence = static_cast<int>(blockIdx.x);
     const int id = greatest_token(logits + static_cast<size_t>(sequence) * vocabulary, vocabulary, scratch);
@@ -179,8 +184,8 @@ __global__ void __launch_bounds__(kSamplingThreads) argmax_tokens(const float* l
 
 // Grid: sequences.
 __global__ void __launch_bounds__(kSamplingThreads)
-    sample_tokens(const float* logits, const float* temperature, const float* top_p, const float* uniform, int32_t* ids,
-                  int vocabulary) {
+    sample_tokens(const float* logits, const float* temperature, const float* top_p, const float* uniform,
+                  int32_t* ids, int vocabulary) {
     auto& shared = shared_memory<SamplingShared>();
     const int sequence = static_cast<int>(blockIdx.x);
     const float* own = logits + static_cast<size_t>(sequence) * vocabulary;
