@@ -19,6 +19,7 @@ from starkv.methods.star_kv_plan import layer_limits, plan_step
 from starkv.methods.star_kv_state import StarKVState
 
 Compress = Callable[[CompressCall], CompressResult]
+NOT_POOLED = replace(NATIVE, kernel=1)
 OFFICIAL = StarKVConfig.official(mi_profile_steps=1, mi_ramp_steps=2)
 TOLERANCE = 1e-5
 """Relative. Two float32 programs that sum in different orders differ by a few 1e-7 per sum; a GPU's
@@ -45,20 +46,12 @@ CASES = [
     Case(
         "maxpool_7", config=replace(OFFICIAL, pooling="maxpool", kernel=7), prompts=_TWO, sharing=3, layers=1
     ),
-    Case("not_pooled", config=replace(NATIVE, kernel=1), prompts=_ONE),
+    Case("not_pooled", NOT_POOLED, prompts=_ONE),
     Case("wide_pool", config=replace(NATIVE, kernel=63), prompts=_ONE),
     Case("protected_rows", protect=True, share=0.2, prompts=_TWO),
     Case("ragged_batch", batch=3, ragged=True, prompts=_TWO),
     Case("spare_rows", spare_rows=9, prompts=_TWO),
-    Case(
-        "ragged_with_spare_rows",
-        batch=2,
-        ragged=True,
-        spare_rows=5,
-        protect=True,
-        dtype=torch.float16,
-        prompts=_ONE,
-    ),
+    Case("ragged_with_spare_rows", NATIVE, _ONE, batch=2, ragged=True, spare_rows=5, protect=True),
     Case("layer_budgets", layers=5, share=0.6, prompts=_TWO, groups=1),
     Case("equal_budgets", config=replace(NATIVE, entropy=False), layers=3, prompts=_TWO),
     Case("few_rows", share=0.0, layers=3, prompts=_TWO),
@@ -78,6 +71,7 @@ CASES = [
     ),
     Case("ties", tied=True, prompts=_TWO, share=0.3),
     Case("ties_official_bfloat16", tied=True, config=OFFICIAL, dtype=torch.bfloat16, prompts=_TWO, share=0.3),
+    Case("groups_tie", NOT_POOLED, (((13, 15),), ((13, 15), (13, 15))), layers=1, tied_groups=True),
     Case("one_layer_one_head", layers=1, groups=1, sharing=1, prompts=_TWO),
     # Every kernel takes more than one step.
     Case("larger", prompts=(((30, 36), (30, 36)),), layers=1, sharing=1, dim=256, dtype=torch.bfloat16),

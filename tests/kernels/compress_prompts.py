@@ -57,6 +57,9 @@ class Case:
     """Capacity behind the longest sequence, full of NaN like every row that is none."""
     tied: bool = False
     """All rows look alike, so that nothing but their order decides."""
+    tied_groups: bool = False
+    """Each KV head attends evenly to a half of each screenshot of its own, so that all score the same where
+    the halves overlap, but not with the same weight."""
     hidden_norm: bool = True
     seed: int = 0
 
@@ -90,6 +93,9 @@ class Case:
         if self.tied:
             # Products of these are exact, whatever the order of their sum.
             keys, queries, norm = torch.full_like(keys, 0.5), queries.round(), torch.ones_like(norm)
+        if self.tied_groups:
+            keys, queries = self._halves(rows, keys, random), torch.zeros_like(queries)
+            queries[..., 0] = 64.0
         window = self.config.window
         official = self.config.is_official
         return Prefill.of_prompt(
@@ -100,6 +106,16 @@ class Case:
             window=window,
             hidden_norm=norm if self.hidden_norm else None,
         )
+
+    def _halves(self, rows: PromptRows, keys: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+        """Keys whose first number hides a random half of each screenshot from a query that is 64 there: the
+        exponential of their product is exactly 0, elsewhere it is 1."""
+        halves = torch.zeros_like(keys)
+        for heads in halves.flatten(0, 2):
+            for start, end in rows.spans:
+                hidden = start + torch.randperm(end - start, generator=random)[: (end - start) // 2]
+                heads[hidden, 0] = -self.dim
+        return halves
 
 
 def _layout(grids: Grids) -> PromptRows:
