@@ -24,7 +24,14 @@ def test_trajectories_equal_the_reference(case: Case, device: torch.device) -> N
     check_implementation(compress, case, device)
 
 
-IN_PLACE = ("native", "dim_80_float32", "ragged_with_spare_rows", "nearly_all_rows", "all_rows", "native_bfloat16")
+IN_PLACE = (
+    "native",
+    "dim_80_float32",
+    "ragged_with_spare_rows",
+    "nearly_all_rows",
+    "all_rows",
+    "native_bfloat16",
+)
 
 
 @pytest.mark.parametrize(
