@@ -1,37 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels from Python: ``libstarkv_kernels`` through its C ABI, with PyTorch's device pointers.
+"""The CUDA kernels on PyTorch's tensors.
 
-The same class serves the library built for the CPU (``libstarkv_kernels_cpu``), which runs the very same
-kernels on host memory, for tests.
+The same class serves the library built for the processor, which runs the very same kernels on host memory,
+for tests.
 """
 
-import ctypes
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from starkv.errors import StarkvError, UsageError
-from starkv.kernels import cuda_structures as structures
+from starkv.errors import UsageError
 from starkv.kernels.attention_call import AttentionCall
+from starkv.kernels.c_abi import (
+    BFLOAT16,
+    COMPRESS_INPUTS,
+    COMPRESS_OUTPUTS,
+    COMPRESS_STATE,
+    FLOAT16,
+    FLOAT32,
+    POOLINGS,
+    AttentionBuffers,
+    AttentionShape,
+    CompressBuffers,
+    CompressShape,
+    KernelAbi,
+)
 from starkv.kernels.compress_call import CompressCall, CompressResult
 from starkv.kernels.library_paths import kernel_libraries
 
-ABI_VERSION = 1
-
-
-class KernelError(StarkvError):
-    """A kernel library is missing, doesn't fit, or refused a call."""
-
-
-@dataclass(frozen=True)
-class KernelStatus:
-    """A status of the library."""
-
-    code: int
-    name: str
-    message: str
+_DTYPES = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
+_LEAST_WORKSPACE = 16
+"""Bytes; a tensor of none has no pointer."""
 
 
 class KernelLibrary:
@@ -45,29 +45,17 @@ class KernelLibrary:
     """
 
     def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise KernelError(f"{self.path}: no such library; `make plugin` builds it")
-        try:
-            self._library = ctypes.CDLL(str(self.path.resolve()))
-            structures.declare(self._library)
-        except (OSError, AttributeError) as error:
-            raise KernelError(f"{self.path}: not a starkv kernel library ({error})") from error
-        version = self._library.starkv_abi_version()
-        if version != ABI_VERSION:
-            raise KernelError(
-                f"{self.path}: ABI {version}, but this starkv needs {ABI_VERSION}; build it anew"
-            )
+        self.abi = KernelAbi(path)
+
+    @property
+    def path(self) -> Path:
+        """The library's file."""
+        return self.abi.path
 
     @property
     def device(self) -> str:
         """Where tensors must lie: ``cuda``, or ``cpu`` for the build that tests use."""
-        return str(self._library.starkv_device_kind().decode())
-
-    def status(self, code: int) -> KernelStatus:
-        """Name and meaning of a status code."""
-        name, message = self._library.starkv_status_name(code), self._library.starkv_status_message(code)
-        return KernelStatus(code, name.decode(), message.decode())
+        return self.abi.device
 
     def compress(self, call: CompressCall, result: CompressResult | None = None) -> CompressResult:
         """Score, select and compact; ``dst_*`` of the call are written.
@@ -81,12 +69,9 @@ class KernelLibrary:
             KernelError: the library refused the call.
         """
         call.check()
-        self._check_device(call.k)
+        self._check_tensors(call.k)
         result = result or CompressResult.empty_for(call)
-        shape = structures.CompressShape.of(call)
-        workspace = self._workspace("starkv_compress_workspace", shape, call.k.device)
-        buffers = structures.CompressBuffers.of(call, result)
-        self._run("starkv_compress", shape, buffers, workspace, call.k.device)
+        self._launch(compress_shape(call), compress_buffers(call, result), call.k.device)
         return result
 
     def attention(
@@ -104,14 +89,24 @@ class KernelLibrary:
             KernelError: the library refused the call.
         """
         call.check()
-        self._check_device(call.q)
+        self._check_tensors(call.q)
         out = torch.empty_like(call.q) if out is None else out
-        present = [cache if in_place else torch.empty_like(cache) for cache in (call.past_k, call.past_v)]
-        shape = structures.AttentionShape.of(call)
-        workspace = self._workspace("starkv_attention_workspace", shape, call.q.device)
-        buffers = structures.AttentionBuffers.of(call, present[0], present[1], out)
-        self._run("starkv_attention", shape, buffers, workspace, call.q.device)
-        return out, present[0], present[1]
+        caches = (call.past_k, call.past_v)
+        keys, values = caches if in_place else (torch.empty_like(cache) for cache in caches)
+        batch, groups, capacity, dim = call.past_k.shape
+        shape = AttentionShape(
+            sequences=batch,
+            new_tokens=call.q.shape[1],
+            query_heads=call.heads,
+            kv_heads=groups,
+            head_dim=dim,
+            capacity=capacity,
+            dtype=_DTYPES[call.q.dtype],
+        )
+        inputs = {name: getattr(call, name) for name in ("q", "k", "v", "past_k", "past_v", "kv_len")}
+        outputs = {"present_k": keys, "present_v": values, "out": out}
+        self._launch(shape, AttentionBuffers(**_pointers(inputs | outputs)), call.q.device)
+        return out, keys, values
 
     def embedding_gather(self, table: Tensor, ids: Tensor) -> Tensor:
         """Rows of an embedding ``[vocabulary, width]``: ``ids [N]`` i32 → ``[N, width]``.
@@ -120,20 +115,14 @@ class KernelLibrary:
             UsageError: tensors lie elsewhere, or are of other types.
             KernelError: the library refused the call.
         """
-        self._check_device(table, ids)
+        self._check_tensors(table, ids)
         _check_type("ids", ids, torch.int32)
+        if table.dtype not in _DTYPES:
+            raise UsageError(f"the kernels take float32, float16 and bfloat16, not {table.dtype}")
         out = torch.empty(len(ids), table.shape[1], dtype=table.dtype, device=table.device)
-        code = self._library.starkv_embedding_gather(
-            table.data_ptr(),
-            ids.data_ptr(),
-            out.data_ptr(),
-            len(ids),
-            table.shape[0],
-            table.shape[1],
-            structures.dtype_code(table.dtype),
-            _stream(table.device),
-        )
-        self._check("starkv_embedding_gather", code)
+        pointers = [tensor.data_ptr() for tensor in (table, ids, out)]
+        sizes = (len(ids), *table.shape, _DTYPES[table.dtype])
+        self.abi.call("starkv_embedding_gather", *pointers, *sizes, _stream(table.device))
         return out
 
     def argmax(self, logits: Tensor) -> Tensor:
@@ -143,13 +132,11 @@ class KernelLibrary:
             UsageError: ``logits`` lies elsewhere or is of another type.
             KernelError: the library refused the call.
         """
-        self._check_device(logits)
+        self._check_tensors(logits)
         _check_type("logits", logits, torch.float32)
         ids = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
-        code = self._library.starkv_argmax(
-            logits.data_ptr(), ids.data_ptr(), *logits.shape, _stream(logits.device)
-        )
-        self._check("starkv_argmax", code)
+        pointers = (logits.data_ptr(), ids.data_ptr())
+        self.abi.call("starkv_argmax", *pointers, *logits.shape, _stream(logits.device))
         return ids
 
     def sample_top_p(self, logits: Tensor, temperature: Tensor, top_p: Tensor, uniform: Tensor) -> Tensor:
@@ -169,62 +156,63 @@ class KernelLibrary:
             KernelError: the library refused the call.
         """
         tensors = {"logits": logits, "temperature": temperature, "top_p": top_p, "uniform": uniform}
-        self._check_device(*tensors.values())
+        self._check_tensors(*tensors.values())
         for name, tensor in tensors.items():
             _check_type(name, tensor, torch.float32)
         ids = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
         pointers = [tensor.data_ptr() for tensor in (*tensors.values(), ids)]
-        code = self._library.starkv_sample_top_p(*pointers, *logits.shape, _stream(logits.device))
-        self._check("starkv_sample_top_p", code)
+        self.abi.call("starkv_sample_top_p", *pointers, *logits.shape, _stream(logits.device))
         return ids
 
-    def _workspace(self, function: str, shape: ctypes.Structure, device: torch.device) -> Tensor:
-        size = ctypes.c_size_t()
-        self._check(function, getattr(self._library, function)(ctypes.byref(shape), ctypes.byref(size)))
-        # PyTorch's allocator keeps it alive until the stream is done with it. Never empty: null is an error.
-        return torch.empty(max(size.value, 16), dtype=torch.uint8, device=device)
-
-    def _run(
+    def _launch(
         self,
-        function: str,
-        shape: ctypes.Structure,
-        buffers: ctypes.Structure,
-        workspace: Tensor,
+        shape: CompressShape | AttentionShape,
+        buffers: CompressBuffers | AttentionBuffers,
         device: torch.device,
     ) -> None:
-        code = getattr(self._library, function)(
-            ctypes.byref(shape),
-            ctypes.byref(buffers),
-            workspace.data_ptr(),
-            workspace.numel(),
-            _stream(device),
-        )
-        self._check(function, code)
+        size = max(self.abi.workspace_bytes(shape), _LEAST_WORKSPACE)
+        # PyTorch's allocator gives the memory to others only behind what this stream has queued.
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        self.abi.launch(shape, buffers, workspace.data_ptr(), size, _stream(device))
 
-    def _check_device(self, *tensors: Tensor) -> None:
+    def _check_tensors(self, *tensors: Tensor) -> None:
         for tensor in tensors:
             if tensor.device.type != self.device:
                 raise UsageError(f"{self.path.name} works on {self.device} tensors, not on {tensor.device}")
             if not tensor.is_contiguous():
                 raise UsageError(f"{self.path.name} needs contiguous tensors")
 
-    def _check(self, function: str, code: int) -> None:
-        if code:
-            status = self.status(code)
-            raise KernelError(f"{function}: {status.name}: {status.message}")
+
+def compress_shape(call: CompressCall) -> CompressShape:
+    """Dimensions of a call."""
+    layers, batch, groups, capacity, dim = call.k.shape
+    return CompressShape(
+        layers=layers,
+        sequences=batch,
+        kv_heads=groups,
+        query_heads=call.q_window.shape[2],
+        window=call.window,
+        head_dim=dim,
+        capacity=capacity,
+        slots=call.dst_k.shape[1],
+        slot_capacity=call.dst_k.shape[3],
+        pattern_capacity=call.pattern_ema.shape[-1],
+        dtype=_DTYPES[call.k.dtype],
+        pooling=POOLINGS[call.pooling],
+        pooling_kernel=call.pooling_kernel,
+    )
 
 
-def _stream(device: torch.device) -> int | None:
-    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else None
-
-
-def _check_type(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    if tensor.dtype != dtype:
-        raise UsageError(f"{name} must be {dtype}, not {tensor.dtype}")
+def compress_buffers(call: CompressCall, result: CompressResult) -> CompressBuffers:
+    """Pointers of a call's tensors, which must outlive it."""
+    tensors = {name: getattr(call, name) for name in COMPRESS_INPUTS}
+    tensors |= {name: getattr(result, name) for name in COMPRESS_OUTPUTS}
+    tensors |= {f"new_{name}": getattr(result, name) for name in COMPRESS_STATE}
+    return CompressBuffers(**_pointers(tensors))
 
 
 def find_library(device: str) -> KernelLibrary | None:
-    """The first library of that kind, or None.
+    """The first library for ``cuda`` or ``cpu``, or None.
 
     Raises:
         KernelError: a library is there, but doesn't fit.
@@ -234,3 +222,16 @@ def find_library(device: str) -> KernelLibrary | None:
         if library.device == device:
             return library
     return None
+
+
+def _pointers(tensors: dict[str, Tensor]) -> dict[str, int]:
+    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
+
+
+def _stream(device: torch.device) -> int | None:
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else None
+
+
+def _check_type(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    if tensor.dtype != dtype:
+        raise UsageError(f"{name} must be {dtype}, not {tensor.dtype}")

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from starkv.errors import UsageError
 from starkv.kernels.attention_call import AttentionCall
+from starkv.kernels.c_abi import KernelError
 from starkv.kernels.compress_call import CompressCall, CompressResult
-from starkv.kernels.cuda_library import KernelError
 
 COMPRESS_INPUTS = (
     "k",

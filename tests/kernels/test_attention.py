@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from starkv.kernels.attention_call import AttentionCall, reference_attention
-from starkv.kernels.cuda_library import KernelError, KernelLibrary
+from starkv.kernels.c_abi import KernelError
+from starkv.kernels.cuda_library import KernelLibrary
 
 DIMS = (64, 80, 96, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)

@@ -14,9 +14,9 @@ from compress_prompts import Case
 from compress_refusals import SPOILS, check_refused, check_small_pool_refused
 
 from starkv.errors import UsageError
-from starkv.kernels import cuda_structures as structures
+from starkv.kernels.c_abi import KernelError
 from starkv.kernels.compress_call import CompressCall, CompressResult
-from starkv.kernels.cuda_library import KernelError, KernelLibrary, find_library
+from starkv.kernels.cuda_library import KernelLibrary, compress_buffers, compress_shape, find_library
 from starkv.methods.star_kv_state import StarKVState
 
 names = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -105,16 +105,13 @@ def status_of(
 ) -> str:
     """Name of the status that the C function returns for a call with changed numbers."""
     result = CompressResult.empty_for(call)
-    shape = structures.CompressShape.of(call)
-    buffers = structures.CompressBuffers.of(call, result)
+    shape, buffers = compress_shape(call), compress_buffers(call, result)
     for name, value in (changes or {}).items():
         setattr(shape if hasattr(shape, name) else buffers, name, value)
     memory = torch.empty(1 << 24, dtype=torch.uint8, device=call.k.device)
-    library = kernels._library
-    code = library.starkv_compress(
-        shape, buffers, memory.data_ptr(), memory.numel() if workspace is None else workspace, None
-    )
-    return kernels.status(code).name
+    size = memory.numel() if workspace is None else workspace
+    code = kernels.abi.launch_code(shape, buffers, memory.data_ptr(), size)
+    return kernels.abi.status(code).name
 
 
 @pytest.mark.parametrize(
@@ -161,9 +158,9 @@ def test_refused_for_its_memory(kernels: KernelLibrary, device: torch.device) ->
 
 
 def test_every_status_says_what_to_do(kernels: KernelLibrary) -> None:
-    statuses = [kernels.status(code) for code in range(13)]
+    statuses = [kernels.abi.status(code) for code in range(13)]
     assert len({status.name for status in statuses}) == len({status.message for status in statuses}) == 13
-    assert kernels.status(99).name == "STARKV_ERROR_UNKNOWN"
+    assert kernels.abi.status(99).name == "STARKV_ERROR_UNKNOWN"
 
 
 def test_refused_in_python(kernels: KernelLibrary, device: torch.device, tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from compress_prompts import Case
 from plugin_build import HEADERS_VARIABLE, PluginBuild, build, header_folders
 
 from starkv.kernels.attention_call import AttentionCall, reference_attention
+from starkv.kernels.c_abi import KernelError
 from starkv.kernels.compress_call import CompressCall, CompressResult
-from starkv.kernels.cuda_library import KernelError
 from starkv.kernels.plugin_driver import PluginDriver
 
 pytestmark = pytest.mark.slow

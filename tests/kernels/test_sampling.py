@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from starkv.kernels.cuda_library import KernelError, KernelLibrary
+from starkv.kernels.c_abi import KernelError
+from starkv.kernels.cuda_library import KernelLibrary
 from starkv.kernels.sampling_reference import (
     WEIGHT_BITS,
     argmax_token,
