@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from starkv.kernels.attention_call import AttentionCall
+from starkv.kernels.c_abi import KernelError
 from starkv.kernels.compress_call import CompressCall, CompressResult
-from starkv.kernels.cuda_library import KernelError, find_library
+from starkv.kernels.cuda_library import find_library
 from starkv.kernels.library_paths import KERNELS, PLUGINS, plugin_libraries
 
 Compress = Callable[[CompressCall], CompressResult]
