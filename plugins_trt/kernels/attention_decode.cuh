@@ -14,7 +14,7 @@ template <class T, int kDim>
 struct DecodeShared {
     // Spreads the rows of heads over the banks.
     static constexpr int kOutStride = kDim + 4;
-    HeadOperands<T, kDim> heads;
+    QueryFragments<T, kDim, 1> heads;
     RunningSoftmax softmax[kAttentionWarps][kDecodeHeads];
     alignas(16) float out[kAttentionWarps][kDecodeHeads][kOutStride];
 };
@@ -122,15 +122,16 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim <= 128 ? 3 : 2)
     const size_t first_head = static_cast<size_t>(group) * view.sharing + first_shared;
     const DecodeRows<T, kDim> rows(view, group, sequence.held);
     const int end = min(splits.first_row(split + 1), rows.end());
-    int row = splits.first_row(split) + warp_index() * kDecodeTile;
+    int row = splits.first_row(split) + warp_index() * kTileRows;
 
     // Keys of the next tile are on their way while this one's values are multiplied, and the other way round.
     // With wider heads, registers don't suffice for both.
     constexpr bool kAhead = kDim <= 128;
-    DecodeKeys<T, kDim> key_tile;
+    const auto key_of = [&](int own) { return rows.key(own); };
+    KeyTile<T, kDim> key_tile;
     DecodeValues<T, kDim> value_tile;
     if (kAhead && row < end) {
-        key_tile.load(rows, row);
+        key_tile.load(key_of, row);
         value_tile.load(rows, row);
     }
     auto& shared = shared_memory<DecodeShared<T, kDim>>();
@@ -141,14 +142,14 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim <= 128 ? 3 : 2)
     DecodeState<T, kDim> state;
 #pragma unroll 1
     for (; row < end; row += kDecodeRows) {
-        float products[2][4];
+        TileProducts<1> products;
         uint32_t weights[4];
         const int next = row + kDecodeRows;
-        if (!kAhead) key_tile.load(rows, row);
-        key_tile.multiply(shared.heads, products);
-        if (kAhead && next < end) key_tile.load(rows, next);
+        if (!kAhead) key_tile.load(key_of, row);
+        key_tile.multiply(shared.heads, kDecodeHeads, products);
+        if (kAhead && next < end) key_tile.load(key_of, next);
         if (!kAhead) value_tile.load(rows, row);
-        state.weigh(products, row, end, weights);
+        state.weigh(products[0], row, end, weights);
         value_tile.multiply(weights, state.out);
         if (kAhead && next < end) value_tile.load(rows, next);
     }

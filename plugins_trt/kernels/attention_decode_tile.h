@@ -3,18 +3,16 @@
 //
 // Keys and values go from device memory straight into the registers that the tensor cores multiply: nothing
 // is staged in shared memory, every byte is read once, in pieces of 16 bytes where the head dimension allows.
-// Both products are permuted for that: a sum over the head dimension does not care for its order
-// (key_tile.h), and columns of the output may be worked out in any order that is known when they are stored.
+// Both products are permuted for that: the one with keys as in key_tile.h, and columns of the output may be
+// worked out in any order that is known when they are stored.
 //
 // Throughout, g = lane / 4 and t = lane % 4.
 #pragma once
 
 #include "attention_view.h"
-#include "mma.h"
+#include "key_tile.h"
 
 namespace starkv {
-
-constexpr int kDecodeTile = 16;
 
 // A KV head's rows: those of the caches, and the newest one, which need not have been stored yet. It also
 // stands for rows behind it, which get no weight: what lies there in the caches may be no numbers.
@@ -55,76 +53,6 @@ private:
         const T* from = static_cast<const T*>(new_rows) + newest;
         reinterpret_cast<uint4*>(static_cast<T*>(caches) + to)[vector] =
             reinterpret_cast<const uint4*>(from)[vector];
-    }
-};
-
-// Query heads in shared memory, as each step of the product with keys wants them: a lane's operand is one
-// vector. Heads behind the last are 0.
-template <class T, int kDim>
-struct HeadOperands {
-    uint4 operands[kDim / 16][kWarp];
-
-    __device__ void load(const T* source, int count) {
-        for (int i = static_cast<int>(threadIdx.x); i < kDim / 16 * kWarp; i += kAttentionThreads) {
-            const int step = i / kWarp, group = i % kWarp / 4;
-            const T* head = source + group * kDim + first_column(step, i % 4);
-            const auto* upper = reinterpret_cast<const uint2*>(head);
-            const auto* lower = reinterpret_cast<const uint2*>(head + 8 * kDim);
-            const uint2 u = group < count ? *upper : make_uint2(0, 0);
-            const uint2 l = group + 8 < count ? *lower : make_uint2(0, 0);
-            operands[step][i % kWarp] = make_uint4(u.x, l.x, u.y, l.y);
-        }
-    }
-
-private:
-    // Where the four elements lie that a thread contributes to a step: 16 bytes of keys serve two steps.
-    static __device__ int first_column(int step, int thread) {
-        const bool paired = step < kDim / 32 * 2;
-        return paired ? step / 2 * 32 + thread * 8 + step % 2 * 4 : step * 16 + thread * 4;
-    }
-};
-
-// A thread holds parts of keys g and g + 8: 16 bytes for two steps of the product, and the last 8 for one.
-template <class T, int kDim>
-struct DecodeKeys {
-    static constexpr int kPairs = kDim / 32;
-    static constexpr bool kRest = kDim % 32 != 0;
-    uint4 vectors[2][kPairs];
-    uint2 rest[2];
-
-    __device__ void load(const DecodeRows<T, kDim>& rows, int first) {
-        const int thread = lane_index() % 4;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const T* key = rows.key(first + half * 8 + lane_index() / 4);
-#pragma unroll
-            for (int pair = 0; pair < kPairs; ++pair)
-                vectors[half][pair] = *reinterpret_cast<const uint4*>(key + pair * 32 + thread * 8);
-            if (kRest) rest[half] = *reinterpret_cast<const uint2*>(key + kPairs * 32 + thread * 4);
-        }
-    }
-
-    // products[half]: heads g, g, g + 8, g + 8 with keys 8 half + 2t, 2t + 1, 2t, 2t + 1.
-    __device__ void multiply(const HeadOperands<T, kDim>& heads, float (&products)[2][4]) const {
-#pragma unroll
-        for (auto& half : products)
-            for (float& product : half) product = 0.0F;
-#pragma unroll
-        for (int step = 0; step < kDim / 16; ++step) {
-            const uint4 head = heads.operands[step][lane_index()];
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const uint2 key = operand(half, step);
-                multiply_add<T>(products[half], {head.x, head.y, head.z, head.w}, {key.x, key.y});
-            }
-        }
-    }
-
-private:
-    __device__ uint2 operand(int half, int step) const {
-        if (step >= 2 * kPairs) return rest[half];
-        const uint4& pair = vectors[half][step / 2];
-        return step % 2 ? make_uint2(pair.z, pair.w) : make_uint2(pair.x, pair.y);
     }
 };
 

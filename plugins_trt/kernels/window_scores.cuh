@@ -3,12 +3,14 @@
 // twice and never stored.
 #pragma once
 
+#include "compress_view.h"
 #include "key_tile.h"
 #include "score_tasks.h"
 #include "softmax_sum.h"
 
 namespace starkv {
 
+constexpr int kQueryTiles = kQueries / kQueryTileRows;
 constexpr int kScoreWarps = 4;
 constexpr int kScoreThreads = kScoreWarps * kWarp;
 
@@ -47,7 +49,7 @@ struct QueryBlock {
 
 template <class T, int kDim>
 struct ScoreShared {
-    QueryFragments<T, kDim> queries;
+    QueryFragments<T, kDim, kQueryTiles> queries;
     SoftmaxSum sums[kScoreWarps][kQueries];
     int task;
     bool last;
@@ -70,10 +72,12 @@ __device__ void chunk_statistics(const CompressView& view, const Sequence& seque
     const float scale = score_scale<kDim>();
     const int first = chunk * kScoreRows, end = min(first + kScoreRows, sequence.length);
     const int group = lane_index() / 4, thread = lane_index() % 4;
+    // The last row stands for those behind it, which may hold anything.
+    const auto key_of = [&](int row) { return keys + static_cast<size_t>(min(row, end - 1)) * kDim; };
     KeyTile<T, kDim> tile;
     for (int row = first + warp_index() * kTileRows; row < end; row += kScoreWarps * kTileRows) {
-        tile.load(keys, row, end);
-        TileScores scores;
+        tile.load(key_of, row);
+        TileProducts<kQueryTiles> scores;
         tile.multiply(shared.queries, block.count, scores);
         const bool all_visible = row + kTileRows <= min(end, sequence.past);
 #pragma unroll
@@ -154,10 +158,12 @@ __device__ void chunk_mass(const CompressView& view, const Sequence& sequence, c
     const float scale = score_scale<kDim>();
     float* mass = block.mass(view);
     const int first = chunk * kScoreRows, end = min(first + kScoreRows, sequence.past);
+    // The last row stands for those behind it, which may hold anything.
+    const auto key_of = [&](int row) { return keys + static_cast<size_t>(min(row, end - 1)) * kDim; };
     KeyTile<T, kDim> tile;
     for (int row = first + warp_index() * kTileRows; row < end; row += kScoreWarps * kTileRows) {
-        tile.load(keys, row, end);
-        TileScores scores;
+        tile.load(key_of, row);
+        TileProducts<kQueryTiles> scores;
         tile.multiply(shared.queries, block.count, scores);
         float sums[kKeyTiles * 2] = {};
 #pragma unroll
