@@ -80,9 +80,10 @@ typedef struct starkv_compress_shape {
     int32_t pooling_kernel;    /* odd */
 } starkv_compress_shape;
 
-/* In the order of the operator's definition. Where a sequence cannot be compressed (kv_len <= W, kv_len > C,
- * slot outside 0 ... S - 1, more rows to keep than E), it keeps nothing: new_len is 0, nothing is written into
- * its slot, its state stays. */
+/* In the order of the operator's definition. A sequence is compressed in all layers or in none. It cannot be
+ * where in any layer kv_len <= W or kv_len > C, the newest screenshot does not lie before the window or has more
+ * cells than V, a layer's budget exceeds its rows or the slot's E, or its slot is not in 0 ... S - 1: then it
+ * keeps nothing (new_len is 0), nothing is written into its slot, and its state stays. */
 typedef struct starkv_compress_buffers {
     const void* k;               /* [L,B,G,C,D]; rows from kv_len on are never used */
     const void* v;               /* [L,B,G,C,D] */

@@ -8,6 +8,7 @@
 #include "group_scores.cuh"
 #include "host.h"
 #include "layer_budgets.cuh"
+#include "prepare.cuh"
 #include "select_rows.cuh"
 #include "window_scores.cuh"
 
@@ -55,7 +56,7 @@ CompressView lay_out(const starkv_compress_shape& shape, Workspace& workspace) {
     view.row_chunks = ceil_div(shape.capacity, kRowsPerBlock);
     const size_t sequences = static_cast<size_t>(shape.layers) * shape.sequences;
     const size_t heads = sequences * shape.kv_heads, blocks = heads * view.blocks_per_group;
-    // One block of memory that is cleared at once.
+    view.accepted = workspace.take<int>(shape.sequences);
     view.counters.next_task = workspace.take<int>(1 + 2 * blocks);
     view.counters.chunks_done = view.counters.next_task + 1;
     view.counters.ready = view.counters.chunks_done + blocks;
@@ -67,6 +68,7 @@ CompressView lay_out(const starkv_compress_shape& shape, Workspace& workspace) {
     view.base_sums = workspace.take<float>(sequences * view.row_chunks);
     view.norms = workspace.take<NormStatistics>(sequences);
     view.stability = workspace.take<float>(heads);
+    view.entropy = workspace.take<float>(sequences);
     view.needed = workspace.take<float>(sequences);
     view.keys = workspace.take<uint32_t>(sequences * shape.capacity);
     view.competing = workspace.take<int>(sequences);
@@ -125,8 +127,7 @@ int64_t score_tasks(const CompressView& view) { return 2 * score_units(view) * v
 template <class T, int kDim>
 bool score_window(const CompressView& view, Stream stream) {
     const auto tasks = static_cast<unsigned>(score_tasks(view));
-    return clear_on_device(view.counters.next_task, (1 + 2 * score_units(view)) * sizeof(int), stream) &&
-           launch(window_scores<T, kDim>, tasks, kScoreThreads, sizeof(ScoreShared<T, kDim>), stream, view);
+    return launch(window_scores<T, kDim>, tasks, kScoreThreads, sizeof(ScoreShared<T, kDim>), stream, view);
 }
 
 template <class T>
@@ -162,16 +163,19 @@ bool compact(const CompressView& view, Stream stream) {
 
 bool launch_all(const CompressView& view, Stream stream) {
     const auto& shape = view.shape;
+    const auto batch = static_cast<unsigned>(shape.sequences);
     const auto sequences = static_cast<unsigned>(shape.layers * shape.sequences);
     const dim3 rows(static_cast<unsigned>(view.row_chunks), sequences);
     const dim3 heads(static_cast<unsigned>(shape.kv_heads), sequences);
     const size_t budget_bytes = sizeof(BudgetShared) + shape.layers * sizeof(double);
-    return score_window(view, stream) &&
+    const auto counters = static_cast<int>(1 + 2 * score_units(view));
+    return launch(prepare_sequences, batch, kPrepareThreads, sizeof(BlockScratch<int>), stream, view, counters) &&
+           score_window(view, stream) &&
            launch(norm_statistics, sequences, kRowThreads, sizeof(BlockScratch<float>), stream, view) &&
            launch(group_scores, rows, kRowThreads, sizeof(BlockScratch<float>), stream, view) &&
-           launch(update_group_memory, heads, kMemoryThreads, sizeof(MemoryShared), stream, view) &&
            launch(score_entropy, sequences, kEntropyThreads, sizeof(BlockScratch<float>), stream, view) &&
-           launch(layer_budgets, static_cast<unsigned>(shape.sequences), kBudgetThreads, budget_bytes, stream, view) &&
+           launch(layer_budgets, batch, kBudgetThreads, budget_bytes, stream, view) &&
+           launch(update_group_memory, heads, kMemoryThreads, sizeof(MemoryShared), stream, view) &&
            launch(final_scores, rows, kRowThreads, sizeof(FinalShared), stream, view) &&
            launch(select_rows, sequences, kSelectThreads, sizeof(SelectShared), stream, view) &&
            compact(view, stream);

@@ -42,8 +42,8 @@ struct NormStatistics {
 // By which blocks of window scores share their work; all 0 before the launch.
 struct ScoreCounters {
     int* next_task;
-    int* chunks_done;  // [L*B, G, blocks]
-    int* ready;        // [L*B, G, blocks]: 1 when query_statistics hold
+    int* chunks_done;  // of each unit
+    int* ready;        // of each unit: 1 when query_statistics hold
 };
 
 struct CompressView {
@@ -55,6 +55,7 @@ struct CompressView {
     bool in_place;
 
     // Workspace.
+    int* accepted;  // [B]: 1 where a sequence can be compressed in all layers
     ScoreCounters counters;
     float2* partial_statistics;  // [L*B, G, blocks, chunks, kQueries]: largest score, sum of exponentials
     float2* query_statistics;    // [L*B, G, blocks, kQueries]: largest score, 1 / sum
@@ -64,6 +65,7 @@ struct CompressView {
     float* base_sums;            // [L*B, row chunks]
     NormStatistics* norms;       // [L*B]
     float* stability;            // [L*B, G]
+    float* entropy;              // [L*B]: of the scores, 1 where all are equal
     float* needed;               // [L*B]: rows that the scores are spread over
     uint32_t* keys;              // [L*B, C]: order of the scores, the best first
     int* competing;              // [L*B]: rows to keep beside the window
@@ -80,30 +82,37 @@ struct CompressView {
     }
 };
 
-// One sequence in one layer, with everything that came from the device checked: kernels index by these alone.
+// One sequence in one layer. Numbers that came from the device are used only where the sequence is accepted.
 struct Sequence {
     int index;   // layer * B + sequence
-    bool valid;  // otherwise it is left alone
+    bool valid;  // otherwise it is left alone, in all layers
     int length;  // rows
     int past;    // rows that compete
     int start;   // first row of the newest screenshot
     int cells;   // its competing rows
     int slot;
 
-    __device__ Sequence(const CompressView& view, int index_) : index(index_) {
-        const auto& shape = view.shape;
+    __device__ Sequence(const CompressView& view, int index_)
+        : Sequence(view, index_, view.accepted[index_ % view.shape.sequences] != 0) {}
+
+    __device__ Sequence(const CompressView& view, int index_, bool accepted) : index(index_), valid(accepted) {
+        const int sequence = index % view.shape.sequences;
         length = view.buffers.kv_len[index];
-        past = length - shape.window;
-        slot = view.buffers.slot[index % shape.sequences];
+        past = length - view.shape.window;
+        slot = view.buffers.slot[sequence];
+        cells = max(view.frame().cells, 0);
+        start = cells ? length - view.frame().rows_to_end : 0;
+    }
+
+    // Whether everything lies where it should.
+    __device__ bool is_sound(const CompressView& view) const {
+        const auto& shape = view.shape;
         const FrameNumbers& frame = view.frame();
-        cells = frame.cells > 0 ? frame.cells : 0;
-        start = cells ? length - frame.rows_to_end : 0;
-        const int64_t most_kept = view.buffers.limits[2] < past ? view.buffers.limits[2] : past;
-        valid = past >= 1 && length <= shape.capacity;
-        valid = valid && slot >= 0 && slot < shape.slots && most_kept + shape.window <= shape.slot_capacity;
-        valid = valid && start >= 0 && cells <= past - start && cells <= shape.pattern_capacity;
-        valid = valid && (!cells || (frame.grid_rows > 0 && frame.grid_columns > 0));
-        valid = valid && (!view.in_place || slot == index % shape.sequences);
+        const bool rows = past >= 1 && length <= shape.capacity;
+        const bool inside = start >= 0 && start <= past && cells <= past - start && cells <= shape.pattern_capacity;
+        const bool grid = !cells || (frame.grid_rows > 0 && frame.grid_columns > 0);
+        const bool own_slot = !view.in_place || slot == index % shape.sequences;
+        return rows && inside && grid && own_slot && slot >= 0 && slot < shape.slots;
     }
 };
 

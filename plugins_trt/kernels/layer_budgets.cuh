@@ -15,16 +15,8 @@ constexpr int kBudgetThreads = 128;
 __global__ void __launch_bounds__(kEntropyThreads) score_entropy(CompressView view) {
     const Sequence sequence(view, static_cast<int>(blockIdx.x));
     auto& scratch = shared_memory<BlockScratch<float>>();
-    const Plan& plan = view.plan();
     const int thread = static_cast<int>(threadIdx.x);
-    const float before = view.buffers.temperature[sequence.index];
-    if (!sequence.valid) {
-        if (thread == 0) {
-            view.needed[sequence.index] = 1.0F;
-            view.buffers.new_temperature[sequence.index] = before;
-        }
-        return;
-    }
+    if (!sequence.valid) return;
     float sum = 0.0F;
     const float* sums = view.base_sums + static_cast<size_t>(sequence.index) * view.row_chunks;
     for (int chunk = thread; chunk < ceil_div(sequence.past, kRowsPerBlock); chunk += kEntropyThreads)
@@ -40,10 +32,8 @@ __global__ void __launch_bounds__(kEntropyThreads) score_entropy(CompressView vi
     if (thread == 0) {
         const double most = log(static_cast<double>(sequence.past));
         const float normalized = entropy / static_cast<float>(most + 1e-8);
+        view.entropy[sequence.index] = normalized;
         view.needed[sequence.index] = expf(normalized * static_cast<float>(most));
-        const float fresh = plan.entropy_min + (plan.entropy_max - plan.entropy_min) * normalized;
-        view.buffers.new_temperature[sequence.index] =
-            plan.entropy_smooth * before + (1.0F - plan.entropy_smooth) * fresh;
     }
 }
 
@@ -55,14 +45,48 @@ __host__ __device__ inline double share_at(double factor, double weight, double 
 
 struct BudgetShared {
     BlockScratch<double> scratch;
+    bool fits;
     double weights[1];  // one for each layer
 };
+
+// Gives every layer of a sequence its rows at a factor; by one thread. Whether they are there, and fit the slot.
+__device__ inline bool give_rows(const CompressView& view, int sequence, double factor, const double* weights) {
+    const int64_t* limits = view.buffers.limits;
+    double running = 0.0, given = 0.0;
+    bool fits = true;
+    for (int layer = 0; layer < view.shape.layers; ++layer) {
+        const int index = layer * view.shape.sequences + sequence;
+        running += share_at(factor, weights[layer], static_cast<double>(limits[1]), static_cast<double>(limits[2]));
+        const double up_to_here = floor(running + 0.5), rows = up_to_here - given;
+        const int past = view.buffers.kv_len[index] - view.shape.window;
+        fits = fits && rows >= 0.0 && rows <= past && rows + view.shape.window <= view.shape.slot_capacity;
+        view.competing[index] = fits ? static_cast<int>(rows) : 0;
+        given = up_to_here;
+    }
+    return fits;
+}
+
+// Of a sequence that is compressed, else as it was; all layers' by all threads.
+__device__ inline void update_temperature(const CompressView& view, int sequence, bool compressed) {
+    const Plan& plan = view.plan();
+    for (int layer = static_cast<int>(threadIdx.x); layer < view.shape.layers; layer += kBudgetThreads) {
+        const int index = layer * view.shape.sequences + sequence;
+        const float before = view.buffers.temperature[index];
+        const float fresh = plan.entropy_min + (plan.entropy_max - plan.entropy_min) * view.entropy[index];
+        const float average = plan.entropy_smooth * before + (1.0F - plan.entropy_smooth) * fresh;
+        view.buffers.new_temperature[index] = compressed ? average : before;
+    }
+}
 
 // A block for each sequence: mean * L rows in all, in proportion to what layers need.
 __global__ void __launch_bounds__(kBudgetThreads) layer_budgets(CompressView view) {
     auto& shared = shared_memory<BudgetShared>();
     double* weights = shared.weights;
     const int sequence = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
+    if (!view.accepted[sequence]) {
+        update_temperature(view, sequence, false);
+        return;
+    }
     const int layers = view.shape.layers, sequences = view.shape.sequences;
     const double mean = static_cast<double>(view.buffers.limits[0]);
     const double least = static_cast<double>(view.buffers.limits[1]), most = static_cast<double>(view.buffers.limits[2]);
@@ -94,16 +118,13 @@ __global__ void __launch_bounds__(kBudgetThreads) layer_budgets(CompressView vie
     low_total = block_reduce(low_total, shared.scratch, larger);
     high = block_reduce(high, shared.scratch, smaller);
     high_total = block_reduce(high_total, shared.scratch, smaller);
-    if (thread != 0) return;
-    const double way = smaller(larger((wanted - low_total) / larger(high_total - low_total, 1e-9), 0.0), 1.0);
-    const double factor = low + way * (high - low);
-    double running = 0.0, given = 0.0;
-    for (int layer = 0; layer < layers; ++layer) {
-        running += share_at(factor, weights[layer], least, most);
-        const double up_to_here = floor(running + 0.5);
-        view.competing[layer * sequences + sequence] = static_cast<int>(up_to_here - given);
-        given = up_to_here;
+    if (thread == 0) {
+        const double way = smaller(larger((wanted - low_total) / larger(high_total - low_total, 1e-9), 0.0), 1.0);
+        shared.fits = give_rows(view, sequence, low + way * (high - low), weights);
+        view.accepted[sequence] = shared.fits;
     }
+    __syncthreads();
+    update_temperature(view, sequence, shared.fits);
 }
 
 }  // namespace starkv

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kSelectThreads) select_rows(CompressView view)
     int* source_rows = view.source_rows + outputs;
     int kept = 0;
     if (sequence.valid) {
-        const int competing = max(0, min(view.competing[sequence.index], sequence.past));
+        const int competing = view.competing[sequence.index];
         const uint32_t* keys = view.keys + static_cast<size_t>(sequence.index) * view.shape.capacity;
         const auto key_of = [&](int row) { return sort_key(keys[row], row); };
         const int ranks[1] = {competing};

@@ -39,11 +39,16 @@ def _negative_slot(call: CompressCall) -> None:
     call.slot[REFUSED] = -1
 
 
+def _too_short_for_the_screenshot_in_one_layer(call: CompressCall) -> None:
+    call.kv_len[1, REFUSED] = call.window + 5
+
+
 SPOILS: dict[str, Callable[[CompressCall], None]] = {
     "no_row_competes": _no_row_competes,
     "longer_than_its_cache": _longer_than_its_cache,
     "slot_behind_the_last": _slot_behind_the_last,
     "negative_slot": _negative_slot,
+    "too_short_for_the_screenshot_in_one_layer": _too_short_for_the_screenshot_in_one_layer,
 }
 
 
