@@ -15,19 +15,18 @@ two layers with random int4 weights of that shape, for the share that compressio
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import torch
 from common import report
+from official_code import official_clusters
 from rich.console import Console
 from rich.progress import track
 from wide_model import TEXT, prefill_seconds
@@ -144,37 +143,8 @@ def torch_runner(case: Case, config: StarKVConfig) -> Callable[[], None]:
 
 def official_runner(case: Case, checkout: Path) -> Callable[[], None]:
     """``STARKVGroupCluster.update_kv`` of the official code, a cluster with its own state per layer."""
-    sys.path.insert(0, str(checkout / "starkv"))
-    from starkv_group_cluster import STARKVGroupCluster  # type: ignore[import-not-found]
-
-    sharing, spans = TEXT.heads // TEXT.kv_heads, case.prompt.spans
-    length, config = case.prompt.length, StarKVConfig.official()
-    clusters = []
-    for _ in range(TEXT.layers):
-        cluster = STARKVGroupCluster(
-            window_size=case.window, max_capacity_prompt=case.kept, kernel_size=5, pooling="avgpool"
-        )
-        cluster.attn_parent = SimpleNamespace(
-            config=SimpleNamespace(alpha=config.boost, temperature=config.boost_temperature),
-            vision_start_idx=[start for start, _ in spans],
-            vision_end_idx=[end for _, end in spans],
-            kv_group_online_profile_steps=config.mi_profile_steps,
-            kv_group_soft_prior_lambda=config.mi_weight,
-            kv_group_online_profile_decay=config.mi_decay,
-            kv_group_online_profile_tau=config.mi_tau,
-            kv_group_online_profile_lambda_ramp_steps=config.mi_ramp_steps,
-            kv_group_temporal_enable=True,
-            kv_group_temporal_rho=config.temporal_rho,
-            kv_group_temporal_discount_min=config.temporal_floor,
-            kv_group_temporal_delta=config.temporal_delta,
-            kv_group_temporal_eps=config.temporal_eps,
-            kv_group_temporal_warmup_steps=config.temporal_warmup,
-            kv_entropy_budget_enable=True,
-            kv_entropy_budget_min_scale=config.entropy_min,
-            kv_entropy_budget_max_scale=config.entropy_max,
-            kv_entropy_budget_smooth=config.entropy_smooth,
-        )
-        clusters.append(cluster)
+    sharing, spans, length = TEXT.heads // TEXT.kv_heads, case.prompt.spans, case.prompt.length
+    clusters = official_clusters(checkout, TEXT.layers, spans, case.window, case.kept)
     # One layer's repeated heads serve all layers: 28 of them would need 11 GB at five screenshots, and they
     # are far larger than any cache in any case.
     keys, values = (

@@ -52,9 +52,7 @@ def least_bytes(case: CompressCase) -> int:
     return row * (case.size.prompt.length + 4 * (limits.mean + case.request.window))
 
 
-def runners_of(
-    case: CompressCase, device: torch.device, checkout: Path | None
-) -> dict[str, Callable[[], object]]:
+def runners_of(case: CompressCase, checkout: Path | None) -> dict[str, Callable[[], object]]:
     """What is timed, by name."""
     library = find_library("cuda")
     if library is None:

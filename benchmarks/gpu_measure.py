@@ -6,12 +6,11 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
+from official_code import official_clusters
 
-from starkv.methods.star_kv_config import StarKVConfig
 from starkv.validation.compress_cases import CompressCase
 from starkv.validation.timing import seconds_of
 
@@ -98,43 +97,14 @@ def official_runner(case: CompressCase, checkout: Path) -> Callable[[], None]:
 
     It gets the repeated heads that it wants; repeating them is not timed. One layer's serve all layers.
     """
-    sys.path.insert(0, str(checkout / "starkv"))
-    from starkv_group_cluster import STARKVGroupCluster  # type: ignore[import-not-found]
-
-    config, heads, prompt = StarKVConfig.official(), case.size.heads, case.size.prompt
-    clusters = []
-    for _ in range(heads.layers):
-        cluster = STARKVGroupCluster(
-            window_size=case.request.window,
-            max_capacity_prompt=case.request.window + case.request.limits.mean,
-            kernel_size=config.kernel,
-            pooling=config.pooling,
-        )
-        cluster.attn_parent = SimpleNamespace(
-            config=SimpleNamespace(alpha=config.boost, temperature=config.boost_temperature),
-            vision_start_idx=[start for start, _ in prompt.spans],
-            vision_end_idx=[end for _, end in prompt.spans],
-            kv_group_online_profile_steps=config.mi_profile_steps,
-            kv_group_soft_prior_lambda=config.mi_weight,
-            kv_group_online_profile_decay=config.mi_decay,
-            kv_group_online_profile_tau=config.mi_tau,
-            kv_group_online_profile_lambda_ramp_steps=config.mi_ramp_steps,
-            kv_group_temporal_enable=True,
-            kv_group_temporal_rho=config.temporal_rho,
-            kv_group_temporal_discount_min=config.temporal_floor,
-            kv_group_temporal_delta=config.temporal_delta,
-            kv_group_temporal_eps=config.temporal_eps,
-            kv_group_temporal_warmup_steps=config.temporal_warmup,
-            kv_entropy_budget_enable=True,
-            kv_entropy_budget_min_scale=config.entropy_min,
-            kv_entropy_budget_max_scale=config.entropy_max,
-            kv_entropy_budget_smooth=config.entropy_smooth,
-        )
-        clusters.append(cluster)
+    heads, prompt, window = case.size.heads, case.size.prompt, case.request.window
+    clusters = official_clusters(
+        checkout, heads.layers, prompt.spans, window, window + case.request.limits.mean
+    )
     sharing, prefill = heads.query_heads // heads.kv_heads, case.prefill
     keys, values = (cache[0].repeat_interleave(sharing, 1) for cache in (prefill.keys, prefill.values))
     queries = keys.new_zeros(1, heads.query_heads, prompt.length, heads.head_dim)
-    queries[:, :, -case.request.window :] = prefill.window_queries[0]
+    queries[:, :, -window:] = prefill.window_queries[0]
     hidden = torch.randn(1, prompt.length, heads.query_heads * heads.head_dim, device=keys.device).to(keys)
 
     def run() -> None:

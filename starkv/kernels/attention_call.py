@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from starkv.errors import UsageError
+from starkv.kernels.tensor_checks import Wanted, check_tensors
 
 ATTENTION_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -52,7 +53,7 @@ class AttentionCall:
         if heads < 1 or heads % groups:
             raise UsageError(f"{heads} query heads can't share {groups} KV heads evenly")
         cache, i32 = self.q.dtype, torch.int32
-        wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        wanted: dict[str, Wanted] = {
             "q": (cache, (batch, tokens, heads * dim)),
             "k": (cache, (batch, tokens, groups * dim)),
             "v": (cache, (batch, tokens, groups * dim)),
@@ -60,16 +61,7 @@ class AttentionCall:
             "past_v": (cache, (batch, groups, capacity, dim)),
             "kv_len": (i32, (batch,)),
         }
-        for name, (dtype, shape) in wanted.items():
-            tensor: Tensor = getattr(self, name)
-            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-                raise UsageError(
-                    f"{name} must be {dtype} of {list(shape)}, not {tensor.dtype} of {list(tensor.shape)}"
-                )
-            if not tensor.is_contiguous():
-                raise UsageError(f"{name} must be contiguous")
-            if tensor.device != self.q.device:
-                raise UsageError(f"{name} is on {tensor.device}, but q on {self.q.device}")
+        check_tensors(self, wanted)
 
 
 def reference_attention(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from starkv.errors import UsageError
+from starkv.kernels.tensor_checks import Wanted, check_tensors
 from starkv.methods.prefill import Prefill
 from starkv.methods.star_kv_config import Pooling
 from starkv.methods.star_kv_plan import LayerLimits, StarKVPlan
@@ -133,7 +134,7 @@ class CompressCall:
         if heads % groups:
             raise UsageError(f"{heads} query heads can't share {groups} KV heads evenly")
         cache, f32, i32, i64 = self.k.dtype, torch.float32, torch.int32, torch.int64
-        wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        wanted: dict[str, Wanted] = {
             "k": (cache, (layers, batch, groups, capacity, dim)),
             "v": (cache, (layers, batch, groups, capacity, dim)),
             "q_window": (cache, (layers, batch, heads, window, dim)),
@@ -151,16 +152,7 @@ class CompressCall:
             "dst_meta": (i32, (layers, slots, rows, 4)),
             "slot": (i32, (batch,)),
         }
-        for name, (dtype, shape) in wanted.items():
-            tensor: Tensor = getattr(self, name)
-            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-                raise UsageError(
-                    f"{name} must be {dtype} of {list(shape)}, not {tensor.dtype} of {list(tensor.shape)}"
-                )
-            if not tensor.is_contiguous():
-                raise UsageError(f"{name} must be contiguous")
-            if tensor.device != self.k.device:
-                raise UsageError(f"{name} is on {tensor.device}, but k on {self.k.device}")
+        check_tensors(self, wanted)
 
 
 @dataclass
