@@ -62,6 +62,8 @@ __device__ void radix_bounds(const int (&ranks)[kRanks], int count, KeyOf key_of
             for (int rank = 0; rank < kRanks; ++rank) {
                 if (scratch.owner[rank] != rank) continue;
                 const bool counts = i < count && key >> known == scratch.bits[rank] >> known;
+                // Later digits concern few keys.
+                if (!ballot(counts)) continue;
                 const unsigned digit = counts ? static_cast<unsigned>(key >> shift) & (kDigits - 1) : kDigits;
                 const unsigned same = match_any(digit);
                 if (counts && lane_index() == lowest_bit(same))

@@ -124,7 +124,10 @@ def _trace() -> Finding:
     if torch and transformers:
         return Finding("PyTorch", True, f"torch {torch}, transformers {transformers}")
     return Finding(
-        "PyTorch", False, "not installed", "needed only to train and for --route trace: 'starkv[trace]'"
+        "PyTorch",
+        False,
+        "not installed",
+        "needed only to train, for validate and for --route trace: 'starkv[trace]'",
     )
 
 
