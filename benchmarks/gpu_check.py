@@ -10,85 +10,30 @@ ends with code 1 if any step failed, 77 if there is no GPU.
 """
 
 import argparse
-import datetime
 import os
-import re
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from gpu_steps import ROOT, Result, SkippedError, Step, StepError, run_command, take, write_results
+
+if TYPE_CHECKING:
+    import torch
+
 BUILD = ROOT / "build" / "plugin"
 RESULTS = ROOT / "benchmarks" / "results"
 LIBRARY = "STARKV_KERNELS"
-SANITIZED = "native_bfloat16 or maxpool_7 or ragged_with_spare_rows or decode or prefill or sampl"
+SANITIZED = ("test_cuda_compress.py", "test_attention.py", "test_sampling.py")
+SANITIZED_CASES = (
+    "native_bfloat16 or maxpool_7 or ragged_with_spare_rows or decode or prefill or vocabulary or embedding"
+)
 """Tests that compute-sanitizer watches: between them they launch every kernel."""
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 MEASURES = ("error", "kept_agreement", "seconds", "reference_seconds")
 STEPS = ("build", "tests", "sanitizer", "validate", "compress", "attention", "plugin")
-
-
-@dataclass
-class Step:
-    """What a step found."""
-
-    name: str
-    status: str
-    """``passed``, ``failed`` or ``skipped``."""
-    detail: str
-    seconds: float
-    table: str = ""
-    figures: dict[str, Any] = field(default_factory=dict)
-
-
-class StepError(Exception):
-    """A step's end before its time: its reason, and what it found until then."""
-
-    status = "failed"
-
-    def __init__(self, reason: str, table: str = "", figures: dict[str, Any] | None = None) -> None:
-        super().__init__(reason)
-        self.table, self.figures = table, figures or {}
-
-
-class SkippedError(StepError):
-    """A step that can't run here."""
-
-    status = "skipped"
-
-
-Result = tuple[str, str, dict[str, Any]]
-"""Detail, table and figures."""
-
-
-def run_command(command: list[str]) -> str:
-    """Output of a command that must succeed; it is shown as it comes."""
-    print("$", " ".join(command), file=sys.stderr, flush=True)
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert process.stdout
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        print(line, end="", file=sys.stderr, flush=True)
-    if process.wait():
-        raise StepError(f"`{' '.join(command[:4])} …` ended with {process.returncode}: {last_words(lines)}")
-    return "".join(lines)
-
-
-def last_words(lines: list[str]) -> str:
-    """The last lines with something in them."""
-    return " | ".join(line.strip() for line in lines if line.strip())[-400:]
 
 
 def build() -> Result:
@@ -110,10 +55,11 @@ def build() -> Result:
     return "built for this card", "", {}
 
 
-def pytest_command(*arguments: str) -> list[str]:
+def pytest_command(*arguments: str, files: tuple[str, ...] = ("",)) -> list[str]:
     """The kernels' tests alone: the others' conftest.py wants packages that a GPU machine may lack."""
     isolated = ["--confcutdir=tests/kernels", "-p", "no:cacheprovider", "-q", "-rs"]
-    return [sys.executable, "-m", "pytest", "tests/kernels", *isolated, *arguments]
+    paths = [f"tests/kernels/{file}" for file in files]
+    return [sys.executable, "-m", "pytest", *paths, *isolated, *arguments]
 
 
 def tests() -> Result:
@@ -131,21 +77,20 @@ def sanitizer() -> Result:
     found: dict[str, Any] = {}
     for check in SANITIZERS:
         options = ["--tool", check, "--kernel-regex", "kns=starkv", "--error-exitcode", "9"]
-        output = run_command([tool, *options, *pytest_command("-k", SANITIZED, "-x")])
+        watched = pytest_command("-k", SANITIZED_CASES, "-x", files=SANITIZED)
+        output = run_command([tool, *options, *watched])
         found[check] = [line.strip("= ") for line in output.splitlines() if "ERROR SUMMARY" in line]
     return f"{', '.join(SANITIZERS)}: no errors", "", found
 
 
-def validate() -> Result:
+def validate(device: "torch.device") -> Result:
     """``starkv validate ops`` on the GPU."""
-    import torch
-
     from starkv.validation.ops import validate_ops
     from starkv.validation.report import Report, markdown_table
 
     work = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
-    checks = list(validate_ops(torch.device("cuda"), started=work))
-    report = Report.of("validate ops", checks, torch.cuda.get_device_name())
+    checks = list(validate_ops(device, started=work))
+    report = Report.of("validate ops", checks)
     rows = []
     for check in checks:
         numbers = {name: f"{value:.3g}" for name, value in check.measures.items()}
@@ -165,21 +110,19 @@ def validate() -> Result:
     return counts, table, figures
 
 
-def compress(checkout: Path | None) -> Result:
+def compress(device: "torch.device", checkout: Path | None) -> Result:
     """Benchmark of ``Compress``."""
     import compress_gpu
-    import torch
 
-    table, figures = compress_gpu.run(torch.device("cuda"), checkout)
+    table, figures = compress_gpu.run(device, checkout)
     return f"copy {figures['copy_bytes_per_second'] / 1e12:.2f} TB/s", table, figures
 
 
-def attention() -> Result:
+def attention(device: "torch.device") -> Result:
     """Benchmark of ``KVAttention``."""
     import attention_gpu
-    import torch
 
-    table, figures = attention_gpu.run(torch.device("cuda"))
+    table, figures = attention_gpu.run(device)
     return f"copy {figures['copy_bytes_per_second'] / 1e12:.2f} TB/s", table, figures
 
 
@@ -190,23 +133,6 @@ def plugin() -> Result:
         raise SkippedError("the plugins were not built: no TensorRT headers (TENSORRT_ROOT)")
     output = run_command([str(driver), str(BUILD / "libstarkv_trt.so")])
     return output.strip().splitlines()[-1], "", {}
-
-
-def take(name: str, work: Callable[[], Result]) -> Step:
-    """Run a step and keep whatever comes of it."""
-    print(f"== {name}", file=sys.stderr, flush=True)
-    started = time.monotonic()
-
-    def step(status: str, detail: str, table: str = "", figures: dict[str, Any] | None = None) -> Step:
-        return Step(name, status, detail, round(time.monotonic() - started, 1), table, figures or {})
-
-    try:
-        return step("passed", *work())
-    except StepError as end:
-        return step(end.status, str(end), end.table, end.figures)
-    # One broken step must not cost the results of the others.
-    except (Exception, SystemExit) as error:
-        return step("failed", f"{type(error).__name__}: {error}")
 
 
 def main() -> None:
@@ -223,30 +149,24 @@ def main() -> None:
 
     from gpu_measure import describe_gpu, gpu_or_exit
 
-    from starkv.validation.report import markdown_table, write_json, write_text
-
-    gpu = describe_gpu(gpu_or_exit())
+    device = gpu_or_exit()
+    gpu = describe_gpu(device)
     works: dict[str, Callable[[], Result]] = {
         "build": build,
         "tests": tests,
         "sanitizer": sanitizer,
-        "validate": validate,
-        "compress": lambda: compress(args.official),
-        "attention": attention,
+        "validate": lambda: validate(device),
+        "compress": lambda: compress(device, args.official),
+        "attention": lambda: attention(device),
         "plugin": plugin,
     }
-    steps = [take(name, works[name]) for name in STEPS if name not in args.skip]
-    summary = markdown_table(
-        ("step", "", "seconds", ""), [(s.name, s.status, f"{s.seconds:,.0f}", s.detail) for s in steps]
-    )
-    today = datetime.date.today().isoformat()
-    stem = f"{re.sub('[^a-z0-9]+', '-', gpu['name'].lower()).strip('-')}-{today}"
-    write_json(args.out / f"{stem}.json", {"gpu": gpu, "steps": [asdict(step) for step in steps]})
-    parts = [f"# {gpu['name']}, {today}", summary]
-    parts += [f"## {step.name}\n\n{step.table}" for step in steps if step.table]
-    write_text(args.out / f"{stem}.md", "\n\n".join(parts) + "\n")
+    steps: list[Step] = []
+    for name in STEPS:
+        if name not in args.skip:
+            steps.append(take(name, works[name]))
+            # After every step: a machine may be taken away before the last.
+            summary = write_results(args.out, gpu, steps)
     print(summary)
-    print(f"written to {args.out / stem}.json and .md", file=sys.stderr)
     sys.exit(int(any(step.status == "failed" for step in steps)))
 
 
