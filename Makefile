@@ -26,6 +26,7 @@ BUILD_DIR     ?= build/plugin
 CUDA_ARCHS    ?=
 # More options of plugins_trt/CMakeLists.txt, such as -DSTARKV_FETCH_TENSORRT_HEADERS=ON.
 CMAKE_OPTIONS ?=
+CUDA_SOURCES = $(wildcard $(foreach end,h cpp cu cuh,plugins_trt/*/*.$(end)))
 # Empty where the system's cmake and ninja serve.
 NEW_CMAKE   = awk 'NR == 1 {split($$3, v, "."); exit !(v[1] + 0 > 3 || v[2] >= 24)}'
 BUILD_TOOLS = $(shell cmake --version 2>&1 | $(NEW_CMAKE) && command -v ninja >/dev/null \
@@ -90,6 +91,7 @@ test: $(VENV)/dev-ready lint  ## Lint, check types, run all tests.
 lint: $(VENV)/dev-ready  ## Lint and check types and import directions.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CUDA_SOURCES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

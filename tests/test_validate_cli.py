@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from starkv.cli.main import app
@@ -35,11 +36,12 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[Check]:
         yield from (check for check in told if check.dtype in dtypes)
 
     monkeypatch.setattr("starkv.validation.ops.validate_ops", validate_ops)
+    monkeypatch.setattr("starkv.cli.validate.results", Console(width=160, highlight=False))
     return told
 
 
 def run(*arguments: str) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["validate", "ops", *arguments], env={"COLUMNS": "160"})
+    result = CliRunner().invoke(app, ["validate", "ops", *arguments])
     if isinstance(result.exception, UsageError):
         raise result.exception
     return result.exit_code, result.stdout

@@ -36,18 +36,18 @@ extern "C" {
 
 typedef enum starkv_status {
     STARKV_OK = 0,
-    STARKV_ERROR_NULL_POINTER = 1,   /* a required pointer is null */
-    STARKV_ERROR_MISALIGNED = 2,     /* a pointer is no multiple of 16 bytes */
-    STARKV_ERROR_DTYPE = 3,          /* an unknown or unsupported element type */
-    STARKV_ERROR_HEAD_DIM = 4,       /* D is none of 64, 80, 96, 128, 256 */
-    STARKV_ERROR_WINDOW = 5,         /* W is not in 1 ... 64 */
-    STARKV_ERROR_HEADS = 6,          /* H is no multiple of G, or a count of heads is out of range */
-    STARKV_ERROR_POOLING = 7,        /* unknown pooling, or a kernel that is even or not in 1 ... 63 */
-    STARKV_ERROR_SHAPE = 8,          /* another dimension is out of range, or two that must agree do not */
-    STARKV_ERROR_WORKSPACE = 9,      /* the workspace is too small */
-    STARKV_ERROR_OVERLAP = 10,       /* source and destination overlap, but are not the same rows */
-    STARKV_ERROR_LAUNCH = 11,        /* CUDA refused a launch: no device, or no code for it */
-    STARKV_ERROR_ARGUMENT = 12       /* a scalar argument is out of range */
+    STARKV_ERROR_NULL_POINTER = 1, /* a required pointer is null */
+    STARKV_ERROR_MISALIGNED = 2,   /* a pointer is no multiple of 16 bytes */
+    STARKV_ERROR_DTYPE = 3,        /* an unknown or unsupported element type */
+    STARKV_ERROR_HEAD_DIM = 4,     /* D is none of 64, 80, 96, 128, 256 */
+    STARKV_ERROR_WINDOW = 5,       /* W is not in 1 ... 64 */
+    STARKV_ERROR_HEADS = 6,        /* H is no multiple of G, or a count of heads is out of range */
+    STARKV_ERROR_POOLING = 7,      /* unknown pooling, or a kernel that is even or not in 1 ... 63 */
+    STARKV_ERROR_SHAPE = 8,        /* another dimension is out of range, or two that must agree do not */
+    STARKV_ERROR_WORKSPACE = 9,    /* the workspace is too small */
+    STARKV_ERROR_OVERLAP = 10,     /* source and destination overlap, but are not the same rows */
+    STARKV_ERROR_LAUNCH = 11,      /* CUDA refused a launch: no device, or no code for it */
+    STARKV_ERROR_ARGUMENT = 12     /* a scalar argument is out of range */
 } starkv_status;
 
 typedef enum starkv_dtype { STARKV_FLOAT32 = 0, STARKV_FLOAT16 = 1, STARKV_BFLOAT16 = 2 } starkv_dtype;
@@ -62,52 +62,52 @@ STARKV_API int starkv_abi_version(void);
 /* "cuda" or "cpu": where pointers must lie. */
 STARKV_API const char* starkv_device_kind(void);
 
-/* ---- Compress: STaR-KV's scoring, budgets of layers, selection and compaction, all layers in one call ---- */
+/* ---- Compress: STaR-KV's scoring, budgets of layers, selection, compaction; all layers in one call ---- */
 
 typedef struct starkv_compress_shape {
-    int32_t layers;            /* L */
-    int32_t sequences;         /* B */
-    int32_t kv_heads;          /* G, at most 64 */
-    int32_t query_heads;       /* H */
-    int32_t window;            /* W */
-    int32_t head_dim;          /* D */
-    int32_t capacity;          /* C, at most 2^24 */
-    int32_t slots;             /* S */
-    int32_t slot_capacity;     /* E */
-    int32_t pattern_capacity;  /* V */
-    int32_t dtype;             /* starkv_dtype of k, v, q_window, dst_k, dst_v */
-    int32_t pooling;           /* starkv_pooling */
-    int32_t pooling_kernel;    /* odd */
+    int32_t layers;           /* L */
+    int32_t sequences;        /* B */
+    int32_t kv_heads;         /* G, at most 64 */
+    int32_t query_heads;      /* H */
+    int32_t window;           /* W */
+    int32_t head_dim;         /* D */
+    int32_t capacity;         /* C, at most 2^24 */
+    int32_t slots;            /* S */
+    int32_t slot_capacity;    /* E */
+    int32_t pattern_capacity; /* V */
+    int32_t dtype;            /* starkv_dtype of k, v, q_window, dst_k, dst_v */
+    int32_t pooling;          /* starkv_pooling */
+    int32_t pooling_kernel;   /* odd */
 } starkv_compress_shape;
 
 /* In the order of the operator's definition. A sequence is compressed in all layers or in none. It cannot be
- * where in any layer kv_len <= W or kv_len > C, the newest screenshot does not lie before the window or has more
- * cells than V, a layer's budget exceeds its rows or the slot's E, or its slot is not in 0 ... S - 1: then it
- * keeps nothing (new_len is 0), nothing is written into its slot, and its state stays. */
+ * where in any layer kv_len <= W or kv_len > C, the newest screenshot does not lie before the window or has
+ * more cells than V, a layer's budget exceeds its rows or the slot's E, or its slot is not in 0 ... S - 1:
+ * then it keeps nothing (new_len is 0), nothing is written into its slot, and its state stays. */
 typedef struct starkv_compress_buffers {
-    const void* k;               /* [L,B,G,C,D]; rows from kv_len on are never used */
-    const void* v;               /* [L,B,G,C,D] */
-    const void* q_window;        /* [L,B,H,W,D] */
-    const float* hidden_norm;    /* [L,B,C] */
-    const int32_t* kv_len;       /* [L,B] */
-    const int32_t* row_meta;     /* [L,B,C,4] */
-    const int32_t* frame;        /* [5] */
-    const float* parameters;     /* [23] */
-    const int64_t* limits;       /* [3] */
-    const float* mi_ema;         /* [L,B,G] */
-    const float* pattern_ema;    /* [L,B,G,V] */
-    const float* temperature;    /* [L,B] */
-    const int32_t* slot;         /* [B]; must be 0, 1, 2 ... where dst is the source itself */
-    void* dst_k;                 /* [L,S,G,E,D]; may be k itself, then S = B and E = C */
-    void* dst_v;                 /* [L,S,G,E,D]; likewise v */
-    int32_t* dst_meta;           /* [L,S,E,4]; likewise row_meta */
-    int32_t* new_len;            /* [L,B] */
-    int64_t* rows;               /* [L,B,1,E], ascending, -1 behind the last; may be null */
-    float* scores;               /* [L,B,C], 0 outside the past; may be null */
-    float* stages;               /* [L,B,4,C]; may be null */
-    float* new_mi_ema;           /* [L,B,G]; may be mi_ema itself */
-    float* new_pattern_ema;      /* [L,B,G,V]; may be pattern_ema itself */
-    float* new_temperature;      /* [L,B]; may be temperature itself */
+    const void* k;            /* [L,B,G,C,D]; rows from kv_len on are never used */
+    const void* v;            /* [L,B,G,C,D] */
+    const void* q_window;     /* [L,B,H,W,D] */
+    const float* hidden_norm; /* [L,B,C] */
+    const int32_t* kv_len;    /* [L,B] */
+    const int32_t* row_meta;  /* [L,B,C,4] */
+    const int32_t* frame;     /* [5] */
+    const float* parameters;  /* [23] */
+    const int64_t* limits;    /* [3] */
+    const float* mi_ema;      /* [L,B,G] */
+    const float* pattern_ema; /* [L,B,G,V] */
+    const float* temperature; /* [L,B] */
+    const int32_t* slot;      /* [B]; must be 0, 1, 2 ... where dst is the source itself */
+    void* dst_k;              /* [L,S,G,E,D]; may be k itself, then S = B and E = C */
+    void* dst_v;              /* [L,S,G,E,D]; likewise v */
+    int32_t* dst_meta;        /* [L,S,E,4]; likewise row_meta */
+    int32_t* new_len;         /* [L,B] */
+    int64_t* rows;            /* [L,B,1,E], ascending, -1 behind the last; may be null */
+    float* scores;            /* [L,B,C], 0 outside the past; may be null */
+    float* stages;            /* [L,B,4,C]; may be null */
+    float* new_mi_ema;        /* [L,B,G]; may be mi_ema itself */
+    float* new_pattern_ema;   /* [L,B,G,V]; may be pattern_ema itself */
+    float* new_temperature;   /* [L,B]; may be temperature itself */
 } starkv_compress_buffers;
 
 /* Bytes of workspace for starkv_compress. */
@@ -119,27 +119,27 @@ STARKV_API int starkv_compress(const starkv_compress_shape* shape, const starkv_
 /* ---- KVAttention: append new rows to a cache and attend to all of it ---- */
 
 typedef struct starkv_attention_shape {
-    int32_t sequences;    /* B */
-    int32_t new_tokens;   /* S, at most 2^21 */
-    int32_t query_heads;  /* H */
-    int32_t kv_heads;     /* G, at most 64 */
-    int32_t head_dim;     /* D */
-    int32_t capacity;     /* C, at most 2^24 */
-    int32_t dtype;        /* STARKV_FLOAT16 or STARKV_BFLOAT16 */
+    int32_t sequences;   /* B */
+    int32_t new_tokens;  /* S, at most 2^21 */
+    int32_t query_heads; /* H */
+    int32_t kv_heads;    /* G, at most 64 */
+    int32_t head_dim;    /* D */
+    int32_t capacity;    /* C, at most 2^24 */
+    int32_t dtype;       /* STARKV_FLOAT16 or STARKV_BFLOAT16 */
 } starkv_attention_shape;
 
 /* Sequence b holds kv_len[b] rows; the S new ones are written behind them, and new query s sees the rows
  * 0 ... kv_len[b] + s. A sequence with kv_len < 0 or kv_len + S > C is left alone and its output set to 0. */
 typedef struct starkv_attention_buffers {
-    const void* q;            /* [B,S,H*D] */
-    const void* k;            /* [B,S,G*D] */
-    const void* v;            /* [B,S,G*D] */
-    const void* past_k;       /* [B,G,C,D] */
-    const void* past_v;       /* [B,G,C,D] */
-    const int32_t* kv_len;    /* [B] */
-    void* present_k;          /* [B,G,C,D]; past_k itself (nothing is copied), or apart from it */
-    void* present_v;          /* likewise */
-    void* out;                /* [B,S,H*D] */
+    const void* q;         /* [B,S,H*D] */
+    const void* k;         /* [B,S,G*D] */
+    const void* v;         /* [B,S,G*D] */
+    const void* past_k;    /* [B,G,C,D] */
+    const void* past_v;    /* [B,G,C,D] */
+    const int32_t* kv_len; /* [B] */
+    void* present_k;       /* [B,G,C,D]; past_k itself (nothing is copied), or apart from it */
+    void* present_v;       /* likewise */
+    void* out;             /* [B,S,H*D] */
 } starkv_attention_buffers;
 
 /* Bytes of workspace for starkv_attention: 0 unless S is 1; null will do then. */
@@ -154,17 +154,17 @@ STARKV_API int starkv_attention(const starkv_attention_shape* shape, const stark
 STARKV_API int starkv_embedding_gather(const void* table, const int32_t* ids, void* out, int32_t count,
                                        int32_t vocabulary, int32_t width, int32_t dtype, void* stream);
 
-/* ids[b] = index of the largest of logits [B, vocabulary]; the lowest of equal ones; NaN never wins, and a row
- * of NaN gives 0. */
+/* ids[b] = index of the largest of logits [B, vocabulary]; the lowest of equal ones; NaN never wins, and a
+ * row of NaN gives 0. */
 STARKV_API int starkv_argmax(const float* logits, int32_t* ids, int32_t sequences, int32_t vocabulary,
                              void* stream);
 
 /* Nucleus sampling. Per sequence: temperature[b] > 0, top_p[b] in (0, 1], uniform[b] in [0, 1) drawn by the
- * caller. A token weighs exp((logit - largest) / temperature), rounded to a multiple of 2^-40, so that sums are
- * exact and every device chooses the same token (starkv/kernels/sampling_reference.py). The larger weights come
- * first and of equal ones the lower id: the kept set is the shortest beginning whose sum reaches top_p of all.
- * Of it, in order of ids, the first whose running sum exceeds uniform times what is kept is chosen. A temperature
- * of 0 or less is argmax. NaN weighs nothing. At most 2^22 tokens. */
+ * caller. A token weighs exp((logit - largest) / temperature), rounded to a multiple of 2^-40, so that sums
+ * are exact and every device chooses the same token (starkv/kernels/sampling_reference.py). The larger
+ * weights come first and of equal ones the lower id: the kept set is the shortest beginning whose sum reaches
+ * top_p of all. Of it, in order of ids, the first whose running sum exceeds uniform times what is kept is
+ * chosen. A temperature of 0 or less is argmax. NaN weighs nothing. At most 2^22 tokens. */
 STARKV_API int starkv_sample_top_p(const float* logits, const float* temperature, const float* top_p,
                                    const float* uniform, int32_t* ids, int32_t sequences, int32_t vocabulary,
                                    void* stream);

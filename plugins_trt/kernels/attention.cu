@@ -125,11 +125,16 @@ bool attend(const AttentionView& view, Stream stream) {
 template <class T>
 bool attend(const AttentionView& view, Stream stream) {
     switch (view.shape.head_dim) {
-        case 64: return attend<T, 64>(view, stream);
-        case 80: return attend<T, 80>(view, stream);
-        case 96: return attend<T, 96>(view, stream);
-        case 128: return attend<T, 128>(view, stream);
-        default: return attend<T, 256>(view, stream);
+        case 64:
+            return attend<T, 64>(view, stream);
+        case 80:
+            return attend<T, 80>(view, stream);
+        case 96:
+            return attend<T, 96>(view, stream);
+        case 128:
+            return attend<T, 128>(view, stream);
+        default:
+            return attend<T, 256>(view, stream);
     }
 }
 

@@ -2,9 +2,9 @@
 // Sums, maxima and running counts over the threads of a block. Sums add in a fixed order, so results repeat.
 #pragma once
 
-#include "platform.h"
-
 #include <type_traits>
+
+#include "platform.h"
 
 namespace starkv {
 

@@ -10,7 +10,8 @@ constexpr int kCompactThreads = 256;
 constexpr int kCompactRows = 64;
 constexpr int kInPlaceThreads = 512;
 
-// One of the tensors that move, as rows of 16-byte vectors: every head's keys, then values, then the metadata.
+// One of the tensors that move, as rows of 16-byte vectors: every head's keys, then values, then the
+// metadata.
 struct MovedTensor {
     const uint4* from;
     uint4* to;
@@ -19,7 +20,8 @@ struct MovedTensor {
     __device__ MovedTensor(const CompressView& view, const Sequence& sequence, int tensor, int row_bytes) {
         const auto& shape = view.shape;
         const auto& buffers = view.buffers;
-        const size_t target = static_cast<size_t>(sequence.index / shape.sequences) * shape.slots + sequence.slot;
+        const size_t target =
+            static_cast<size_t>(sequence.index / shape.sequences) * shape.slots + sequence.slot;
         const void* source = buffers.row_meta;
         void* destination = buffers.dst_meta;
         size_t from_head = static_cast<size_t>(sequence.index), to_head = target;
@@ -69,7 +71,8 @@ __global__ void __launch_bounds__(kCompactThreads) compact_rows(CompressView vie
     const int kept = view.buffers.new_len[sequence.index];
     if (first >= kept) return;
     const MovedTensor tensor(view, sequence, static_cast<int>(blockIdx.y), row_bytes);
-    const int* source_rows = view.source_rows + static_cast<size_t>(sequence.index) * view.shape.slot_capacity;
+    const int* source_rows =
+        view.source_rows + static_cast<size_t>(sequence.index) * view.shape.slot_capacity;
     const auto end = static_cast<unsigned>(min(first + kCompactRows, kept) * tensor.vectors);
     MovingVectors<kCompactThreads, 4> moving;
     for (unsigned start = first * tensor.vectors; start < end; start += moving.kCount) {
@@ -78,12 +81,13 @@ __global__ void __launch_bounds__(kCompactThreads) compact_rows(CompressView vie
     }
 }
 
-// Within the same memory: a block for one tensor of a sequence, from front to back. A row never moves back, so
-// what one step overwrites no later step reads; within a step all reads come before all writes.
+// Within the same memory: a block for one tensor of a sequence, from front to back. A row never moves back,
+// so what one step overwrites no later step reads; within a step all reads come before all writes.
 __global__ void __launch_bounds__(kInPlaceThreads) compact_rows_in_place(CompressView view, int row_bytes) {
     const Sequence sequence(view, static_cast<int>(blockIdx.y));
     const MovedTensor tensor(view, sequence, static_cast<int>(blockIdx.x), row_bytes);
-    const int* source_rows = view.source_rows + static_cast<size_t>(sequence.index) * view.shape.slot_capacity;
+    const int* source_rows =
+        view.source_rows + static_cast<size_t>(sequence.index) * view.shape.slot_capacity;
     const auto end = static_cast<unsigned>(view.buffers.new_len[sequence.index] * tensor.vectors);
     MovingVectors<kInPlaceThreads, 8> moving;
     for (unsigned start = 0; start < end; start += moving.kCount) {

@@ -77,8 +77,10 @@ CompressView lay_out(const starkv_compress_shape& shape, Workspace& workspace) {
 }
 
 int check_buffers(const starkv_compress_shape& shape, const starkv_compress_buffers& buffers) {
-    const auto required = {buffers.k,          buffers.v,
-                           buffers.q_window,   static_cast<const void*>(buffers.hidden_norm),
+    const auto required = {buffers.k,
+                           buffers.v,
+                           buffers.q_window,
+                           static_cast<const void*>(buffers.hidden_norm),
                            static_cast<const void*>(buffers.kv_len),
                            static_cast<const void*>(buffers.row_meta),
                            static_cast<const void*>(buffers.frame),
@@ -133,19 +135,27 @@ bool score_window(const CompressView& view, Stream stream) {
 template <class T>
 bool score_window(const CompressView& view, Stream stream) {
     switch (view.shape.head_dim) {
-        case 64: return score_window<T, 64>(view, stream);
-        case 80: return score_window<T, 80>(view, stream);
-        case 96: return score_window<T, 96>(view, stream);
-        case 128: return score_window<T, 128>(view, stream);
-        default: return score_window<T, 256>(view, stream);
+        case 64:
+            return score_window<T, 64>(view, stream);
+        case 80:
+            return score_window<T, 80>(view, stream);
+        case 96:
+            return score_window<T, 96>(view, stream);
+        case 128:
+            return score_window<T, 128>(view, stream);
+        default:
+            return score_window<T, 256>(view, stream);
     }
 }
 
 bool score_window(const CompressView& view, Stream stream) {
     switch (view.shape.dtype) {
-        case STARKV_FLOAT32: return score_window<float>(view, stream);
-        case STARKV_FLOAT16: return score_window<Half>(view, stream);
-        default: return score_window<BFloat16>(view, stream);
+        case STARKV_FLOAT32:
+            return score_window<float>(view, stream);
+        case STARKV_FLOAT16:
+            return score_window<Half>(view, stream);
+        default:
+            return score_window<BFloat16>(view, stream);
     }
 }
 
@@ -155,9 +165,11 @@ bool compact(const CompressView& view, Stream stream) {
     const auto tensors = static_cast<unsigned>(2 * shape.kv_heads + 1);
     const auto sequences = static_cast<unsigned>(shape.layers * shape.sequences);
     if (view.in_place)
-        return launch(compact_rows_in_place, dim3(tensors, sequences), kInPlaceThreads, 0, stream, view, row_bytes);
-    const dim3 grid(static_cast<unsigned>(ceil_div(std::min(shape.slot_capacity, shape.capacity), kCompactRows)),
-                    tensors, sequences);
+        return launch(compact_rows_in_place, dim3(tensors, sequences), kInPlaceThreads, 0, stream, view,
+                      row_bytes);
+    const dim3 grid(
+        static_cast<unsigned>(ceil_div(std::min(shape.slot_capacity, shape.capacity), kCompactRows)), tensors,
+        sequences);
     return launch(compact_rows, grid, kCompactThreads, 0, stream, view, row_bytes);
 }
 
@@ -169,7 +181,8 @@ bool launch_all(const CompressView& view, Stream stream) {
     const dim3 heads(static_cast<unsigned>(shape.kv_heads), sequences);
     const size_t budget_bytes = sizeof(BudgetShared) + shape.layers * sizeof(double);
     const auto counters = static_cast<int>(1 + 2 * score_units(view));
-    return launch(prepare_sequences, batch, kPrepareThreads, sizeof(BlockScratch<int>), stream, view, counters) &&
+    return launch(prepare_sequences, batch, kPrepareThreads, sizeof(BlockScratch<int>), stream, view,
+                  counters) &&
            score_window(view, stream) &&
            launch(norm_statistics, sequences, kRowThreads, sizeof(BlockScratch<float>), stream, view) &&
            launch(group_scores, rows, kRowThreads, sizeof(BlockScratch<float>), stream, view) &&
@@ -195,8 +208,8 @@ int starkv_compress_workspace(const starkv_compress_shape* shape, size_t* bytes)
     return STARKV_OK;
 }
 
-int starkv_compress(const starkv_compress_shape* shape, const starkv_compress_buffers* buffers, void* workspace,
-                    size_t workspace_bytes, void* stream) {
+int starkv_compress(const starkv_compress_shape* shape, const starkv_compress_buffers* buffers,
+                    void* workspace, size_t workspace_bytes, void* stream) {
     if (!shape || !buffers || !workspace) return STARKV_ERROR_NULL_POINTER;
     int status = starkv::check_shape(*shape);
     if (status == STARKV_OK) status = starkv::check_buffers(*shape, *buffers);

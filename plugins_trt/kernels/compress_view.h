@@ -73,9 +73,12 @@ struct CompressView {
 
     __device__ int sharing() const { return shape.query_heads / shape.kv_heads; }
     __device__ const Plan& plan() const { return *reinterpret_cast<const Plan*>(buffers.parameters); }
-    __device__ const FrameNumbers& frame() const { return *reinterpret_cast<const FrameNumbers*>(buffers.frame); }
+    __device__ const FrameNumbers& frame() const {
+        return *reinterpret_cast<const FrameNumbers*>(buffers.frame);
+    }
     __device__ float* mass_rows(int sequence, int group) const {
-        return mass + (static_cast<size_t>(sequence) * shape.kv_heads + group) * blocks_per_group * shape.capacity;
+        return mass +
+               (static_cast<size_t>(sequence) * shape.kv_heads + group) * blocks_per_group * shape.capacity;
     }
     __device__ float* group_rows(int sequence, int group) const {
         return groups + (static_cast<size_t>(sequence) * shape.kv_heads + group) * shape.capacity;
@@ -95,7 +98,8 @@ struct Sequence {
     __device__ Sequence(const CompressView& view, int index_)
         : Sequence(view, index_, view.accepted[index_ % view.shape.sequences] != 0) {}
 
-    __device__ Sequence(const CompressView& view, int index_, bool accepted) : index(index_), valid(accepted) {
+    __device__ Sequence(const CompressView& view, int index_, bool accepted)
+        : index(index_), valid(accepted) {
         const int sequence = index % view.shape.sequences;
         length = view.buffers.kv_len[index];
         past = length - view.shape.window;
@@ -109,7 +113,8 @@ struct Sequence {
         const auto& shape = view.shape;
         const FrameNumbers& frame = view.frame();
         const bool rows = past >= 1 && length <= shape.capacity;
-        const bool inside = start >= 0 && start <= past && cells <= past - start && cells <= shape.pattern_capacity;
+        const bool inside =
+            start >= 0 && start <= past && cells <= past - start && cells <= shape.pattern_capacity;
         const bool grid = !cells || (frame.grid_rows > 0 && frame.grid_columns > 0);
         const bool own_slot = !view.in_place || slot == index % shape.sequences;
         return rows && inside && grid && own_slot && slot >= 0 && slot < shape.slots;

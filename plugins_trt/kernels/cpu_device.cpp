@@ -24,8 +24,8 @@ namespace starkv::cpu_device {
 thread_local Position position;
 
 void die(const char* message) {
-    std::fprintf(stderr, "starkv cpu device: %s (block %u,%u,%u)\n", message, position.block.x, position.block.y,
-                 position.block.z);
+    std::fprintf(stderr, "starkv cpu device: %s (block %u,%u,%u)\n", message, position.block.x,
+                 position.block.y, position.block.z);
     std::abort();
 }
 
@@ -145,7 +145,8 @@ starkv_switch_stack:
 #endif
 
 void to_scheduler() {
-    starkv_switch_stack(&block.fibers[static_cast<size_t>(block.running)].stack_pointer, scheduler_stack_pointer);
+    starkv_switch_stack(&block.fibers[static_cast<size_t>(block.running)].stack_pointer,
+                        scheduler_stack_pointer);
 }
 void to_fiber(Fiber& fiber) { starkv_switch_stack(&scheduler_stack_pointer, fiber.stack_pointer); }
 
@@ -237,7 +238,8 @@ void run_block(int threads, const std::vector<int>& order) {
             to_fiber(fiber);
             if (fiber.finished) --left;
         }
-        if (left > 0 && block.progress == before) die("a barrier or warp function that not all threads reach");
+        if (left > 0 && block.progress == before)
+            die("a barrier or warp function that not all threads reach");
     }
 }
 

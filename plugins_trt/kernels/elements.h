@@ -2,9 +2,9 @@
 // Element types of caches, and conversions that are the same on the GPU and on the CPU.
 #pragma once
 
-#include "platform.h"
-
 #include <cstring>
+
+#include "platform.h"
 
 namespace starkv {
 
@@ -69,7 +69,8 @@ __host__ __device__ inline Half from_float<Half>(float value) {
     if (!(size == size)) return {static_cast<uint16_t>(sign | 0x7e00U)};
     if (size >= 65520.0F) return {static_cast<uint16_t>(sign | 0x7c00U)};
     // A multiple of 2^-24 below 2^-14, of 2^(e - 10) above: adding 2^13 times the unit's 2^10 rounds to it.
-    if (size < 6.103515625e-5F) return {static_cast<uint16_t>(sign | static_cast<uint16_t>(rintf(size * 16777216.0F)))};
+    if (size < 6.103515625e-5F)
+        return {static_cast<uint16_t>(sign | static_cast<uint16_t>(rintf(size * 16777216.0F)))};
     const uint32_t magnitude = bits & 0x7fffffffU;
     const uint32_t rounded = magnitude + 0xfffU + ((magnitude >> 13) & 1U);
     return {static_cast<uint16_t>(sign | static_cast<uint16_t>((rounded - 0x38000000U) >> 13))};

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The score of every row, from those of its KV heads: weighted by information, discounted by age, sharpened by
-// entropy (docs/spec/star-kv.md §1, steps 9 to 11).
+// The score of every row, from those of its KV heads: weighted by information, discounted by age, sharpened
+// by entropy (docs/spec/star-kv.md §1, steps 9 to 11).
 #pragma once
 
 #include "group_scores.cuh"
@@ -53,7 +53,8 @@ __global__ void __launch_bounds__(kRowThreads) final_scores(CompressView view) {
     const Plan& plan = view.plan();
     const int capacity = view.shape.capacity, heads = view.shape.kv_heads;
     const size_t head_index = static_cast<size_t>(sequence.index) * heads;
-    const int first = static_cast<int>(blockIdx.x) * kRowsPerBlock, end = min(first + kRowsPerBlock, capacity);
+    const int first = static_cast<int>(blockIdx.x) * kRowsPerBlock,
+              end = min(first + kRowsPerBlock, capacity);
     if (threadIdx.x == 0 && sequence.valid)
         weigh_heads(plan, view.buffers.new_mi_ema + head_index, heads, shared.weights);
     for (int head = static_cast<int>(threadIdx.x); head < heads; head += kRowThreads)

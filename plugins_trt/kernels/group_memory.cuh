@@ -15,18 +15,21 @@ constexpr int kValueBins = 16;
 constexpr int kBounds = kValueBins - 1;
 
 __host__ __device__ inline int place_bin(int position, int positions) {
-    const int64_t bin = static_cast<int64_t>(kPlaceBins) * (2 * position + 1) / (2 * static_cast<int64_t>(positions));
+    const int64_t bin =
+        static_cast<int64_t>(kPlaceBins) * (2 * position + 1) / (2 * static_cast<int64_t>(positions));
     return bin < kPlaceBins - 1 ? static_cast<int>(bin) : kPlaceBins - 1;
 }
 // Cell of the 12 x 12 screen that a token's centre falls into.
 __host__ __device__ inline int place_of(int token, int grid_rows, int grid_columns) {
-    return place_bin(token / grid_columns, grid_rows) * kPlaceBins + place_bin(token % grid_columns, grid_columns);
+    return place_bin(token / grid_columns, grid_rows) * kPlaceBins +
+           place_bin(token % grid_columns, grid_columns);
 }
 // First rank of a value bin, of 16 equally full ones.
 __host__ __device__ inline int first_rank(int bin, int count) {
     return static_cast<int>((static_cast<int64_t>(bin) * count + kValueBins - 1) / kValueBins);
 }
-// One cell's share of the mutual information, nats: `together` of `count` elements, `values` and `places` in all.
+// One cell's share of the mutual information, nats: `together` of `count` elements, `values` and `places` in
+// all.
 __host__ __device__ inline double information_term(int together, int values, int places, int count) {
     if (together == 0) return 0.0;
     const double n = count, joint = together / n, independent = (values / n) * (places / n);
@@ -86,7 +89,8 @@ __device__ inline float compare_pattern(const CompressView& view, const float* s
     const Plan& plan = view.plan();
     const float divisor = fmaxf(total, 1e-8F);
     float dot = 0.0F, own = 0.0F, other = 0.0F;
-    for (int i = static_cast<int>(threadIdx.x); i < view.shape.pattern_capacity; i += static_cast<int>(blockDim.x)) {
+    for (int i = static_cast<int>(threadIdx.x); i < view.shape.pattern_capacity;
+         i += static_cast<int>(blockDim.x)) {
         const float earlier = before[i];
         if (i >= count) {
             after[i] = earlier;

@@ -18,7 +18,8 @@ __global__ void __launch_bounds__(kRowThreads) norm_statistics(CompressView view
     auto& scratch = shared_memory<BlockScratch<float>>();
     const float* norms = view.buffers.hidden_norm + static_cast<size_t>(sequence.index) * view.shape.capacity;
     const auto each = [&](auto work) {
-        for (int cell = static_cast<int>(threadIdx.x); cell < sequence.cells; cell += static_cast<int>(blockDim.x))
+        for (int cell = static_cast<int>(threadIdx.x); cell < sequence.cells;
+             cell += static_cast<int>(blockDim.x))
             work(norms[sequence.start + cell]);
     };
     NormStatistics result{};
@@ -75,7 +76,8 @@ __global__ void __launch_bounds__(kRowThreads) group_scores(CompressView view) {
     const size_t rows = static_cast<size_t>(sequence.index) * capacity;
     const bool boosted = sequence.cells > 0 && plan.boost > 0.0F;
     const NormStatistics norms = boosted ? view.norms[sequence.index] : NormStatistics{};
-    const int first = static_cast<int>(blockIdx.x) * kRowsPerBlock, end = min(first + kRowsPerBlock, sequence.past);
+    const int first = static_cast<int>(blockIdx.x) * kRowsPerBlock,
+              end = min(first + kRowsPerBlock, sequence.past);
     float sum = 0.0F;
     for (int row = first + static_cast<int>(threadIdx.x); row < end; row += kRowThreads) {
         float boost = 0.0F;

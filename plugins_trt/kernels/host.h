@@ -2,12 +2,12 @@
 // What the C ABI's functions share: checks of pointers, and laying out a workspace.
 #pragma once
 
-#include "starkv_kernels.h"
-
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+
+#include "starkv_kernels.h"
 
 namespace starkv {
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Products of queries with sixteen keys, by one warp. Keys go from device memory straight into registers.
 //
-// With g = lane / 4 and t = lane % 4 a thread gets products of queries 16 m + 8 h + g with keys 8 n + 2 t + c, at
-// products[m][n][2 h + c].
+// With g = lane / 4 and t = lane % 4 a thread gets products of queries 16 m + 8 h + g with keys 8 n + 2 t +
+// c, at products[m][n][2 h + c].
 #pragma once
 
 #include "query_fragments.h"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Entropy of each layer's scores, and the rows that each layer gets by it (docs/spec/star-kv.md §5, LayerRows in
-// starkv/onnx_compact.py).
+// Entropy of each layer's scores, and the rows that each layer gets by it (docs/spec/star-kv.md §5, LayerRows
+// in starkv/onnx_compact.py).
 #pragma once
 
 #include "block.h"
@@ -38,7 +38,8 @@ __global__ void __launch_bounds__(kEntropyThreads) score_entropy(CompressView vi
 }
 
 // Rows between floor and ceiling that a layer gets at a factor.
-__host__ __device__ inline double share_at(double factor, double weight, double floor_rows, double ceiling_rows) {
+__host__ __device__ inline double share_at(double factor, double weight, double floor_rows,
+                                           double ceiling_rows) {
     const double share = factor * weight;
     return share < floor_rows ? floor_rows : share > ceiling_rows ? ceiling_rows : share;
 }
@@ -49,14 +50,17 @@ struct BudgetShared {
     double weights[1];  // one for each layer
 };
 
-// Gives every layer of a sequence its rows at a factor; by one thread. Whether they are there, and fit the slot.
-__device__ inline bool give_rows(const CompressView& view, int sequence, double factor, const double* weights) {
+// Gives every layer of a sequence its rows at a factor; by one thread. Whether they are there, and fit the
+// slot.
+__device__ inline bool give_rows(const CompressView& view, int sequence, double factor,
+                                 const double* weights) {
     const int64_t* limits = view.buffers.limits;
     double running = 0.0, given = 0.0;
     bool fits = true;
     for (int layer = 0; layer < view.shape.layers; ++layer) {
         const int index = layer * view.shape.sequences + sequence;
-        running += share_at(factor, weights[layer], static_cast<double>(limits[1]), static_cast<double>(limits[2]));
+        running +=
+            share_at(factor, weights[layer], static_cast<double>(limits[1]), static_cast<double>(limits[2]));
         const double up_to_here = floor(running + 0.5), rows = up_to_here - given;
         const int past = view.buffers.kv_len[index] - view.shape.window;
         fits = fits && rows >= 0.0 && rows <= past && rows + view.shape.window <= view.shape.slot_capacity;
@@ -89,7 +93,8 @@ __global__ void __launch_bounds__(kBudgetThreads) layer_budgets(CompressView vie
     }
     const int layers = view.shape.layers, sequences = view.shape.sequences;
     const double mean = static_cast<double>(view.buffers.limits[0]);
-    const double least = static_cast<double>(view.buffers.limits[1]), most = static_cast<double>(view.buffers.limits[2]);
+    const double least = static_cast<double>(view.buffers.limits[1]),
+                 most = static_cast<double>(view.buffers.limits[2]);
     for (int layer = thread; layer < layers; layer += kBudgetThreads) {
         const float needed = view.needed[layer * sequences + sequence];
         weights[layer] = needed == needed ? static_cast<double>(needed) : 1.0;
@@ -119,7 +124,8 @@ __global__ void __launch_bounds__(kBudgetThreads) layer_budgets(CompressView vie
     high = block_reduce(high, shared.scratch, smaller);
     high_total = block_reduce(high_total, shared.scratch, smaller);
     if (thread == 0) {
-        const double way = smaller(larger((wanted - low_total) / larger(high_total - low_total, 1e-9), 0.0), 1.0);
+        const double way =
+            smaller(larger((wanted - low_total) / larger(high_total - low_total, 1e-9), 0.0), 1.0);
         shared.fits = give_rows(view, sequence, low + way * (high - low), weights);
         view.accepted[sequence] = shared.fits;
     }

@@ -25,12 +25,12 @@ constexpr unsigned kWholeWarp = 0xffffffffU;
 
 using Stream = void*;
 using cpu_device::atomic_add;
+using cpu_device::ballot;
+using cpu_device::match_any;
 using cpu_device::shfl;
 using cpu_device::shfl_down;
 using cpu_device::shfl_up;
 using cpu_device::shfl_xor;
-using cpu_device::ballot;
-using cpu_device::match_any;
 
 template <class T>
 T& shared_memory() {
@@ -101,7 +101,7 @@ bool launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared
         cudaGetLastError();
         return false;
     }
-    kernel<<<grid, threads, shared_bytes, stream>>>(arguments...);
+    kernel<<<grid, threads, shared_bytes, stream> > >(arguments...);
     return cudaGetLastError() == cudaSuccess;
 }
 
@@ -109,8 +109,8 @@ inline bool copy_on_device(void* to, const void* from, size_t bytes, Stream stre
     return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream) == cudaSuccess;
 }
 
-// Blocks of one launch that work on each other's results: what a block wrote before a fence and then a flag, a
-// block that finds the flag set sees behind a fence of its own, if it reads past the L1 cache.
+// Blocks of one launch that work on each other's results: what a block wrote before a fence and then a flag,
+// a block that finds the flag set sees behind a fence of its own, if it reads past the L1 cache.
 __device__ inline void device_fence() { __threadfence(); }
 __device__ inline float2 load_published(const float2* address) { return __ldcg(address); }
 __device__ inline void wait_until_set(const int* flag) {

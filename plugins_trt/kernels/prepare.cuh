@@ -19,7 +19,8 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_sequences(CompressVie
     unsound = block_sum(unsound, scratch);
     if (thread == 0) view.accepted[sequence] = unsound == 0;
     const int stride = static_cast<int>(gridDim.x) * kPrepareThreads;
-    for (int i = sequence * kPrepareThreads + thread; i < counters; i += stride) view.counters.next_task[i] = 0;
+    for (int i = sequence * kPrepareThreads + thread; i < counters; i += stride)
+        view.counters.next_task[i] = 0;
 }
 
 }  // namespace starkv

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Queries in shared memory as the tensor cores take them, for products with keys that come straight from memory.
+// Queries in shared memory as the tensor cores take them, for products with keys that come straight from
+// memory.
 //
 // A product over D does not care in which order it is summed, so both operands are permuted alike: a thread
-// reads 16 consecutive bytes of a key and uses them for two steps, instead of the scattered elements that their
-// layout (mma.h) names.
+// reads 16 consecutive bytes of a key and uses them for two steps, instead of the scattered elements that
+// their layout (mma.h) names.
 #pragma once
 
 #include "mma.h"
@@ -39,8 +40,8 @@ struct QueryFragments {
     }
 };
 
-// float32 is for products without tensor cores: rows, each followed by 16 unused bytes that spread them over the
-// banks.
+// float32 is for products without tensor cores: rows, each followed by 16 unused bytes that spread them over
+// the banks.
 template <int kDim, int kTiles>
 struct QueryFragments<float, kDim, kTiles> {
     static constexpr int kRows = kTiles * kQueryTileRows;

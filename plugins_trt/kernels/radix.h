@@ -36,7 +36,8 @@ struct RadixScratch {
 //
 // All threads of the block call it; key_of(i) gives the key of element i < count, as often as asked.
 template <int kRanks, class KeyOf>
-__device__ void radix_bounds(const int (&ranks)[kRanks], int count, KeyOf key_of, RadixScratch<kRanks>& scratch) {
+__device__ void radix_bounds(const int (&ranks)[kRanks], int count, KeyOf key_of,
+                             RadixScratch<kRanks>& scratch) {
     const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
     if (thread < kRanks) {
         scratch.bits[thread] = 0;

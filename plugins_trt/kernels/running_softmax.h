@@ -2,10 +2,10 @@
 // Softmax over scores that arrive in parts, and the arithmetic around it.
 #pragma once
 
+#include <cfloat>
+
 #include "elements.h"
 #include "softmax_sum.h"
-
-#include <cfloat>
 
 namespace starkv {
 

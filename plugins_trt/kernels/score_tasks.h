@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which block of the window scores' launch does what, and in which order.
 //
-// Every key is needed twice: for the softmax's statistics, then for the mass that each row gets. A row of tasks
-// interleaves the two, so that the second use follows while the keys are still in the L2 cache: after the
-// statistics of unit u + lag comes the mass of unit u. (A unit is a block of queries with all rows of its KV
-// head.) Blocks draw numbers, so a task only ever waits for tasks that blocks have begun before it.
+// Every key is needed twice: for the softmax's statistics, then for the mass that each row gets. A row of
+// tasks interleaves the two, so that the second use follows while the keys are still in the L2 cache: after
+// the statistics of unit u + lag comes the mass of unit u. (A unit is a block of queries with all rows of its
+// KV head.) Blocks draw numbers, so a task only ever waits for tasks that blocks have begun before it.
 #pragma once
 
 #include "compress_view.h"
 
 namespace starkv {
 
-// Statistics tasks between the two uses of a unit: about as many as a large GPU runs at once, so that waiting is
-// rare, and few enough that their keys (64 KiB each at D = 128) fit its L2 cache.
+// Statistics tasks between the two uses of a unit: about as many as a large GPU runs at once, so that waiting
+// is rare, and few enough that their keys (64 KiB each at D = 128) fit its L2 cache.
 constexpr int kTasksBetween = 264;
 
 struct ScoreTask {

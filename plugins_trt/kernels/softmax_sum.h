@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The softmax's statistics of some scores, in one pass and joined with those of others. Scores are in units of
-// ln 2, since the hardware knows powers of two only.
+// The softmax's statistics of some scores, in one pass and joined with those of others. Scores are in units
+// of ln 2, since the hardware knows powers of two only.
 #pragma once
 
 #include "platform.h"

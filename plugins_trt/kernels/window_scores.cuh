@@ -145,8 +145,8 @@ __device__ void merge_if_last(const CompressView& view, const Sequence& sequence
 
 // What each row of a chunk gets from all queries of the unit.
 template <class T, int kDim>
-__device__ void chunk_mass(const CompressView& view, const Sequence& sequence, const QueryBlock& block, int chunk,
-                           ScoreShared<T, kDim>& shared) {
+__device__ void chunk_mass(const CompressView& view, const Sequence& sequence, const QueryBlock& block,
+                           int chunk, ScoreShared<T, kDim>& shared) {
     const int group = lane_index() / 4, thread = lane_index() % 4;
     float2 own[kQueryTiles][2];
 #pragma unroll

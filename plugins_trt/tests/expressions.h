@@ -46,15 +46,24 @@ private:
             const std::int64_t a = first.getConstantValue();
             const std::int64_t b = second.getConstantValue();
             switch (operation) {
-                case DimensionOperation::kSUM: return constant(a + b);
-                case DimensionOperation::kPROD: return constant(a * b);
-                case DimensionOperation::kMAX: return constant(std::max(a, b));
-                case DimensionOperation::kMIN: return constant(std::min(a, b));
-                case DimensionOperation::kSUB: return constant(a - b);
-                case DimensionOperation::kEQUAL: return constant(a == b);
-                case DimensionOperation::kLESS: return constant(a < b);
-                case DimensionOperation::kFLOOR_DIV: return constant(a / b);
-                case DimensionOperation::kCEIL_DIV: return constant((a + b - 1) / b);
+                case DimensionOperation::kSUM:
+                    return constant(a + b);
+                case DimensionOperation::kPROD:
+                    return constant(a * b);
+                case DimensionOperation::kMAX:
+                    return constant(std::max(a, b));
+                case DimensionOperation::kMIN:
+                    return constant(std::min(a, b));
+                case DimensionOperation::kSUB:
+                    return constant(a - b);
+                case DimensionOperation::kEQUAL:
+                    return constant(a == b);
+                case DimensionOperation::kLESS:
+                    return constant(a < b);
+                case DimensionOperation::kFLOOR_DIV:
+                    return constant(a / b);
+                case DimensionOperation::kCEIL_DIV:
+                    return constant((a + b - 1) / b);
             }
             return nullptr;
         }

@@ -84,24 +84,41 @@ std::size_t HostTensor::offset_of(Index index) const {
 double HostTensor::read(std::size_t element) const {
     const unsigned char* from = bytes_.data() + element * element_bytes(spec_.type);
     switch (spec_.type) {
-        case DataType::kHALF: return from_half(load<std::uint16_t>(from));
-        case DataType::kBF16: return from_bfloat16(load<std::uint16_t>(from));
-        case DataType::kFLOAT: return load<float>(from);
-        case DataType::kINT32: return load<std::int32_t>(from);
-        case DataType::kINT64: return static_cast<double>(load<std::int64_t>(from));
-        default: throw std::invalid_argument("a type that tests do not read");
+        case DataType::kHALF:
+            return from_half(load<std::uint16_t>(from));
+        case DataType::kBF16:
+            return from_bfloat16(load<std::uint16_t>(from));
+        case DataType::kFLOAT:
+            return load<float>(from);
+        case DataType::kINT32:
+            return load<std::int32_t>(from);
+        case DataType::kINT64:
+            return static_cast<double>(load<std::int64_t>(from));
+        default:
+            throw std::invalid_argument("a type that tests do not read");
     }
 }
 
 void HostTensor::write(std::size_t element, double value) {
     unsigned char* to = bytes_.data() + element * element_bytes(spec_.type);
     switch (spec_.type) {
-        case DataType::kHALF: store(to, to_half(value)); break;
-        case DataType::kBF16: store(to, to_bfloat16(value)); break;
-        case DataType::kFLOAT: store(to, static_cast<float>(value)); break;
-        case DataType::kINT32: store(to, static_cast<std::int32_t>(value)); break;
-        case DataType::kINT64: store(to, static_cast<std::int64_t>(value)); break;
-        default: throw std::invalid_argument("a type that tests do not write");
+        case DataType::kHALF:
+            store(to, to_half(value));
+            break;
+        case DataType::kBF16:
+            store(to, to_bfloat16(value));
+            break;
+        case DataType::kFLOAT:
+            store(to, static_cast<float>(value));
+            break;
+        case DataType::kINT32:
+            store(to, static_cast<std::int32_t>(value));
+            break;
+        case DataType::kINT64:
+            store(to, static_cast<std::int64_t>(value));
+            break;
+        default:
+            throw std::invalid_argument("a type that tests do not write");
     }
     if (read(element) != value) throw std::invalid_argument("a value that its type does not hold exactly");
 }

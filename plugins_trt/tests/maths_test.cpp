@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernels' arithmetic that needs no threads, against plain definitions of it.
 
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <vector>
+
 #include "check.h"
 #include "elements.h"
 #include "group_memory.cuh"
 #include "layer_budgets.cuh"
 #include "radix.h"
 #include "score_tasks.h"
-
-#include <cmath>
-#include <cstdio>
-#include <limits>
-#include <vector>
 
 namespace {
 
@@ -30,7 +30,9 @@ double value_of(uint16_t bits, int exponent_bits, int fraction_bits) {
 
 template <class T>
 void check_conversions(int exponent_bits, int fraction_bits) {
-    const auto exact = [&](int bits) { return value_of(static_cast<uint16_t>(bits), exponent_bits, fraction_bits); };
+    const auto exact = [&](int bits) {
+        return value_of(static_cast<uint16_t>(bits), exponent_bits, fraction_bits);
+    };
     const int infinity = ((1 << exponent_bits) - 1) << fraction_bits;
     for (int bits = 0; bits < 1 << 16; ++bits) {
         const float value = to_float(T{static_cast<uint16_t>(bits)});
@@ -56,7 +58,8 @@ void check_conversions(int exponent_bits, int fraction_bits) {
 }
 
 void check_order() {
-    const std::vector<float> ascending = {-INFINITY, -3e38F, -1.5F, -1e-40F, 0.0F, 1e-40F, 2.0F, 3e38F, INFINITY};
+    const std::vector<float> ascending = {-INFINITY, -3e38F, -1.5F, -1e-40F, 0.0F,
+                                          1e-40F,    2.0F,   3e38F, INFINITY};
     for (size_t i = 1; i < ascending.size(); ++i) {
         CHECK(ordered_key(ascending[i - 1]) < ordered_key(ascending[i]));
         CHECK(sort_key(ordered_key(ascending[i - 1]), 9) < sort_key(ordered_key(ascending[i]), 3));

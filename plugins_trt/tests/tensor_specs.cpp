@@ -98,11 +98,15 @@ std::vector<nvinfer1::DynamicPluginTensorDesc> describe_fixed(const std::vector<
 
 std::size_t element_bytes(DataType type) {
     switch (type) {
-        case DataType::kINT8: return 1;
+        case DataType::kINT8:
+            return 1;
         case DataType::kHALF:
-        case DataType::kBF16: return 2;
-        case DataType::kINT64: return 8;
-        default: return 4;
+        case DataType::kBF16:
+            return 2;
+        case DataType::kINT64:
+            return 8;
+        default:
+            return 4;
     }
 }
 

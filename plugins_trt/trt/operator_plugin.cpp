@@ -24,9 +24,12 @@ constexpr std::int32_t kFailure = 1;
 
 nvinfer1::IPluginCapability* OperatorPlugin::getCapabilityInterface(PluginCapabilityType type) noexcept {
     switch (type) {
-        case PluginCapabilityType::kCORE: return static_cast<nvinfer1::IPluginV3OneCore*>(this);
-        case PluginCapabilityType::kBUILD: return static_cast<nvinfer1::IPluginV3OneBuildV2*>(this);
-        case PluginCapabilityType::kRUNTIME: return static_cast<nvinfer1::IPluginV3OneRuntime*>(this);
+        case PluginCapabilityType::kCORE:
+            return static_cast<nvinfer1::IPluginV3OneCore*>(this);
+        case PluginCapabilityType::kBUILD:
+            return static_cast<nvinfer1::IPluginV3OneBuildV2*>(this);
+        case PluginCapabilityType::kRUNTIME:
+            return static_cast<nvinfer1::IPluginV3OneRuntime*>(this);
     }
     return nullptr;
 }
@@ -128,10 +131,14 @@ bool OperatorPlugin::prepare(const PluginTensorDesc* inputs, const PluginTensorD
 
 int kernel_type(DataType type) noexcept {
     switch (type) {
-        case DataType::kFLOAT: return STARKV_FLOAT32;
-        case DataType::kHALF: return STARKV_FLOAT16;
-        case DataType::kBF16: return STARKV_BFLOAT16;
-        default: return -1;  // The kernels refuse it.
+        case DataType::kFLOAT:
+            return STARKV_FLOAT32;
+        case DataType::kHALF:
+            return STARKV_FLOAT16;
+        case DataType::kBF16:
+            return STARKV_BFLOAT16;
+        default:
+            return -1;  // The kernels refuse it.
     }
 }
 

@@ -37,13 +37,20 @@ Shape parse(const char* text) {
 
 const char* type_name(DataType type) {
     switch (type) {
-        case DataType::kFLOAT: return "float32";
-        case DataType::kHALF: return "float16";
-        case DataType::kBF16: return "bfloat16";
-        case DataType::kINT8: return "int8";
-        case DataType::kINT32: return "int32";
-        case DataType::kINT64: return "int64";
-        default: return "another type";
+        case DataType::kFLOAT:
+            return "float32";
+        case DataType::kHALF:
+            return "float16";
+        case DataType::kBF16:
+            return "bfloat16";
+        case DataType::kINT8:
+            return "int8";
+        case DataType::kINT32:
+            return "int32";
+        case DataType::kINT64:
+            return "int64";
+        default:
+            return "another type";
     }
 }
 
@@ -76,11 +83,16 @@ bool bind_dims(const char* operator_name, const TensorRule& rule, const Dims& gi
 
 DataType Signature::type_of(Element element, DataType cache_type) const noexcept {
     switch (element) {
-        case Element::kFloat32: return DataType::kFLOAT;
-        case Element::kInt32: return DataType::kINT32;
-        case Element::kInt64: return DataType::kINT64;
-        case Element::kInt8: return DataType::kINT8;
-        case Element::kCache: break;
+        case Element::kFloat32:
+            return DataType::kFLOAT;
+        case Element::kInt32:
+            return DataType::kINT32;
+        case Element::kInt64:
+            return DataType::kINT64;
+        case Element::kInt8:
+            return DataType::kINT8;
+        case Element::kCache:
+            break;
     }
     return cache_type;
 }
