@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls captured in CUDA graphs: replayed, they do what they did, on whatever the tensors hold by then."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from starkv.kernels.attention_call import AttentionCall, reference_attention
+from starkv.kernels.cuda_library import KernelLibrary
+from starkv.validation.attention_checks import AttentionSize, make_call
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU"),
+]
+CLOSE = 2e-2
+"""Relative to the norm: outputs and weights are rounded to bfloat16."""
+
+
+def captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A graph of some work that ran once before, as capturing asks for."""
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph
+
+
+def assert_attends(call: AttentionCall, out: torch.Tensor) -> None:
+    expected = reference_attention(call)[0]
+    assert (out.float() - expected).norm() <= CLOSE * expected.norm()
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_one_graph_decodes_at_every_length(kernels: KernelLibrary, device: torch.device, dim: int) -> None:
+    size = AttentionSize("decode", 2, 1, 500, query_heads=14, kv_heads=2, head_dim=dim)
+    call = make_call(size, torch.bfloat16, device)
+    out = torch.empty_like(call.q)
+    graph = captured(lambda: kernels.attention(call, out=out))
+    for lengths in ([3, 500], [400, 0]):
+        call.kv_len.copy_(torch.tensor(lengths))
+        call.q.normal_()
+        expected = replace(call, past_k=call.past_k.clone(), past_v=call.past_v.clone())
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_attends(expected, out)
+
+
+@pytest.mark.parametrize("dim", [128, 256])
+def test_prefill(kernels: KernelLibrary, device: torch.device, dim: int) -> None:
+    size = AttentionSize("prefill", 1, 200, 300, query_heads=4, kv_heads=2, head_dim=dim)
+    call = make_call(size, torch.bfloat16, device)
+    out = torch.empty_like(call.q)
+    graph = captured(lambda: kernels.attention(call, out=out))
+    out.zero_()
+    call.q.normal_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_attends(call, out)
+
+
+def test_the_next_token(kernels: KernelLibrary, device: torch.device) -> None:
+    logits = torch.randn(3, 1000, device=device)
+    ids: list[torch.Tensor] = []
+    graph = captured(lambda: ids.append(kernels.argmax(logits)))
+    logits.normal_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(ids[-1].long(), logits.argmax(-1))
