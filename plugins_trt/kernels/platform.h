@@ -101,7 +101,9 @@ bool launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared
         cudaGetLastError();
         return false;
     }
-    kernel<<<grid, threads, shared_bytes, stream> > >(arguments...);
+    // clang-format off
+    kernel<<<grid, threads, shared_bytes, stream>>>(arguments...);
+    // clang-format on
     return cudaGetLastError() == cudaSuccess;
 }
 
