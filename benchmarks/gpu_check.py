@@ -88,8 +88,10 @@ def validate(device: "torch.device") -> Result:
     from starkv.validation.ops import validate_ops
     from starkv.validation.report import Report, markdown_table
 
-    work = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
-    checks = list(validate_ops(device, started=work))
+    def tell(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    checks = list(validate_ops(device, started=tell))
     report = Report.of("validate ops", checks)
     rows = []
     for check in checks:

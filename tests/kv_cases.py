@@ -103,5 +103,5 @@ def padded(prefill: Prefill, extra: int, garbage: float) -> Prefill:
         keys=pad(prefill.keys, 3, garbage),
         values=pad(prefill.values, 3, garbage),
         hidden_norm=None if norm is None else pad(norm, 2, garbage),
-        row_meta=pad(prefill.row_meta, 2, 0),
+        row_meta=pad(prefill.row_meta, 2, 9),
     )

@@ -53,8 +53,8 @@ struct DecodeState {
             }
 #pragma unroll
             for (float& value : visible) value = softmax[head].weigh(value, scale);
-            weights[head] = pack_fast<T>(visible[0], visible[1]);
-            weights[2 + head] = pack_fast<T>(visible[2], visible[3]);
+            weights[head] = pack<T>(visible[0], visible[1]);
+            weights[2 + head] = pack<T>(visible[2], visible[3]);
         }
     }
 

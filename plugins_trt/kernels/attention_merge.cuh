@@ -67,8 +67,8 @@ __global__ void __launch_bounds__(kMergeThreads) merge_attention(AttentionView v
     }
     const float share = sequence.valid ? 1.0F / sum : 0.0F;
     auto* out = static_cast<T*>(view.buffers.out) + view.query_offset(sequence.index, 0, head);
-    reinterpret_cast<uint2*>(out)[vector] = make_uint2(pack_fast<T>(total.x * share, total.y * share),
-                                                       pack_fast<T>(total.z * share, total.w * share));
+    reinterpret_cast<uint2*>(out)[vector] =
+        make_uint2(pack<T>(total.x * share, total.y * share), pack<T>(total.z * share, total.w * share));
 }
 
 }  // namespace starkv

@@ -128,7 +128,7 @@ struct PrefillState {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const auto& pair = weights[tile][2 * step + i / 2];
-                    packed[tile][i] = pack_fast<T>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
+                    packed[tile][i] = pack<T>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
                 }
 #pragma unroll
             for (int column = 0; column < kDim; column += 16) {
@@ -158,7 +158,7 @@ struct PrefillState {
                 for (int n = 0; n < kDim / 8; ++n) {
                     const float* columns = out[tile][n] + 2 * half;
                     *reinterpret_cast<uint32_t*>(row + n * 8 + lane_index() % 4 * 2) =
-                        pack_fast<T>(columns[0] * share, columns[1] * share);
+                        pack<T>(columns[0] * share, columns[1] * share);
                 }
             }
         __syncwarp();

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "platform.h"
 
@@ -80,7 +81,16 @@ __host__ __device__ inline Half from_float<Half>(float value) {
 // Two neighbouring elements in one register, the first in the lower half.
 template <class T>
 __host__ __device__ inline uint32_t pack(float first, float second) {
+#ifdef __CUDA_ARCH__
+    uint32_t pair;
+    if constexpr (std::is_same_v<T, Half>)
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    else
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    return pair;
+#else
     return from_float<T>(first).bits | static_cast<uint32_t>(from_float<T>(second).bits) << 16;
+#endif
 }
 template <class T>
 __host__ __device__ inline float unpack_first(uint32_t pair) {

@@ -19,6 +19,9 @@ __device__ inline float power_of_two(float exponent) {
 }
 #endif
 
+// Factor of products over D that makes scores of them.
+__device__ inline float score_scale(int dim) { return kLog2E / sqrtf(static_cast<float>(dim)); }
+
 struct SoftmaxSum {
     float greatest;
     float sum;  // of 2^(score - greatest)

@@ -55,12 +55,6 @@ struct ScoreShared {
     bool last;
 };
 
-// Scores are scaled and in units of ln 2.
-template <int kDim>
-__device__ float score_scale() {
-    return kLog2E / sqrtf(static_cast<float>(kDim));
-}
-
 // Of each query over the rows of a chunk; by all threads.
 template <class T, int kDim>
 __device__ void chunk_statistics(const CompressView& view, const Sequence& sequence, const QueryBlock& block,
@@ -69,7 +63,7 @@ __device__ void chunk_statistics(const CompressView& view, const Sequence& seque
 #pragma unroll
     for (int m = 0; m < kQueryTiles; ++m) sums[m][0] = sums[m][1] = {-INFINITY, 0.0F};
     const T* keys = block.keys<T>(view);
-    const float scale = score_scale<kDim>();
+    const float scale = score_scale(kDim);
     const int first = chunk * kScoreRows, end = min(first + kScoreRows, sequence.length);
     const int group = lane_index() / 4, thread = lane_index() % 4;
     // The last row stands for those behind it, which may hold anything.
@@ -155,7 +149,7 @@ __device__ void chunk_mass(const CompressView& view, const Sequence& sequence, c
         for (int half = 0; half < 2; ++half)
             own[m][half] = load_published(block.statistics(view) + m * kQueryTileRows + half * 8 + group);
     const T* keys = block.keys<T>(view);
-    const float scale = score_scale<kDim>();
+    const float scale = score_scale(kDim);
     float* mass = block.mass(view);
     const int first = chunk * kScoreRows, end = min(first + kScoreRows, sequence.past);
     // The last row stands for those behind it, which may hold anything.

@@ -38,8 +38,20 @@ _COMPRESS_SIZES = (
 _ATTENTION_SIZES = ("sequences", "new_tokens", "query_heads", "kv_heads", "head_dim", "capacity", "dtype")
 
 
+@dataclass(frozen=True)
+class KernelStatus:
+    """A status of the library."""
+
+    code: int
+    name: str
+    message: str
+
+
 class KernelError(StarkvError):
     """A kernel library is missing, doesn't fit, or refused a call."""
+
+    status: KernelStatus | None = None
+    """Why it refused a call."""
 
 
 class CompressShape(Structure):
@@ -76,15 +88,6 @@ class AttentionBuffers(Structure):
         (name, c_void_p)
         for name in ("q", "k", "v", "past_k", "past_v", "kv_len", "present_k", "present_v", "out")
     ]
-
-
-@dataclass(frozen=True)
-class KernelStatus:
-    """A status of the library."""
-
-    code: int
-    name: str
-    message: str
 
 
 class KernelAbi:
@@ -153,20 +156,9 @@ class KernelAbi:
         Raises:
             KernelError: the library refused the call.
         """
-        code = self.launch_code(shape, buffers, workspace, workspace_bytes, stream)
-        self._check(_FUNCTIONS[type(shape)], code)
-
-    def launch_code(
-        self,
-        shape: CompressShape | AttentionShape,
-        buffers: CompressBuffers | AttentionBuffers,
-        workspace: int,
-        workspace_bytes: int,
-        stream: int | None = None,
-    ) -> int:
-        """:meth:`launch` that returns the status code instead of raising an error."""
-        function = getattr(self._library, _FUNCTIONS[type(shape)])
-        return int(function(byref(shape), byref(buffers), workspace, workspace_bytes, stream))
+        function = _FUNCTIONS[type(shape)]
+        launch = getattr(self._library, function)
+        self._check(function, launch(byref(shape), byref(buffers), workspace, workspace_bytes, stream))
 
     def call(self, function: str, *arguments: int | None) -> None:
         """One of the functions without structures, such as ``starkv_argmax``; arguments as in the header.
@@ -179,7 +171,9 @@ class KernelAbi:
     def _check(self, function: str, code: int) -> None:
         if code:
             status = self.status(code)
-            raise KernelError(f"{function}: {status.name}: {status.message}")
+            error = KernelError(f"{function}: {status.name}: {status.message}")
+            error.status = status
+            raise error
 
 
 _FUNCTIONS = {CompressShape: "starkv_compress", AttentionShape: "starkv_attention"}

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """``KVAttention`` of every implementation against the PyTorch reference."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from starkv.errors import StarkvError
 from starkv.kernels.attention_call import AttentionCall, reference_attention
 from starkv.validation.implementations import Attention, Implementation
 from starkv.validation.report import Check
-from starkv.validation.timing import median_seconds, runs_on
+from starkv.validation.trial import Trial
 
 
 @dataclass(frozen=True)
@@ -69,27 +68,22 @@ def check_attention(
     """One check for each implementation."""
     call = make_call(size, dtype, device)
     expected = reference_attention(call)
-    reference_seconds = median_seconds(lambda: reference_attention(call), device, runs_on(device), 1)
-    for other in others:
-        blank = Check(
-            "KVAttention", other.name, size.name, "skipped", dtype=str(dtype).removeprefix("torch.")
-        )
-        if not other.missing and other.attention is None:
-            continue
-        if reason := other.why_not(size.history + size.new_tokens):
-            yield replace(blank, reason=reason)
-            continue
-        assert other.attention is not None
-        try:
-            check = _attend(call, expected, other.attention, blank)
-            if other.timed:
-                own = _own_cache(call)
-                run = other.attention
-                check.measures["seconds"] = median_seconds(lambda: run(own), device, runs_on(device), 1)  # noqa: B023
-                check.measures["reference_seconds"] = reference_seconds
-            yield check
-        except StarkvError as error:
-            yield blank.finished([str(error)], {})
+
+    def repeatable(run: Attention) -> Callable[[], object]:
+        own = _own_cache(call)
+        return lambda: run(own)
+
+    trial = Trial(
+        subject="KVAttention",
+        case=size.name,
+        dtype=dtype,
+        device=device,
+        rows=size.history + size.new_tokens,
+        reference=lambda: reference_attention(call),
+        compare=lambda run, blank: _attend(call, expected, run, blank),
+        repeatable=repeatable,
+    )
+    yield from trial.run([(other, other.attention) for other in others])
 
 
 def _attend(

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """``Compress`` of every implementation against the PyTorch reference."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
 
-from starkv.errors import StarkvError
 from starkv.kernels.compress_call import CompressCall, CompressResult
 from starkv.methods.star_kv import keep_best, score
 from starkv.methods.star_kv_config import StarKVConfig
@@ -14,7 +13,7 @@ from starkv.validation.compress_agreement import Expected, compare
 from starkv.validation.compress_cases import UI_TARS_7B, CompressCase, CompressSize, Heads, make_case
 from starkv.validation.implementations import Compress, Implementation
 from starkv.validation.report import Check
-from starkv.validation.timing import median_seconds, runs_on
+from starkv.validation.trial import Trial
 
 _SMALL = CompressSize("2 layers, 7 heads a group", Heads(2, 14, 2, 128), (10, 18), 2)
 SIZES = {
@@ -42,25 +41,22 @@ def check_compress(
     """
     case = make_case(size, StarKVConfig.of_mode(mode), dtype, device)
     expected = reference_compress(case)
-    reference_seconds = median_seconds(lambda: reference_compress(case), device, runs_on(device), 1)
-    name = f"{size.name}, {size.prompt.length:,} rows, {mode}"
-    for other in others:
-        blank = Check("Compress", other.name, name, "skipped", dtype=str(dtype).removeprefix("torch."))
-        if not other.missing and other.compress is None:
-            continue
-        if reason := other.why_not(size.prompt.length):
-            yield replace(blank, reason=reason)
-            continue
-        assert other.compress is not None
-        try:
-            check = _compress(case, expected, other.compress, blank)
-            if other.timed:
-                call, run = case.call(), other.compress
-                check.measures["seconds"] = median_seconds(lambda: run(call), device, runs_on(device), 1)  # noqa: B023
-                check.measures["reference_seconds"] = reference_seconds
-            yield check
-        except StarkvError as error:
-            yield blank.finished([str(error)], {})
+
+    def repeatable(run: Compress) -> Callable[[], object]:
+        call = case.call()
+        return lambda: run(call)
+
+    trial = Trial(
+        subject="Compress",
+        case=f"{size.name}, {size.prompt.length:,} rows, {mode}",
+        dtype=dtype,
+        device=device,
+        rows=size.prompt.length,
+        reference=lambda: reference_compress(case),
+        compare=lambda run, blank: _compress(case, expected, run, blank),
+        repeatable=repeatable,
+    )
+    yield from trial.run([(other, other.compress) for other in others])
 
 
 def reference_compress(case: CompressCase) -> Expected:

@@ -44,8 +44,3 @@ def median_seconds(
 ) -> float:
     """Median of :func:`seconds_of`."""
     return statistics.median(seconds_of(work, device, runs, warm_up))
-
-
-def runs_on(device: torch.device) -> int:
-    """Runs that a median needs: a GPU's vary little and cost little."""
-    return 20 if device.type == "cuda" else 3

@@ -4,6 +4,7 @@
 from dataclasses import dataclass, replace
 
 import torch
+from kv_cases import padded
 
 from starkv.methods.prefill import Prefill
 from starkv.methods.rows import PromptRows, official_rows, prompt_rows
@@ -71,7 +72,7 @@ class Case:
         if self.ragged:
             prefill = _without_first_rows(prefill)
         if self.spare_rows:
-            prefill = _with_garbage(prefill, self.spare_rows)
+            prefill = padded(prefill, self.spare_rows, torch.nan)
         length = int(prefill.kv_len.min())
         kept_rows = max(window + 2, int(self.share * length))
         protect = rows.protected(kept_rows, window) if self.protect else ()
@@ -145,21 +146,3 @@ def _without_first_rows(prefill: Prefill) -> Prefill:
                 one.narrow(dim, 0, length).copy_(moved)
             parts["kv_len"][layer, sequence] = length
     return replace(prefill, **parts)
-
-
-def _with_garbage(prefill: Prefill, extra: int) -> Prefill:
-    """The same cache in a larger buffer."""
-
-    def pad(tensor: torch.Tensor, dim: int, value: float) -> torch.Tensor:
-        shape = list(tensor.shape)
-        shape[dim] = extra
-        return torch.cat([tensor, torch.full(shape, value, dtype=tensor.dtype)], dim)
-
-    norm = prefill.hidden_norm
-    return replace(
-        prefill,
-        keys=pad(prefill.keys, 3, torch.nan),
-        values=pad(prefill.values, 3, torch.nan),
-        hidden_norm=None if norm is None else pad(norm, 2, torch.nan),
-        row_meta=pad(prefill.row_meta, 2, 9),
-    )

@@ -110,8 +110,11 @@ def status_of(
         setattr(shape if hasattr(shape, name) else buffers, name, value)
     memory = torch.empty(1 << 24, dtype=torch.uint8, device=call.k.device)
     size = memory.numel() if workspace is None else workspace
-    code = kernels.abi.launch_code(shape, buffers, memory.data_ptr(), size)
-    return kernels.abi.status(code).name
+    try:
+        kernels.abi.launch(shape, buffers, memory.data_ptr(), size)
+    except KernelError as error:
+        return error.status.name if error.status else str(error)
+    return "STARKV_OK"
 
 
 @pytest.mark.parametrize(
