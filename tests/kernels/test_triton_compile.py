@@ -36,7 +36,8 @@ def compile_kernels(*arguments: str) -> dict[str, Needs]:
     In a process of its own: in this one kernels may be interpreted, which leaves nothing to compile.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(SCRIPT.parents[2])
+    # The package, and what the cases share with the other tests.
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (SCRIPT.parents[2], SCRIPT.parents[1])))
     command = [sys.executable, "-W", "ignore", str(SCRIPT), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
