@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile the Triton kernels for GPUs that needn't be there, and print what each one needs.
 
-    python tests/kernels/triton_compile.py --capability 90 --dtype bfloat16 --dim 128
+    PYTHONPATH=tests python tests/kernels/triton_compile.py --capability 90 --dtype bfloat16 --dim 128
 
 Compiles exactly the kernels that one call of ``Compress`` launches, with the types of its arguments. Must not
 run under ``TRITON_INTERPRET``, which leaves nothing to compile.
