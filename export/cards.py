@@ -38,6 +38,8 @@ class ModelCard(BaseModel):
     quantization: str
     observation_window: int
     max_context: int
+    kv_budget: float = 1.0
+    """Share of a prompt's KV rows that is kept where the user doesn't say."""
 
 
 @dataclass(frozen=True)

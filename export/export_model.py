@@ -143,6 +143,7 @@ def _describe(
         quantization=preset.describe(embedding),
         observation_window=card.observation_window,
         max_context=card.max_context,
+        kv_budget=card.kv_budget,
         parameters=checkpoint.parameters,
         tool_versions={
             "starkv": starkv.__version__,

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from starkv.errors import UsageError
 from starkv.manifest import ModelDescription
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 RECORD_NAME = "export.json"
 
 Route = Literal["build", "trace"]

@@ -14,7 +14,8 @@ import onnx_ir as ir
 
 from starkv.errors import CheckpointError, UsageError
 from starkv.export.progress import Progress
-from starkv.export.quantize.blockwise import Bits, choose_block_size, pack_int4, quantize_blockwise
+from starkv.export.quantize.blockwise import choose_block_size, pack_int4, quantize_blockwise
+from starkv.export.quantize.columns import Bits
 from starkv.export.quantize.presets import Storage
 
 _CHUNK_BYTES = 32 << 20

@@ -14,14 +14,17 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from starkv.errors import EngineError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 
 CoordinateConvention = Literal["absolute", "relative_1000"]
 """``absolute``: pixels of the smart-resized image. ``relative_1000``: thousandths of width and height."""
 
-PromptDialect = Literal["plain"]
-"""How an instruction becomes a prompt. ``plain``: the instruction itself is the user's text."""
+PromptDialect = Literal["plain", "ui_tars_computer", "ui_tars_mobile", "ui_tars_grounding", "opencua"]
+"""How an instruction becomes a prompt. ``plain``: the instruction itself is the user's text; the others are the
+prompts that the models of that name were trained on."""
+
+ComputeDtype = Literal["float32", "float16", "bfloat16"]
 
 
 class _Strict(BaseModel):
@@ -116,6 +119,8 @@ class ModelDescription(_Strict):
     """How many of the last queries the decoder's ``q_window`` output holds at most."""
     max_context: int
     """Most KV rows that one sequence may hold."""
+    kv_budget: float
+    """Share of a prompt's KV rows that is kept where the user doesn't say; 1 keeps all."""
     parameters: int
     tool_versions: dict[str, str]
 
@@ -124,6 +129,8 @@ class Manifest(ModelDescription):
     """Everything the runtime needs to know before it opens the first graph."""
 
     backend: Literal["ort", "trt"]
+    compute_dtype: ComputeDtype
+    """Of activations and KV cache."""
     files: dict[str, str]
     """File name → sha256 of its content; every file of the directory except the manifest."""
     manifest_sha256: str = ""

@@ -187,7 +187,7 @@ def test_incomplete_export_is_refused(tiny: TinyModel, tmp_path: Path) -> None:
         build_ort_engine(export, tmp_path / "engine")
     record = json.loads((export / RECORD_NAME).read_text())
     for broken, message in (
-        (json.dumps(record | {"schema_version": 0}), "schema_version is 0, not 2"),
+        (json.dumps(record | {"schema_version": 0}), "schema_version is 0, not 3"),
         (json.dumps(record | {"surprise": 1}), "field surprise"),
         ("{", "not readable JSON"),
     ):

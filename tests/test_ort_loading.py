@@ -117,8 +117,8 @@ def test_an_engine_of_another_backend_is_refused(engine: Path) -> None:
     [
         ("{", "not readable JSON"),
         ("[]", "schema_version is None"),
-        ('{"schema_version": 99}', "schema_version is 99, this starkv reads 2"),
-        ('{"schema_version": 2}', "field name: Field required"),
+        ('{"schema_version": 99}', "schema_version is 99, this starkv reads 3"),
+        ('{"schema_version": 3}', "field name: Field required"),
     ],
 )
 def test_a_damaged_manifest_is_refused(engine: Path, content: str, message: str) -> None:

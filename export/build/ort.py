@@ -62,7 +62,7 @@ def build_ort_engine(
             for graph in _GRAPHS:
                 _prepack(staging, graph, quantized[graph])
                 progress.advance(f"{graph}.prepacked.onnx")
-        manifest = write_manifest(staging, record, "ort", versions)
+        manifest = write_manifest(staging, record, "ort", "float32", versions)
         progress.advance(MANIFEST_NAME)
     return manifest
 

@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Symmetric blockwise weight quantization: the arithmetic of ``DequantizeLinear`` with a block size."""
 
-from typing import Literal
-
 import numpy as np
 import numpy.typing as npt
 
 from starkv.errors import UsageError
-
-Bits = Literal[4, 8]
+from starkv.export.quantize.columns import Bits
 
 BLOCK_SIZES = (128, 64, 32)
 """Block sizes in the order in which they are tried; runtimes have fast kernels for these."""

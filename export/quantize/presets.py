@@ -23,6 +23,8 @@ class Preset:
     """Linear layers of the text decoder."""
     head: Storage
     vision: Storage = "fp32"
+    calibrated: bool = False
+    """Whether weights are scaled to the activations of calibration prompts before they are rounded."""
     block_size: int = 128
     """Input features that share one scale, where it divides their number."""
 
@@ -46,6 +48,9 @@ PRESETS = {
         Preset("fp32", decoder="fp32", head="fp32"),
         Preset("int8", decoder="int8", head="int8"),
         Preset("int4", decoder="int4", head="int8"),
+        Preset("int4-awq", decoder="int4", head="int8", calibrated=True),
+        # For the smallest machines: nothing but norms, biases and the patch projection keeps 32 bits.
+        Preset("int4-small", decoder="int4", head="int4", vision="int8"),
     )
 }
 
