@@ -14,13 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from starkv.errors import CheckpointError
+from starkv.export.models.families import family_of
 from starkv.export.safetensors_header import DTYPES, read_header, shard_paths
 
-SUPPORTED_ARCHITECTURES = {"Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl"}
-"""Architecture in ``config.json`` → family of starkv."""
-
-# Two spellings are in use: the Hub's older files drop a prefix that transformers writes today.
+# Several spellings are in use: the Hub's older files drop a prefix that transformers writes today, and OpenCUA
+# has names of its own.
 _OLD_PREFIXES = (
+    ("language_model.model.", "model.language_model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("vision_tower.", "model.visual."),
     ("visual.", "model.visual."),
     ("model.layers.", "model.language_model.layers."),
     ("model.norm.", "model.language_model.norm."),
@@ -60,7 +62,8 @@ class Checkpoint:
             )
         self.folder = folder
         self.config = _read_config(folder / "config.json")
-        self.family = _family_of(self.config, folder / "config.json")
+        self.family = family_of(self.config, folder / "config.json")
+        _refuse_quantized(self.config, folder / "config.json")
         self._entries: dict[str, _Entry] = {}
         self._mappings: list[mmap.mmap] = []
         for path in shard_paths(folder):
@@ -158,17 +161,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _family_of(config: dict[str, Any], path: Path) -> str:
-    found = config.get("architectures") or [f"model_type {config.get('model_type')}"]
-    supported = ", ".join(SUPPORTED_ARCHITECTURES)
-    if found[0] not in SUPPORTED_ARCHITECTURES:
-        raise CheckpointError(f"{path}: architecture {found[0]} is not supported; starkv knows {supported}")
+def _refuse_quantized(config: dict[str, Any], path: Path) -> None:
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method", "unknown")
         raise CheckpointError(
             f"{path}: already quantized ({method}); use the original checkpoint, starkv quantizes itself"
         )
-    return SUPPORTED_ARCHITECTURES[found[0]]
 
 
 def _drop_pages(mapping: mmap.mmap, offset: int, length: int) -> None:

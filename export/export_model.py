@@ -14,9 +14,8 @@ from starkv.export.checkpoint import Checkpoint
 from starkv.export.compress import write_compress_graphs
 from starkv.export.embedding import write_embedding
 from starkv.export.graph import GraphBuilder
-from starkv.export.models.qwen2_5_vl_config import Qwen25VLConfig, parse_config
+from starkv.export.models.config import ModelConfig
 from starkv.export.models.qwen2_5_vl_decoder import EMBEDDING, HEAD, build_decoder
-from starkv.export.models.qwen2_5_vl_vision import build_vision
 from starkv.export.progress import NoProgress, Progress
 from starkv.export.quantize.presets import Preset
 from starkv.export.record import RECORD_NAME, SCHEMA_VERSION, ExportRecord, Route, write_record
@@ -50,7 +49,7 @@ def export_model(
     """
     progress = progress or NoProgress()
     with Checkpoint(folder) as checkpoint:
-        config = parse_config(checkpoint.config, folder / "config.json")
+        config = checkpoint.family.parse_config(checkpoint.config, folder / "config.json")
         with staged_directory(out, RECORD_NAME) as staging:
             copy_side_files(folder, staging)
             _export_vision(checkpoint, config, staging, preset, progress)
@@ -68,17 +67,17 @@ def export_model(
 
 
 def _export_vision(
-    checkpoint: Checkpoint, config: Qwen25VLConfig, directory: Path, preset: Preset, progress: Progress
+    checkpoint: Checkpoint, config: ModelConfig, directory: Path, preset: Preset, progress: Progress
 ) -> None:
     progress.start(VISION, sum(name.startswith("model.visual.") for name in checkpoint.names()))
     graph = _graph_builder(checkpoint, VISION, directory, preset, progress)
-    build_vision(graph, config)
+    checkpoint.family.build_vision(graph, config)
     ir.save(graph.model(), directory / f"{VISION}.onnx")
 
 
 def _export_decoder(
     checkpoint: Checkpoint,
-    config: Qwen25VLConfig,
+    config: ModelConfig,
     card: ModelCard,
     directory: Path,
     preset: Preset,
@@ -102,7 +101,7 @@ def _graph_builder(
 
 
 def _trace_decoder(
-    folder: Path, config: Qwen25VLConfig, card: ModelCard, directory: Path, preset: Preset, progress: Progress
+    folder: Path, config: ModelConfig, card: ModelCard, directory: Path, preset: Preset, progress: Progress
 ) -> None:
     if preset.name != "fp32":
         raise UsageError(
@@ -120,7 +119,7 @@ def _trace_decoder(
 
 def _describe(
     checkpoint: Checkpoint,
-    config: Qwen25VLConfig,
+    config: ModelConfig,
     card: ModelCard,
     directory: Path,
     preset: Preset,
@@ -130,7 +129,7 @@ def _describe(
     return ExportRecord(
         schema_version=SCHEMA_VERSION,
         name=card.name,
-        family=checkpoint.family,
+        family=checkpoint.family.name,
         licence=card.licence,
         source=checkpoint.folder.resolve().name,
         route=route,

@@ -148,6 +148,17 @@ class GraphBuilder:
         weight = self._initializer(self._weights.vector([f"{name}.weight"], f"{name}.weight"))
         return self.op("RMSNormalization", x, weight, axis=-1, epsilon=epsilon, stash_type=1)
 
+    def layer_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value:
+        """``torch.nn.LayerNorm`` over the last axis with weight and bias, computed in float32."""
+        names = (f"{name}.weight", f"{name}.bias")
+        weight, bias = (self._initializer(self._weights.vector([part], part)) for part in names)
+        return self.op("LayerNormalization", x, weight, bias, axis=-1, epsilon=epsilon, stash_type=1)
+
+    def quick_gelu(self, x: ir.Value) -> ir.Value:
+        """``x * sigmoid(1.702 * x)``, the activation of CLIP."""
+        factor = self._constant("quick_gelu_factor", np.array(1.702, np.float32))
+        return self.op("Mul", x, self.op("Sigmoid", self.op("Mul", x, factor)))
+
     def gated_mlp(self, x: ir.Value, name: str, intermediate: int, *, bias: bool) -> ir.Value:
         """``down(silu(gate(x)) * up(x))``."""
         layers = [f"{name}.gate_proj", f"{name}.up_proj"]

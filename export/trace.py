@@ -18,7 +18,7 @@ import torch
 from transformers import AttentionInterface, AutoModelForImageTextToText
 
 from starkv.export.graph import IR_VERSION
-from starkv.export.models.qwen2_5_vl_config import Qwen25VLConfig
+from starkv.export.models.config import ModelConfig
 from starkv.onnx_ops import DOMAIN, DOMAIN_VERSION, KV_ATTENTION, OPSET, standard_functions
 
 _ATTENTION = "starkv_kv_attention"
@@ -139,7 +139,7 @@ def _norm_recorder(norms: list[torch.Tensor]) -> Callable[..., None]:
     return record
 
 
-def trace_decoder(folder: Path, config: Qwen25VLConfig, observation_window: int) -> ir.Model:
+def trace_decoder(folder: Path, config: ModelConfig, observation_window: int) -> ir.Model:
     """Trace the decoder of the checkpoint in ``folder``: same inputs and outputs as the builder's.
 
     Weights are float32 and in memory.

@@ -58,8 +58,10 @@ class VisionShape(_Strict):
     patch_size: int
     temporal_patch_size: int
     spatial_merge_size: int
-    window_size: int
+    window_size: int | None
+    """Pixels of a side of an attention window, or None where every block sees the whole image."""
     full_attention_blocks: list[int]
+    """Blocks that see the whole image."""
     rope_theta: float
 
     @property

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The vision plan against the window and position functions of Hugging Face's model."""
 
-import dataclasses
 import importlib
 from itertools import pairwise
 from typing import Any
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from starkv.manifest import VisionShape
-from starkv.runtime.preprocess.vision_plan import plan_vision
+from starkv.runtime.preprocess.vision_plan import WindowPlan, plan_vision
 
 GRIDS = [(16, 16), (20, 36), (18, 30), (4, 2), (2, 2), (40, 72), (78, 138)]
 SHAPE = VisionShape(
@@ -27,6 +26,12 @@ SHAPE = VisionShape(
 )
 WINDOW_PATCHES = 64
 BLOCK = 4
+
+
+def windowed(grid: tuple[int, int]) -> WindowPlan:
+    plan = plan_vision(*grid, SHAPE)
+    assert isinstance(plan, WindowPlan)
+    return plan
 
 
 def huggingface_order(grid: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
@@ -48,7 +53,7 @@ def huggingface_order(grid: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
 @pytest.mark.parametrize("grid", GRIDS)
 def test_windows_hold_the_same_patches_in_the_same_order_as_huggingface(grid: tuple[int, int]) -> None:
     window_index, boundaries, _, _ = huggingface_order(grid)
-    plan = plan_vision(*grid, SHAPE)
+    plan = windowed(grid)
     expected = (window_index[:, None] * BLOCK + np.arange(BLOCK)).reshape(-1)
     np.testing.assert_array_equal(plan.gather_idx[plan.real_slots], expected)
     np.testing.assert_array_equal(plan.window_valid.sum(axis=1), np.diff(boundaries))
@@ -57,7 +62,7 @@ def test_windows_hold_the_same_patches_in_the_same_order_as_huggingface(grid: tu
 @pytest.mark.parametrize("grid", GRIDS)
 def test_rotary_tables_equal_huggingface(grid: tuple[int, int]) -> None:
     window_index, _, cos, sin = huggingface_order(grid)
-    plan = plan_vision(*grid, SHAPE)
+    plan = windowed(grid)
     half = SHAPE.head_dim // 2
     patches = (window_index[:, None] * BLOCK + np.arange(BLOCK)).reshape(-1)
     # HF repeats the half table for both members of a pair; a non-interleaved RotaryEmbedding takes it once.
@@ -67,10 +72,20 @@ def test_rotary_tables_equal_huggingface(grid: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
+def test_without_windows_patches_stay_in_the_order_of_the_image(grid: tuple[int, int]) -> None:
+    _, _, cos, sin = huggingface_order(grid)
+    plan = plan_vision(*grid, SHAPE.model_copy(update={"window_size": None}))
+    half = SHAPE.head_dim // 2
+    assert list(plan.inputs()) == ["rope_cos", "rope_sin"]
+    np.testing.assert_allclose(plan.rope_cos, cos[:, :half], rtol=0, atol=1e-7)
+    np.testing.assert_allclose(plan.rope_sin, sin[:, :half], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
 def test_merged_tokens_return_to_reading_order(grid: tuple[int, int]) -> None:
     """Walk patch ids through every gather of the graph: each token must be its own merge block."""
     patches = np.arange(grid[0] * grid[1])
-    plan = plan_vision(*grid, SHAPE)
+    plan = windowed(grid)
     slots = patches[plan.gather_idx]
     there_and_back = slots[plan.real_slots][plan.back_slots]
     valid = plan.window_valid.reshape(-1)
@@ -81,7 +96,7 @@ def test_merged_tokens_return_to_reading_order(grid: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_shapes_and_dtypes(grid: tuple[int, int]) -> None:
-    plan = plan_vision(*grid, SHAPE)
+    plan = windowed(grid)
     windows = -(-grid[0] // 8) * -(-grid[1] // 8)
     slots = windows * WINDOW_PATCHES
     expected: dict[str, tuple[tuple[int, ...], type]] = {
@@ -93,7 +108,7 @@ def test_shapes_and_dtypes(grid: tuple[int, int]) -> None:
         "back_slots": ((slots,), np.int64),
         "unpad_idx": ((grid[0] * grid[1] // BLOCK,), np.int64),
     }
-    assert [field.name for field in dataclasses.fields(plan)] == list(expected)
+    assert list(plan.inputs()) == list(expected)
     for name, (shape, dtype) in expected.items():
         array = getattr(plan, name)
         assert (array.shape, array.dtype) == (shape, dtype), name
@@ -103,7 +118,7 @@ def test_windowed_attention_equals_attention_over_unpadded_windows() -> None:
     """Masked attention in padded windows, scattered back, is attention within HF's cut-off windows."""
     grid = (10, 18)
     window_index, boundaries, _, _ = huggingface_order(grid)
-    plan = plan_vision(*grid, SHAPE)
+    plan = windowed(grid)
     features = np.random.default_rng(0).standard_normal((grid[0] * grid[1], 6))
 
     def attend(rows: np.ndarray, keep: np.ndarray) -> np.ndarray:

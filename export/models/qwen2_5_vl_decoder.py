@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text decoder of Qwen2.5-VL: one graph for prefill and decode.
+"""The text decoder of all families, Qwen2 in its parts: one graph for prefill and decode.
 
 Symbols: B sequences, S new tokens, P rows cached before, C rows of cache capacity, V vocabulary.
 Positions enter as ``rope_cos`` and ``rope_sin`` and the cache's length as ``kv_len``, so a compacted cache,
@@ -9,16 +9,16 @@ where row and position differ, needs nothing special here.
 import onnx_ir as ir
 
 from starkv.export.graph import Dim, GraphBuilder
-from starkv.export.models.qwen2_5_vl_config import Qwen25VLConfig
+from starkv.export.models.config import ModelConfig
+from starkv.export.models.tensor_shapes import TEXT
 from starkv.export.quantize.presets import Storage
 
-EMBEDDING = "model.language_model.embed_tokens"
+EMBEDDING = f"{TEXT}.embed_tokens"
 HEAD = "lm_head"
-_MODEL = "model.language_model"
 
 
 def build_decoder(
-    graph: GraphBuilder, config: Qwen25VLConfig, observation_window: int, head: str, head_storage: Storage
+    graph: GraphBuilder, config: ModelConfig, observation_window: int, head: str, head_storage: Storage
 ) -> None:
     """Write the forward pass into ``graph``.
 
@@ -46,11 +46,11 @@ def build_decoder(
     present_k, present_v, windows, norms = [], [], [], []
     for i in range(shape.layers):
         with graph.scope(f"layers.{i}"):
-            layer = f"{_MODEL}.layers.{i}"
+            layer = f"{TEXT}.layers.{i}"
             attention = f"{layer}.self_attn"
 
             h = graph.rms_norm(x, f"{layer}.input_layernorm", config.norm_epsilon)
-            norms.append(graph.l2_norm(h))
+            norms.append(graph.l2_norm(h, f"{layer}.input_layernorm"))
             projections = [f"{attention}.{name}_proj" for name in "qkv"]
             qkv = graph.fused_linear(h, projections, f"{attention}.qkv_proj", bias=True)
             q, k, v = graph.split(qkv, width, kv_width, kv_width)
@@ -78,7 +78,7 @@ def build_decoder(
 
     with graph.scope("head"):
         # Rows are picked before the head: full-sequence logits would be gigabytes.
-        last = graph.rms_norm(graph.rows_at(x, last_index), f"{_MODEL}.norm", config.norm_epsilon)
+        last = graph.rms_norm(graph.rows_at(x, last_index), f"{TEXT}.norm", config.norm_epsilon)
         logits = graph.linear(last, head, bias=False, storage=head_storage)
 
     graph.output(logits, "logits", ir.DataType.FLOAT, ["B", shape.vocab])

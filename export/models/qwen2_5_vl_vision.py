@@ -10,16 +10,21 @@ Symbols: N patches, M padded slots, nW windows, T merged tokens.
 import onnx_ir as ir
 
 from starkv.export.graph import GraphBuilder
-from starkv.export.models.qwen2_5_vl_config import IMAGE_CHANNELS, VISION_NORM_EPSILON, Qwen25VLConfig
+from starkv.export.models.config import IMAGE_CHANNELS, VISION_NORM_EPSILON, ModelConfig
+from starkv.export.models.tensor_shapes import TOWER
 
-_TOWER = "model.visual"
 
+def build_vision(graph: GraphBuilder, config: ModelConfig) -> None:
+    """Write the forward pass into ``graph``.
 
-def build_vision(graph: GraphBuilder, config: Qwen25VLConfig) -> None:
-    """Write the forward pass into ``graph``."""
+    Raises:
+        ValueError: the tower has no windows.
+    """
     shape = config.vision
     hidden, heads, half = shape.hidden, shape.heads, shape.head_dim // 2
     patch_values = IMAGE_CHANNELS * shape.temporal_patch_size * shape.patch_size**2
+    if shape.window_size is None:
+        raise ValueError("this tower attends within windows, but the config has no window_size")
     window_patches = (shape.window_size // shape.patch_size) ** 2
 
     pixels = graph.input("pixel_values", ir.DataType.FLOAT, ["N", patch_values])
@@ -37,12 +42,12 @@ def build_vision(graph: GraphBuilder, config: Qwen25VLConfig) -> None:
     mask = graph.op("Expand", mask, graph.ints(1, 1, window_patches, 1))
 
     # The patch convolution's stride is its kernel, so it is a linear layer over the patch's values.
-    patches = graph.linear(pixels, f"{_TOWER}.patch_embed.proj", bias=False, storage="fp32")
+    patches = graph.linear(pixels, f"{TOWER}.patch_embed.proj", bias=False, storage="fp32")
     x = graph.op("Unsqueeze", graph.gather(patches, gather_idx, axis=0), graph.ints(0))
 
     for i in range(shape.depth):
         with graph.scope(f"blocks.{i}"):
-            block = f"{_TOWER}.blocks.{i}"
+            block = f"{TOWER}.blocks.{i}"
             h = graph.rms_norm(x, f"{block}.norm1", VISION_NORM_EPSILON)
             q, k, v = graph.split(graph.linear(h, f"{block}.attn.qkv", bias=True), hidden, hidden, hidden)
             q, k = graph.rotary(q, cos, sin, heads), graph.rotary(k, cos, sin, heads)
@@ -57,7 +62,7 @@ def build_vision(graph: GraphBuilder, config: Qwen25VLConfig) -> None:
             x = graph.add(x, graph.gated_mlp(h, f"{block}.mlp", shape.intermediate, bias=True))
 
     with graph.scope("merger"):
-        merger = f"{_TOWER}.merger"
+        merger = f"{TOWER}.merger"
         h = graph.rms_norm(x, f"{merger}.ln_q", VISION_NORM_EPSILON)
         h = graph.reshape(h, -1, hidden * shape.spatial_merge_size**2)
         h = graph.gather(h, unpad_idx, axis=0)

@@ -6,7 +6,6 @@ rows in place and nothing of the cache is ever copied between steps.
 """
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from starkv.runtime.engines.ort_decode import DecodeStep, bind_array, bind_cache
 from starkv.runtime.kv.buffers import Arena, KvBuffers, Pool
 from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
 from starkv.runtime.preprocess.image import ImageInputs
-from starkv.runtime.preprocess.vision_plan import VisionPlan, plan_vision
+from starkv.runtime.preprocess.vision_plan import plan_vision
 
 PREFILL_CHUNK = 512
 """Rows per prefill call: bounds the activations' memory; larger chunks are no faster on the CPU."""
@@ -127,10 +126,8 @@ class OrtEngine:
 
     def encode_image(self, image: ImageInputs) -> Floats:
         plan = plan_vision(image.grid_h, image.grid_w, self._manifest.vision)
-        feeds: dict[str, NDArray[Any]] = {
-            field.name: getattr(plan, field.name) for field in fields(VisionPlan)
-        }
-        embeds: Floats = self._vision.run(["image_embeds"], {"pixel_values": image.pixel_values, **feeds})[0]
+        feeds = {"pixel_values": image.pixel_values, **plan.inputs()}
+        embeds: Floats = self._vision.run(["image_embeds"], feeds)[0]
         return embeds
 
     def new_arena(self, rows: int) -> Arena:

@@ -103,6 +103,9 @@ def _facts(manifest: Manifest) -> Table:
     rotary = f"M-RoPE {text.mrope_section}" if text.mrope_section else "1-D RoPE"
     block = f", blocks of {quant.block_size}" if quant.block_size else ""
     pixels = vision.patch_size * vision.spatial_merge_size
+    attention = "full attention"
+    if vision.window_size is not None:
+        attention = f"window {vision.window_size} px, full attention in {vision.full_attention_blocks}"
     table = Table(
         title=Text(f"{manifest.name} ({manifest.family}) on {manifest.backend}"),
         show_header=False,
@@ -126,8 +129,7 @@ def _facts(manifest: Manifest) -> Table:
         ("positions", f"{rotary}, theta {text.rope_theta:g}"),
         (
             "vision",
-            f"{vision.depth} layers, hidden {vision.hidden}, window {vision.window_size} px, "
-            f"full attention in {vision.full_attention_blocks}",
+            f"{vision.depth} layers, hidden {vision.hidden}, {attention}",
         ),
         ("image", f"{image.min_pixels:,} to {image.max_pixels:,} pixels, one token per {pixels}x{pixels} px"),
         ("coordinates", f"{manifest.coordinates}, prompt dialect {manifest.prompt}"),
