@@ -15,10 +15,11 @@ import numpy.typing as npt
 
 from starkv.errors import CheckpointError
 from starkv.export.models.families import family_of
+from starkv.export.quantize.columns import ImportedQuantization, PackedWeight
 from starkv.export.safetensors_header import DTYPES, read_header, shard_paths
 
-# Several spellings are in use: the Hub's older files drop a prefix that transformers writes today, and OpenCUA
-# has names of its own.
+# Several spellings are in use: the Hub's older files drop a prefix that transformers writes today; OpenCUA has
+# names of its own.
 _OLD_PREFIXES = (
     ("language_model.model.", "model.language_model."),
     ("language_model.lm_head.", "lm_head."),
@@ -64,6 +65,7 @@ class Checkpoint:
         self.config = _read_config(folder / "config.json")
         self.family = family_of(self.config, folder / "config.json")
         _refuse_quantized(self.config, folder / "config.json")
+        self.quantization: ImportedQuantization | None = None
         self._entries: dict[str, _Entry] = {}
         self._mappings: list[mmap.mmap] = []
         for path in shard_paths(folder):
@@ -124,6 +126,14 @@ class Checkpoint:
         del view
         _drop_pages(entry.mapping, first, count * dtype.itemsize)
         return copied
+
+    def packed(self, name: str) -> PackedWeight | None:
+        """The weight as integers, if the checkpoint stores it so."""
+        return None
+
+    def input_divisors(self, norm: str) -> None:
+        """Nothing: a checkpoint's weights are as the model has them."""
+        return None
 
     def row_chunks(self, name: str, chunk: int) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
         """Yield (first row, rows as float32) with at most ``chunk`` rows each."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoint → portable ONNX graphs with (quantized) weights, and everything an engine is built from."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,22 +13,57 @@ from starkv.errors import UsageError
 from starkv.export.cards import ModelCard
 from starkv.export.checkpoint import Checkpoint
 from starkv.export.compress import write_compress_graphs
+from starkv.export.data_file import DataFile
+from starkv.export.disk_space import check_disk_space, export_bytes
 from starkv.export.embedding import write_embedding
+from starkv.export.fingerprint import export_fingerprint
 from starkv.export.graph import GraphBuilder
+from starkv.export.journal import Journal
 from starkv.export.models.config import ModelConfig
+from starkv.export.models.families import Family, check_tensors, family_of
 from starkv.export.models.qwen2_5_vl_decoder import EMBEDDING, HEAD, build_decoder
 from starkv.export.progress import NoProgress, Progress
-from starkv.export.quantize.presets import Preset
-from starkv.export.record import RECORD_NAME, SCHEMA_VERSION, ExportRecord, Route, write_record
+from starkv.export.quantize.calibration import Calibration
+from starkv.export.quantize.presets import Preset, preset_for
+from starkv.export.record import RECORD_NAME, SCHEMA_VERSION, ExportRecord, Route, read_record, write_record
+from starkv.export.resume import NOTES, partial_directory, resumable_directory
 from starkv.export.side_files import copy_side_files, image_limits, special_tokens
-from starkv.export.staging import staged_directory
-from starkv.export.weights import DataFile, WeightWriter, move_weights
+from starkv.export.weights import WeightSource, WeightWriter, move_weights
 
 VISION = "vision"
 DECODER = "decoder"
 """Each graph is ``{name}.onnx`` with its weights in ``{name}.data``."""
 
 _STORED_NAMES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+
+
+@dataclass(frozen=True)
+class _Export:
+    """One export: what goes in, and where it goes."""
+
+    checkpoint: Checkpoint
+    family: Family
+    config: ModelConfig
+    card: ModelCard
+    preset: Preset
+    directory: Path
+    journal: Journal
+    progress: Progress
+
+    def graph(self, name: str, source: WeightSource | None = None) -> GraphBuilder:
+        """Begin a graph; its weights come from the checkpoint unless another source is given."""
+        preset = self.preset
+        weights = WeightWriter(
+            source or self.checkpoint,
+            DataFile(self.directory / f"{name}.data", self.journal),
+            self.progress,
+            preset.block_size,
+            preset.keep_packed,
+        )
+        return GraphBuilder(name, weights, preset.vision if name == VISION else preset.decoder)
+
+    def save(self, model: ir.Model, name: str) -> None:
+        ir.save(model, self.directory / f"{name}.onnx")
 
 
 def export_model(
@@ -37,109 +73,133 @@ def export_model(
     preset: Preset,
     progress: Progress | None = None,
     route: Route = "build",
+    calibration: Calibration | None = None,
+    reuse: bool = False,
 ) -> ExportRecord:
     """Export the checkpoint in ``folder`` into the directory ``out``.
 
     ``out`` appears complete or not at all; an earlier export there is replaced. The same input gives the same
-    bytes. Memory holds one chunk of one weight at a time (``route="trace"``: the whole model).
+    bytes. Memory holds a few chunks of one weight at a time (``route="trace"``: the whole model). An export
+    that was killed, or ran out of disk space, is continued by the next one of the same input.
+
+    Args:
+        folder: checkpoint.
+        card: what is known of the model beyond it.
+        out: directory to make.
+        preset: how weights are stored; see ``preset_for`` about checkpoints that are quantized already.
+        progress: told about each step.
+        route: how the decoder's graph comes about.
+        calibration: prompts for a preset that needs them.
+        reuse: return an export of the same input that is there already.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged or not supported.
-        UsageError: ``out`` holds something else, or the preset doesn't fit the model or the route.
+        UsageError: ``out`` holds something else, the preset doesn't fit the model or the route, there is no
+            calibration although the preset needs it, or there is too little disk space.
     """
     progress = progress or NoProgress()
     with Checkpoint(folder) as checkpoint:
-        config = checkpoint.family.parse_config(checkpoint.config, folder / "config.json")
-        with staged_directory(out, RECORD_NAME) as staging:
-            copy_side_files(folder, staging)
-            _export_vision(checkpoint, config, staging, preset, progress)
-            if route == "trace":
-                _trace_decoder(folder, config, card, staging, preset, progress)
-            else:
-                _export_decoder(checkpoint, config, card, staging, preset, progress)
-            write_compress_graphs(staging, config.text)
-            progress.start("embedding", 1)
-            write_embedding(checkpoint, f"{EMBEDDING}.weight", staging)
-            progress.advance(EMBEDDING)
-            record = _describe(checkpoint, config, card, staging, preset, route)
-            write_record(staging, record)
+        path = folder / "config.json"
+        family = family_of(checkpoint.config, path)
+        config = family.parse_config(checkpoint.config, path)
+        check_tensors(checkpoint, checkpoint.config)
+        preset = preset_for(preset, checkpoint.quantization)
+        if route == "trace" and preset.name != "fp32":
+            raise UsageError(
+                f"the trace route exports fp32 only, not {preset.name}; use the build route or --quant fp32"
+            )
+        if preset.calibrated and calibration is None:
+            raise UsageError(f"quantization {preset.name} needs calibration prompts")
+        fingerprint = export_fingerprint(
+            folder, card, preset, route, calibration.digest if calibration and preset.calibrated else ""
+        )
+        if reuse and (out / RECORD_NAME).is_file() and read_record(out).fingerprint == fingerprint:
+            return read_record(out)
+        check_disk_space(out, export_bytes(checkpoint, preset), partial_directory(out))
+        with resumable_directory(out, RECORD_NAME, fingerprint) as directory:
+            journal = Journal(directory / NOTES)
+            job = _Export(checkpoint, family, config, card, preset, directory, journal, progress)
+            _write(job, route, calibration)
+            record = _describe(job, route, fingerprint)
+            write_record(directory, record)
     return record
 
 
-def _export_vision(
-    checkpoint: Checkpoint, config: ModelConfig, directory: Path, preset: Preset, progress: Progress
-) -> None:
-    progress.start(VISION, sum(name.startswith("model.visual.") for name in checkpoint.names()))
-    graph = _graph_builder(checkpoint, VISION, directory, preset, progress)
-    checkpoint.family.build_vision(graph, config)
-    ir.save(graph.model(), directory / f"{VISION}.onnx")
+def _write(job: _Export, route: Route, calibration: Calibration | None) -> None:
+    checkpoint, directory = job.checkpoint, job.directory
+    copy_side_files(checkpoint.folder, directory)
+    tower = [name for name in checkpoint.names() if name.startswith("model.visual.")]
+    job.progress.start(VISION, len(tower))
+    graph = job.graph(VISION)
+    job.family.build_vision(graph, job.config)
+    job.save(graph.model(), VISION)
+
+    job.progress.start("embedding", 1)
+    write_embedding(checkpoint, f"{EMBEDDING}.weight", directory)
+    job.progress.advance(EMBEDDING)
+
+    if route == "trace":
+        _trace_decoder(job)
+    else:
+        source = _calibrated_source(job, calibration) if calibration and job.preset.calibrated else None
+        _write_decoder(job, source)
+    write_compress_graphs(directory, job.config.text)
 
 
-def _export_decoder(
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    card: ModelCard,
-    directory: Path,
-    preset: Preset,
-    progress: Progress,
-) -> None:
+def _write_decoder(job: _Export, source: WeightSource | None) -> None:
     # A tied embedding is also the head; any other stays outside the graph.
-    head, unused = (EMBEDDING, HEAD) if config.text.tied_embedding else (HEAD, EMBEDDING)
+    head, unused = (EMBEDDING, HEAD) if job.config.text.tied_embedding else (HEAD, EMBEDDING)
     outside = ("model.visual.", f"{unused}.")
-    progress.start(DECODER, sum(not name.startswith(outside) for name in checkpoint.names()))
-    graph = _graph_builder(checkpoint, DECODER, directory, preset, progress)
-    build_decoder(graph, config, card.observation_window, head, preset.head)
-    ir.save(graph.model(), directory / f"{DECODER}.onnx")
+    job.progress.start(DECODER, sum(not name.startswith(outside) for name in job.checkpoint.names()))
+    graph = job.graph(DECODER, source)
+    build_decoder(graph, job.config, job.card.observation_window, head, job.preset.head)
+    job.save(graph.model(), DECODER)
 
 
-def _graph_builder(
-    checkpoint: Checkpoint, name: str, directory: Path, preset: Preset, progress: Progress
-) -> GraphBuilder:
-    data = DataFile(directory / f"{name}.data")
-    weights = WeightWriter(checkpoint, data, progress, preset.block_size)
-    return GraphBuilder(name, weights, preset.vision if name == VISION else preset.decoder)
+def _calibrated_source(job: _Export, calibration: Calibration) -> WeightSource:
+    # Needs torch, which no other preset does.
+    from starkv.export.quantize.awq import ScaledSource, search_scales
+
+    plan = search_scales(
+        job.checkpoint,
+        job.config,
+        calibration.sequences(job.directory),
+        job.preset,
+        job.progress,
+        job.directory,
+    )
+    return ScaledSource(job.checkpoint, plan)
 
 
-def _trace_decoder(
-    folder: Path, config: ModelConfig, card: ModelCard, directory: Path, preset: Preset, progress: Progress
-) -> None:
-    if preset.name != "fp32":
-        raise UsageError(
-            f"the trace route exports fp32 only, not {preset.name}; use the build route or --quant fp32"
-        )
+def _trace_decoder(job: _Export) -> None:
     # The only module that needs torch and transformers.
     from starkv.export.trace import trace_decoder
 
-    progress.start(DECODER, 1)
-    model = trace_decoder(folder, config, card.observation_window)
-    move_weights(model, DataFile(directory / f"{DECODER}.data"))
-    ir.save(model, directory / f"{DECODER}.onnx")
-    progress.advance(DECODER)
+    job.progress.start(DECODER, 1)
+    model = trace_decoder(job.checkpoint.folder, job.config, job.card.observation_window)
+    move_weights(model, DataFile(job.directory / f"{DECODER}.data", job.journal))
+    job.save(model, DECODER)
+    job.progress.advance(DECODER)
 
 
-def _describe(
-    checkpoint: Checkpoint,
-    config: ModelConfig,
-    card: ModelCard,
-    directory: Path,
-    preset: Preset,
-    route: Route,
-) -> ExportRecord:
+def _describe(job: _Export, route: Route, fingerprint: str) -> ExportRecord:
+    checkpoint, config, card = job.checkpoint, job.config, job.card
     embedding = _STORED_NAMES[checkpoint.stored_dtype(f"{EMBEDDING}.weight")]
     return ExportRecord(
         schema_version=SCHEMA_VERSION,
         name=card.name,
-        family=checkpoint.family.name,
+        family=job.family.name,
         licence=card.licence,
         source=checkpoint.folder.resolve().name,
         route=route,
+        fingerprint=fingerprint,
         coordinates=card.coordinates,
         prompt=card.prompt,
         text=config.text,
         vision=config.vision,
         tokens=special_tokens(checkpoint.folder, checkpoint.config),
         image=image_limits(checkpoint.folder, card.min_pixels, card.max_pixels),
-        quantization=preset.describe(embedding),
+        quantization=job.preset.describe(embedding),
         observation_window=card.observation_window,
         max_context=card.max_context,
         kv_budget=card.kv_budget,
@@ -150,5 +210,5 @@ def _describe(
             "onnx_ir": ir.__version__,
             "numpy": np.__version__,
         },
-        files=sorted(path.name for path in directory.iterdir()),
+        files=sorted(path.name for path in job.directory.iterdir() if path.is_file()),
     )

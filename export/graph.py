@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from starkv.export.quantize.presets import Storage
-from starkv.export.weights import WeightWriter
+from starkv.export.weights import NO_PADDING, Padding, WeightWriter
 from starkv.onnx_ops import DOMAIN, DOMAIN_VERSION, FULL_ATTENTION, KV_ATTENTION, OPSET, standard_functions
 
 # Oldest IR with 4-bit tensors; old readers refuse newer ones.
@@ -118,29 +118,74 @@ class GraphBuilder:
         position = self.op("Unsqueeze", self.op("Cast", index, to=ir.DataType.INT64), self.ints(1))
         return self.op("GatherND", x, position, batch_dims=1)
 
-    def l2_norm(self, x: ir.Value) -> ir.Value:
-        """Length of each row: [..., H] → [...]."""
+    def l2_norm(self, x: ir.Value, norm: str) -> ir.Value:
+        """Length of each row that the norm ``norm`` put out: [..., H] → [...].
+
+        As the model has it, also where calibration has divided the norm's weight.
+        """
+        divisors = self._weights.input_divisors(f"{norm}.weight")
+        if divisors is not None:
+            x = self.op("Mul", x, self._initializer(divisors))
         return self.op("ReduceL2", x, self.ints(-1), keepdims=0)
 
     # --- layers ---
 
-    def linear(self, x: ir.Value, name: str, *, bias: bool, storage: Storage | None = None) -> ir.Value:
+    def linear(
+        self,
+        x: ir.Value,
+        name: str,
+        *,
+        bias: bool,
+        storage: Storage | None = None,
+        padding: Padding = NO_PADDING,
+    ) -> ir.Value:
         """``torch.nn.Linear`` whose weight is ``{name}.weight``: [..., K] → [..., N]."""
-        return self.fused_linear(x, [name], name, bias=bias, storage=storage)
+        return self.fused_linear(x, [name], name, bias=bias, storage=storage, padding=padding)
 
     def fused_linear(
-        self, x: ir.Value, layers: Sequence[str], name: str, *, bias: bool, storage: Storage | None = None
+        self,
+        x: ir.Value,
+        layers: Sequence[str],
+        name: str,
+        *,
+        bias: bool,
+        storage: Storage | None = None,
+        padding: Padding = NO_PADDING,
     ) -> ir.Value:
         """Several linear layers of the same input as one: outputs lie side by side in the last axis."""
-        stored = self._weights.linear([f"{layer}.weight" for layer in layers], name, storage or self._storage)
+        groups = self._weights.fused_groups([f"{layer}.weight" for layer in layers])
+        if len(groups) == 1:
+            return self._matmul(x, groups[0], name, bias, storage, padding)
+        # Layers that a quantized checkpoint stores in different ways.
+        products = [
+            self._matmul(x, group, f"{name}.{index}", bias, storage, padding)
+            for index, group in enumerate(groups)
+        ]
+        return self.op("Concat", *products, axis=-1)
+
+    def _matmul(
+        self,
+        x: ir.Value,
+        weights: Sequence[str],
+        name: str,
+        bias: bool,
+        storage: Storage | None,
+        padding: Padding,
+    ) -> ir.Value:
+        stored = self._weights.linear(weights, name, storage or self._storage, padding)
         weight = self._initializer(stored.values)
+        if stored.input_order is not None:
+            x = self.op("Gather", x, self._initializer(stored.input_order), axis=-1)
         if stored.scales is not None:
-            scales = self._initializer(stored.scales)
-            weight = self.op("DequantizeLinear", weight, scales, axis=0, block_size=stored.block_size)
+            inputs = [weight, self._initializer(stored.scales)]
+            if stored.zero_points is not None:
+                inputs.append(self._initializer(stored.zero_points))
+            weight = self.op("DequantizeLinear", *inputs, axis=0, block_size=stored.block_size)
         product = self.op("MatMul", x, weight)
         if not bias:
             return product
-        vector = self._weights.vector([f"{layer}.bias" for layer in layers], f"{name}.bias")
+        biases = [weight.removesuffix(".weight") + ".bias" for weight in weights]
+        vector = self._weights.vector(biases, f"{name}.bias", padding.outputs)
         return self.add(product, self._initializer(vector))
 
     def rms_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value:
@@ -160,12 +205,19 @@ class GraphBuilder:
         return self.op("Mul", x, self.op("Sigmoid", self.op("Mul", x, factor)))
 
     def gated_mlp(self, x: ir.Value, name: str, intermediate: int, *, bias: bool) -> ir.Value:
-        """``down(silu(gate(x)) * up(x))``."""
+        """``down(silu(gate(x)) * up(x))``.
+
+        Widths that quantization blocks don't divide are filled up with zeros, which changes no result.
+        """
         layers = [f"{name}.gate_proj", f"{name}.up_proj"]
-        gate_up = self.fused_linear(x, layers, f"{name}.gate_up_proj", bias=bias)
-        gate, up = self.split(gate_up, intermediate, intermediate)
+        width = self._weights.padded(intermediate, self._storage, [f"{name}.down_proj.weight"])
+        outer, inner = (NO_PADDING, NO_PADDING)
+        if width != intermediate:
+            outer, inner = Padding(outputs=width), Padding(inputs=width)
+        gate_up = self.fused_linear(x, layers, f"{name}.gate_up_proj", bias=bias, padding=outer)
+        gate, up = self.split(gate_up, width, width)
         silu = self.op("Mul", gate, self.op("Sigmoid", gate))
-        return self.linear(self.op("Mul", silu, up), f"{name}.down_proj", bias=bias)
+        return self.linear(self.op("Mul", silu, up), f"{name}.down_proj", bias=bias, padding=inner)
 
     def rotary(self, x: ir.Value, cos: ir.Value, sin: ir.Value, heads: int) -> ir.Value:
         """Rotate each head's halves: x [B,S,heads*D], cos and sin [B,S,D/2]."""

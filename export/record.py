@@ -34,6 +34,8 @@ class ExportRecord(ModelDescription):
     """The model, how it was exported, and into which files."""
 
     route: Route
+    fingerprint: str
+    """Names what the export was made from and how, see :mod:`starkv.export.fingerprint`."""
     files: list[str]
     """Every file of the directory but this one, sorted."""
 

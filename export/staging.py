@@ -32,7 +32,7 @@ def staged_directory(out: Path, marker: str) -> Iterator[Path]:
         staging.chmod(0o777 & ~_umask())
         yield staging
         check_replaceable(out, marker)
-        _swap(staging, out)
+        replace_directory(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -53,8 +53,8 @@ def check_replaceable(out: Path, marker: str) -> None:
         )
 
 
-def _swap(staging: Path, out: Path) -> None:
-    """Put ``staging`` in the place of ``out``; the old directory is deleted only after that."""
+def replace_directory(staging: Path, out: Path) -> None:
+    """Put ``staging`` in the place of ``out``; an old directory there is deleted only after that."""
     if not out.exists():
         staging.rename(out)
         return

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a graph's weights to its data file while the graph is built, so memory never holds the model."""
+"""Reads a checkpoint's weights, converts them to their storage and appends them to a graph's data file."""
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import groupby
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,23 +14,31 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from starkv.errors import CheckpointError, UsageError
+from starkv.export.data_file import DataFile, Room, TensorSpec
 from starkv.export.progress import Progress
-from starkv.export.quantize.blockwise import choose_block_size, pack_int4, quantize_blockwise
-from starkv.export.quantize.columns import Bits
+from starkv.export.quantize.blockwise import choose_block_size, pack_int4, quantize_rows
+from starkv.export.quantize.columns import Bits, PackedWeight, QuantizedColumns
 from starkv.export.quantize.presets import Storage
 
-_CHUNK_BYTES = 32 << 20
-_PAGE = 4096
+# A chunk and what is computed from it stay in the processor's cache.
+_CHUNK_BYTES = 2 << 20
+_THREADS = min(4, os.cpu_count() or 1)
 
 
 class WeightSource(Protocol):
     """Where weights come from; a :class:`~starkv.export.checkpoint.Checkpoint` is one."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
+        """Shape of a tensor; [N, K] of a linear layer's weight, however it is stored."""
 
     def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Rows ``start … stop-1`` of a tensor."""
+
+    def packed(self, name: str) -> PackedWeight | None:
+        """The weight as integers, if the checkpoint stores it so."""
+
+    def input_divisors(self, norm: str) -> npt.NDArray[np.float32] | None:
+        """[K]: what calibration has divided the outputs of the weight ``norm`` by; None if nothing."""
 
 
 @dataclass(frozen=True)
@@ -38,85 +47,125 @@ class LinearWeight:
 
     values: ir.ExternalTensor
     scales: ir.ExternalTensor | None = None
+    zero_points: ir.ExternalTensor | None = None
     block_size: int | None = None
+    input_order: ir.ExternalTensor | None = None
+    """[K] int64: row k belongs to this input; None where they are in order."""
 
 
-class DataFile:
-    """A file of external tensors that grows as they are written.
+@dataclass(frozen=True)
+class Padding:
+    """Sizes up to which a weight is filled with zeros; None leaves a side as it is."""
 
-    Tensors begin at 64-byte boundaries, large ones at pages, so that a runtime can map them.
-    """
+    outputs: int | None = None
+    """Of each of the layers that are fused."""
+    inputs: int | None = None
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._end = 0
-        path.touch(exist_ok=False)
 
-    def reserve(
-        self, name: str, dtype: ir.DataType, shape: Sequence[int]
-    ) -> tuple[ir.ExternalTensor, npt.NDArray[Any]]:
-        """Append room for a tensor and map it for writing.
+NO_PADDING = Padding()
 
-        Returns:
-            The tensor's reference and a writable array of its shape; 4-bit types come packed, as uint8
-            [..., N/2]. Data is in the file once the array is released.
 
-        Raises:
-            OSError: the disk is full. Where the system can, space is allocated first: running out of it
-                while writing to the mapping would be a fatal signal.
-        """
-        stored_shape = (*shape[:-1], shape[-1] // 2) if dtype.bitwidth == 4 else tuple(shape)
-        stored_dtype = np.dtype(np.uint8) if dtype.bitwidth == 4 else dtype.numpy()
-        length = math.prod(stored_shape) * stored_dtype.itemsize
-        alignment = _PAGE if length >= _PAGE else 64
-        offset = -(-self._end // alignment) * alignment
-        with self._path.open("r+b") as stream:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(stream.fileno(), offset, length)
-            else:
-                stream.truncate(offset + length)
-        self._end = offset + length
-        reference = ir.ExternalTensor(
-            self._path.name,
-            offset,
-            length,
-            dtype,
-            shape=ir.Shape(shape),
-            name=name,
-            base_dir=self._path.parent,
-        )
-        return reference, np.memmap(self._path, stored_dtype, mode="r+", offset=offset, shape=stored_shape)
+@dataclass(frozen=True)
+class _Part:
+    """One layer of a fused weight: its columns start at ``first``."""
 
-    def write(self, name: str, array: npt.NDArray[Any]) -> ir.ExternalTensor:
-        """Append a whole array (any dtype of at least 8 bits)."""
-        reference, room = self.reserve(name, ir.DataType.from_numpy(array.dtype), array.shape)
-        room[...] = array
-        return reference
+    name: str
+    outputs: int
+    first: int
 
 
 class WeightWriter:
-    """Reads weights from a source, converts them to their storage and appends them to a data file."""
+    """Writes the weights of one graph."""
 
-    def __init__(self, source: WeightSource, data: DataFile, progress: Progress, block_size: int) -> None:
+    def __init__(
+        self,
+        source: WeightSource,
+        data: DataFile,
+        progress: Progress,
+        block_size: int,
+        keep_packed: bool = False,
+    ) -> None:
+        """Prepare to write.
+
+        Args:
+            source: where weights come from.
+            data: where they go.
+            progress: told about each tensor of the source.
+            block_size: inputs that share a scale, where it divides their number.
+            keep_packed: store the integers of a quantized checkpoint as they are, whatever is asked for.
+        """
         self._source = source
         self._data = data
         self._progress = progress
         self._block_size = block_size
+        self._keep_packed = keep_packed
 
-    def vector(self, names: Sequence[str], name: str) -> ir.ExternalTensor:
-        """Store one-dimensional tensors (norms, biases) one behind the other as float32."""
-        parts = [self._source.rows(part, 0, self._source.shape(part)[0]) for part in names]
+    def vector(self, names: Sequence[str], name: str, length: int | None = None) -> ir.ExternalTensor:
+        """Store one-dimensional tensors (norms, biases) one behind the other as float32.
+
+        Args:
+            names: tensors of the source.
+            name: of the result.
+            length: fill each with zeros up to this.
+
+        Raises:
+            CheckpointError: a value is not a number.
+        """
+        parts = []
         for part in names:
+            values = self._source.rows(part, 0, self._source.shape(part)[0])
+            _check_finite(values, part)
+            parts.append(np.pad(values, (0, (length or len(values)) - len(values))))
             self._progress.advance(part)
         return self._data.write(name, np.concatenate(parts))
 
-    def linear(self, names: Sequence[str], name: str, storage: Storage) -> LinearWeight:
+    def input_divisors(self, norm: str) -> ir.ExternalTensor | None:
+        """Store what a norm's outputs were divided by for the sake of quantization, if they were."""
+        divisors = self._source.input_divisors(norm)
+        return None if divisors is None else self._data.write(f"{norm}.divisors", divisors)
+
+    def fused_groups(self, names: Sequence[str]) -> list[list[str]]:
+        """Divide layers of one input into runs that can share one weight.
+
+        Layers of a quantized checkpoint differ in what they share: bits, block size, order of inputs.
+        """
+        return [list(group) for _, group in groupby(names, key=self._layout)]
+
+    def _layout(self, name: str) -> tuple[object, ...]:
+        packed = self._packed(name)
+        if packed is None:
+            return ()
+        order = packed.input_order
+        return (
+            packed.bits,
+            packed.block_size,
+            packed.has_zero_points,
+            None if order is None else order.tobytes(),
+        )
+
+    def _packed(self, name: str) -> PackedWeight | None:
+        return self._source.packed(name) if self._keep_packed else None
+
+    def padded(self, features: int, storage: Storage, names: Sequence[str]) -> int:
+        """Smallest number of features from ``features`` that blocks of a quantized storage divide."""
+        if storage == "fp32" or any(self._packed(name) for name in names):
+            return features
+        try:
+            choose_block_size(features, self._block_size, "")
+        except UsageError:
+            return -(-features // self._block_size) * self._block_size
+        return features
+
+    def linear(
+        self, names: Sequence[str], name: str, storage: Storage, padding: Padding = NO_PADDING
+    ) -> LinearWeight:
         """Store weights [Ni,K] of linear layers side by side as one [K,ΣNi].
 
-        Further axes of a source (a convolution's kernel) count as part of K.
+        Further axes of a source (a convolution's kernel) count as part of K. Layers must be of one group of
+        :meth:`fused_groups`.
 
         Raises:
-            CheckpointError: the layers differ in their number of inputs.
+            CheckpointError: the layers differ in their number of inputs, or a value is not a number.
             UsageError: no block size divides K, or N is odd and the storage 4-bit.
         """
         shapes = [self._source.shape(part) for part in names]
@@ -125,48 +174,142 @@ class WeightWriter:
             raise CheckpointError(
                 f"{name}: layers to be fused take {sorted(inputs)} inputs; config.json is wrong"
             )
-        features, outputs = inputs.pop(), sum(shape[0] for shape in shapes)
+        features = inputs.pop()
+        parts, first = [], 0
+        for part, shape in zip(names, shapes, strict=True):
+            parts.append(_Part(part, shape[0], first))
+            first += padding.outputs or shape[0]
+        rows = padding.inputs or features
+        packed = self._packed(names[0])
+        if packed is not None:
+            return self._store_packed(parts, name, packed, features, first)
         if storage == "fp32":
-            values, room = self._data.reserve(f"{name}.weight", ir.DataType.FLOAT, (features, outputs))
-            for column, chunk in self._column_chunks(names, features):
-                room[:, column : column + chunk.shape[1]] = chunk
-            return LinearWeight(values)
-        return self._quantized(names, name, 4 if storage == "int4" else 8, features, outputs)
+            return self._store_float(parts, name, features, rows, first)
+        return self._store_quantized(parts, name, 4 if storage == "int4" else 8, features, rows, first)
 
-    def _quantized(
-        self, names: Sequence[str], name: str, bits: Bits, features: int, outputs: int
+    def _store_float(
+        self, parts: Sequence[_Part], name: str, features: int, rows: int, columns: int
     ) -> LinearWeight:
-        block_size = choose_block_size(features, self._block_size, name)
-        if bits == 4 and outputs % 2:
-            raise UsageError(f"{name} has an odd number of outputs ({outputs}); export it with int8")
-        dtype = ir.DataType.INT4 if bits == 4 else ir.DataType.INT8
-        values, code_room = self._data.reserve(f"{name}.codes", dtype, (features, outputs))
-        scales, scale_room = self._data.reserve(
-            f"{name}.scales", ir.DataType.FLOAT, (features // block_size, outputs)
-        )
-        for column, chunk in self._column_chunks(names, features):
-            codes, chunk_scales = quantize_blockwise(chunk, bits, block_size)
-            end = column + chunk.shape[1]
-            scale_room[:, column:end] = chunk_scales
-            if bits == 4:
-                code_room[:, column // 2 : end // 2] = pack_int4(codes)
-            else:
-                code_room[:, column:end] = codes
-        return LinearWeight(values, scales, block_size)
+        def fill(rooms: Sequence[Room]) -> None:
+            def store(part: _Part, start: int, stop: int) -> None:
+                chunk = self._rows(part, start, stop, features)
+                _check_finite(chunk, part.name)
+                rooms[0][:features, part.first + start : part.first + stop] = chunk.T
 
-    def _column_chunks(
-        self, names: Sequence[str], features: int
-    ) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-        """Yield (first column, columns [K,n]) of the fused weight; n is even but at a layer's end."""
+            self._run(parts, features, store)
+
+        spec = TensorSpec(f"{name}.weight", ir.DataType.FLOAT, (rows, columns))
+        return LinearWeight(self._store(parts, [spec], fill)[0])
+
+    def _store_quantized(
+        self, parts: Sequence[_Part], name: str, bits: Bits, features: int, rows: int, columns: int
+    ) -> LinearWeight:
+        block_size = choose_block_size(rows, self._block_size, name)
+
+        def fill(rooms: Sequence[Room]) -> None:
+            def store(part: _Part, start: int, stop: int) -> None:
+                chunk = self._rows(part, start, stop, features)
+                if rows > features:
+                    chunk = np.pad(chunk, ((0, 0), (0, rows - features)))
+                codes, scales = quantize_rows(chunk, bits, block_size)
+                _check_finite(scales, part.name)
+                columns = QuantizedColumns(np.ascontiguousarray(codes.T), scales.T)
+                _put(rooms, part.first + start, columns, bits)
+
+            self._run(parts, features, store)
+
+        stored = self._store(parts, _quantized_specs(name, bits, rows, columns, block_size), fill)
+        return LinearWeight(stored[0], stored[1], block_size=block_size)
+
+    def _store_packed(
+        self, parts: Sequence[_Part], name: str, packed: PackedWeight, features: int, columns: int
+    ) -> LinearWeight:
+        bits, block_size = packed.bits, packed.block_size
+        specs = _quantized_specs(name, bits, features, columns, block_size)
+        if packed.has_zero_points:
+            dtype = specs[0].dtype
+            specs.append(TensorSpec(f"{name}.zero_points", dtype, (features // block_size, columns)))
+
+        def fill(rooms: Sequence[Room]) -> None:
+            weights = {part.name: self._source.packed(part.name) for part in parts}
+
+            def store(part: _Part, start: int, stop: int) -> None:
+                weight = weights[part.name]
+                assert weight is not None  # fused_groups puts packed layers among themselves
+                chunk = weight.columns(start, stop)
+                _check_finite(chunk.scales, part.name)
+                _put(rooms, part.first + start, chunk, bits)
+
+            self._run(parts, features, store)
+
+        stored = self._store(parts, specs, fill)
+        order = packed.input_order
+        return LinearWeight(
+            stored[0],
+            stored[1],
+            stored[2] if packed.has_zero_points else None,
+            block_size,
+            None if order is None else self._data.write(f"{name}.input_order", order.astype(np.int64)),
+        )
+
+    def _store(
+        self, parts: Sequence[_Part], specs: Sequence[TensorSpec], fill: Callable[[Sequence[Room]], None]
+    ) -> list[ir.ExternalTensor]:
+        codes = specs[0]
+        if codes.dtype.bitwidth == 4 and any(part.outputs % 2 for part in parts):
+            odd = next(part for part in parts if part.outputs % 2)
+            raise UsageError(f"{odd.name} has an odd number of outputs ({odd.outputs}); export it with int8")
+        stored = self._data.store(specs, fill)
+        for part in parts:
+            self._progress.advance(part.name)
+        return stored
+
+    def _rows(self, part: _Part, start: int, stop: int, features: int) -> npt.NDArray[np.float32]:
+        return self._source.rows(part.name, start, stop).reshape(-1, features)
+
+    def _run(self, parts: Sequence[_Part], features: int, store: Callable[[_Part, int, int], None]) -> None:
+        """Call ``store`` for all chunks, on several threads: numpy lets go of the interpreter."""
+        # Even, so that no byte of 4-bit codes belongs to two chunks.
         step = max(2, _CHUNK_BYTES // (4 * features) // 2 * 2)
-        first = 0
-        for name in names:
-            rows = self._source.shape(name)[0]
-            for start in range(0, rows, step):
-                chunk = self._source.rows(name, start, min(start + step, rows)).reshape(-1, features)
-                yield first + start, np.ascontiguousarray(chunk.T)
-            first += rows
-            self._progress.advance(name)
+        with ThreadPoolExecutor(_THREADS) as workers:
+            for _ in workers.map(lambda chunk: store(*chunk), _chunks(parts, step)):
+                pass
+
+
+def _chunks(parts: Sequence[_Part], step: int) -> Iterator[tuple[_Part, int, int]]:
+    for part in parts:
+        for start in range(0, part.outputs, step):
+            yield part, start, min(start + step, part.outputs)
+
+
+def _quantized_specs(name: str, bits: Bits, rows: int, columns: int, block_size: int) -> list[TensorSpec]:
+    dtype = ir.DataType.INT4 if bits == 4 else ir.DataType.INT8
+    return [
+        TensorSpec(f"{name}.codes", dtype, (rows, columns)),
+        TensorSpec(f"{name}.scales", ir.DataType.FLOAT, (rows // block_size, columns)),
+    ]
+
+
+def _put(rooms: Sequence[Room], first: int, columns: QuantizedColumns, bits: Bits) -> None:
+    """Write columns into the rooms of codes, scales and perhaps zero points."""
+    end = first + columns.codes.shape[1]
+    rooms[1][:, first:end] = columns.scales
+    integers = [(rooms[0], columns.codes)]
+    if columns.zero_points is not None:
+        integers.append((rooms[2], columns.zero_points))
+    for room, codes in integers:
+        if bits == 4:
+            room[:, first // 2 : end // 2] = pack_int4(codes)
+        else:
+            room[:, first:end] = codes
+
+
+def _check_finite(values: npt.NDArray[Any], name: str) -> None:
+    if not np.isfinite(values).all():
+        raise CheckpointError(
+            f"tensor {name} holds values that are not finite numbers; the checkpoint is damaged, download it "
+            "again"
+        )
 
 
 def move_weights(model: ir.Model, data: DataFile) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest import TinyModel
+from conftest import PLAIN_PRESETS, TinyModel
 from decoder_reference import DecoderReference
 from decoder_runner import DecoderRunner, StepResult, open_session
 from tiny_model import HIDDEN, LAYERS, VOCAB, make_tiny_model, tiny_card
@@ -51,7 +51,7 @@ def assert_same_step(actual: StepResult, expected: StepResult) -> None:
     assert_close(actual.hidden_norm, expected.hidden_norm)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", PLAIN_PRESETS)
 def test_canonical_graph_is_valid_onnx(tiny: TinyModel, preset: str) -> None:
     onnx.checker.check_model(tiny.exports[preset] / "decoder.onnx", full_check=True)
 

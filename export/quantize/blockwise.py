@@ -34,14 +34,37 @@ def quantize_blockwise(
         Codes int8 [K,N] in −8…7 for 4 bits or −128…127 for 8, and scales float32 [K/block_size,N];
         ``codes * scales`` is at most half a scale from the weight.
     """
-    rows, columns = weight.shape
-    blocks = weight.reshape(rows // block_size, block_size, columns)
+    codes, scales = quantize_rows(np.ascontiguousarray(weight.T), bits, block_size)
+    return np.ascontiguousarray(codes.T), np.ascontiguousarray(scales.T)
+
+
+def quantize_rows(
+    weight: npt.NDArray[np.float32], bits: Bits, block_size: int
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """:func:`quantize_blockwise` of a weight that is stored as PyTorch does it.
+
+    Args:
+        weight: contiguous [N,K].
+        bits: of a code.
+        block_size: inputs that share a scale.
+
+    Returns:
+        Codes int8 [N,K] and scales float32 [N,K/block_size]. Where a weight is not finite, so is its scale.
+    """
+    rows, features = weight.shape
+    blocks = weight.reshape(rows, features // block_size, block_size)
     largest_code = 2 ** (bits - 1) - 1
-    scales = (np.abs(blocks).max(axis=1) / np.float32(largest_code)).astype(np.float32)
+    # Without the temporary of np.abs: this is bound by memory.
+    largest = np.maximum(blocks.max(axis=2), -blocks.min(axis=2))
+    scales = (largest / np.float32(largest_code)).astype(np.float32)
     # A block of zeros, or one so small that its scale underflows, has codes of zero whatever the scale.
     scales[scales < np.finfo(np.float32).tiny] = 1.0
-    codes = np.rint(blocks / scales[:, None]).clip(-largest_code - 1, largest_code)
-    return codes.astype(np.int8).reshape(rows, columns), scales
+    scaled = blocks / scales[:, :, None]
+    np.rint(scaled, out=scaled)
+    np.clip(scaled, -largest_code - 1, largest_code, out=scaled)
+    with np.errstate(invalid="ignore"):
+        codes = scaled.astype(np.int8)
+    return codes.reshape(rows, features), scales
 
 
 def dequantize_blockwise(

@@ -11,8 +11,19 @@ Bits = Literal[4, 8]
 
 
 @dataclass(frozen=True)
+class ImportedQuantization:
+    """How a checkpoint was quantized by somebody else."""
+
+    method: str
+    """``awq``, ``gptq`` or ``compressed-tensors``."""
+    bits: Bits
+    group_size: int
+    """Inputs that share a scale; −1 for all."""
+
+
+@dataclass(frozen=True)
 class QuantizedColumns:
-    """Some columns of a weight [K,N] (K inputs, N outputs): ``(codes − zero_points) · scales`` block by block."""
+    """Some columns of a weight [K,N], K inputs, N outputs: ``(codes − zero_points) · scales`` by blocks."""
 
     codes: npt.NDArray[np.int8]
     """[K,n]: −8…7 with 4 bits, −128…127 with 8."""

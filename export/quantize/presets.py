@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Named choices of how each group of weights is stored."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from starkv.errors import UsageError
+from starkv.export.quantize.columns import ImportedQuantization
 from starkv.manifest import Quantization
 
 Storage = Literal["fp32", "int8", "int4"]
@@ -25,6 +26,8 @@ class Preset:
     vision: Storage = "fp32"
     calibrated: bool = False
     """Whether weights are scaled to the activations of calibration prompts before they are rounded."""
+    keep_packed: bool = False
+    """Whether integers of a checkpoint that is quantized already are stored as they are."""
     block_size: int = 128
     """Input features that share one scale, where it divides their number."""
 
@@ -64,3 +67,33 @@ def load_preset(name: str) -> Preset:
     if name not in PRESETS:
         raise UsageError(f"unknown quantization {name!r}; known: {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def preset_for(preset: Preset, imported: ImportedQuantization | None) -> Preset:
+    """The preset that fits a checkpoint: one that is quantized already keeps its integers.
+
+    Args:
+        preset: asked for.
+        imported: what the checkpoint is quantized with, if it is.
+
+    Returns:
+        For a quantized checkpoint a preset named after its method. Layers that it left in floating point are
+        stored as ``preset`` says for the head and the vision tower, and as int8 in the decoder.
+
+    Raises:
+        UsageError: ``preset`` would round the integers a second time.
+    """
+    if imported is None or preset.name == "fp32":
+        return preset
+    if preset.name not in ("int8", "int4", "int4-small"):
+        raise UsageError(
+            f"the checkpoint is quantized already ({imported.method}, {imported.bits} bits), which "
+            f"{preset.name} would do again; choose int8 or int4-small for the layers that it left out, or fp32 to undo it"
+        )
+    return replace(
+        preset,
+        name=imported.method,
+        decoder="int4" if imported.bits == 4 else "int8",
+        keep_packed=True,
+        block_size=preset.block_size,
+    )
