@@ -59,6 +59,7 @@ class _Export:
             self.progress,
             preset.block_size,
             preset.keep_packed,
+            self.checkpoint.folder,
         )
         return GraphBuilder(name, weights, preset.vision if name == VISION else preset.decoder)
 

@@ -84,6 +84,7 @@ class WeightWriter:
         progress: Progress,
         block_size: int,
         keep_packed: bool = False,
+        origin: object = "checkpoint",
     ) -> None:
         """Prepare to write.
 
@@ -92,6 +93,7 @@ class WeightWriter:
             data: where they go.
             progress: told about each tensor of the source.
             block_size: inputs that share a scale, where it divides their number.
+            origin: names the source in errors.
             keep_packed: store the integers of a quantized checkpoint as they are, whatever is asked for.
         """
         self._source = source
@@ -99,6 +101,7 @@ class WeightWriter:
         self._progress = progress
         self._block_size = block_size
         self._keep_packed = keep_packed
+        self._origin = origin
 
     def vector(self, names: Sequence[str], name: str, length: int | None = None) -> ir.ExternalTensor:
         """Store one-dimensional tensors (norms, biases) one behind the other as float32.
@@ -114,7 +117,7 @@ class WeightWriter:
         parts = []
         for part in names:
             values = self._source.rows(part, 0, self._source.shape(part)[0])
-            _check_finite(values, part)
+            _check_finite(values, part, self._origin)
             parts.append(np.pad(values, (0, (length or len(values)) - len(values))))
             self._progress.advance(part)
         return self._data.write(name, np.concatenate(parts))
@@ -193,7 +196,7 @@ class WeightWriter:
         def fill(rooms: Sequence[Room]) -> None:
             def store(part: _Part, start: int, stop: int) -> None:
                 chunk = self._rows(part, start, stop, features)
-                _check_finite(chunk, part.name)
+                _check_finite(chunk, part.name, self._origin)
                 rooms[0][:features, part.first + start : part.first + stop] = chunk.T
 
             self._run(parts, features, store)
@@ -212,7 +215,7 @@ class WeightWriter:
                 if rows > features:
                     chunk = np.pad(chunk, ((0, 0), (0, rows - features)))
                 codes, scales = quantize_rows(chunk, bits, block_size)
-                _check_finite(scales, part.name)
+                _check_finite(scales, part.name, self._origin)
                 columns = QuantizedColumns(np.ascontiguousarray(codes.T), scales.T)
                 _put(rooms, part.first + start, columns, bits)
 
@@ -237,7 +240,7 @@ class WeightWriter:
                 weight = weights[part.name]
                 assert weight is not None  # fused_groups puts packed layers among themselves
                 chunk = weight.columns(start, stop)
-                _check_finite(chunk.scales, part.name)
+                _check_finite(chunk.scales, part.name, self._origin)
                 _put(rooms, part.first + start, chunk, bits)
 
             self._run(parts, features, store)
@@ -304,10 +307,10 @@ def _put(rooms: Sequence[Room], first: int, columns: QuantizedColumns, bits: Bit
             room[:, first:end] = codes
 
 
-def _check_finite(values: npt.NDArray[Any], name: str) -> None:
+def _check_finite(values: npt.NDArray[Any], name: str, origin: object) -> None:
     if not np.isfinite(values).all():
         raise CheckpointError(
-            f"tensor {name} holds values that are not finite numbers; the checkpoint is damaged, download it "
+            f"{origin}: tensor {name} holds values that are not finite numbers; the checkpoint is damaged, download it "
             "again"
         )
 

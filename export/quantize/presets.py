@@ -83,17 +83,17 @@ def preset_for(preset: Preset, imported: ImportedQuantization | None) -> Preset:
     Raises:
         UsageError: ``preset`` would round the integers a second time.
     """
-    if imported is None or preset.name == "fp32":
+    if imported is None or preset.name == "fp32" or preset.keep_packed:
         return preset
     if preset.name not in ("int8", "int4", "int4-small"):
         raise UsageError(
             f"the checkpoint is quantized already ({imported.method}, {imported.bits} bits), which "
-            f"{preset.name} would do again; choose int8 or int4-small for the layers that it left out, or fp32 to undo it"
+            f"{preset.name} would do again; choose int8 or int4-small for the layers that it left out, or fp32 "
+            "to undo it"
         )
     return replace(
         preset,
         name=imported.method,
         decoder="int4" if imported.bits == 4 else "int8",
         keep_packed=True,
-        block_size=preset.block_size,
     )

@@ -2,7 +2,7 @@
 """Find the engine that a user names, and build it where there is none yet."""
 
 import os
-import tempfile
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -67,24 +67,26 @@ def build_engine(
     """
     from starkv.export.build.ort import build_ort_engine
     from starkv.export.cards import resolve_model
+    from starkv.export.checkpoint import Checkpoint
     from starkv.export.export_model import export_model
-    from starkv.export.quantize.presets import load_preset
+    from starkv.export.quantize.presets import load_preset, preset_for
+    from starkv.export.resume import partial_directory
     from starkv.export.staging import check_replaceable
 
     resolved = resolve_model(model)
-    preset = load_preset(quantization or resolved.card.quantization)
+    with Checkpoint(resolved.folder) as checkpoint:
+        preset = preset_for(load_preset(quantization or resolved.card.quantization), checkpoint.quantization)
     target = out or engine_directory(resolved.card.name, "ort", preset.name)
     # The build checks it too, but that is minutes later for a large model.
     check_replaceable(target, MANIFEST_NAME)
-    # On the same file system as the engine: the weights become hard links and are written once.
-    with (
-        made_parents(target),
-        tempfile.TemporaryDirectory(prefix=f".{target.name}.export-", dir=target.parent) as scratch,
-        progress() as stages,
-    ):
-        exported = Path(scratch) / "export"
-        export_model(resolved.folder, resolved.card, exported, preset, stages)
+    # Beside the engine, on the same file system; what was finished before an interruption is found again.
+    exported = target.absolute().with_name(f".{target.name}.export")
+    if exported.exists() or partial_directory(exported).exists():
+        note(f"going on with an earlier run that was interrupted, see {exported.parent}")
+    with made_parents(target), progress() as stages:
+        export_model(resolved.folder, resolved.card, exported, preset, stages, reuse=True)
         manifest = build_ort_engine(exported, target, stages, prepack, link=True)
+        shutil.rmtree(exported)
     return target, manifest
 
 
