@@ -5,7 +5,6 @@ import json
 import math
 import mmap
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,10 +15,13 @@ import numpy.typing as npt
 from starkv.errors import CheckpointError
 from starkv.export.models.families import family_of
 from starkv.export.quantize.columns import ImportedQuantization, PackedWeight
+from starkv.export.quantize.imported.common import ImportedWeight, dequantize_rows
+from starkv.export.quantize.imported.importer import choose_importer
 from starkv.export.safetensors_header import DTYPES, read_header, shard_paths
+from starkv.export.stored_tensor import StoredTensor
 
-# Several spellings are in use: the Hub's older files drop a prefix that transformers writes today; OpenCUA has
-# names of its own.
+# Several spellings are in use: the Hub's older files drop a prefix that transformers writes today; OpenCUA
+# has names of its own.
 _OLD_PREFIXES = (
     ("language_model.model.", "model.language_model."),
     ("language_model.lm_head.", "lm_head."),
@@ -39,18 +41,10 @@ def canonical_name(name: str) -> str:
     return name
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """Where one tensor lies inside a mapped file."""
-
-    mapping: mmap.mmap
-    offset: int
-    shape: tuple[int, ...]
-    dtype: str
-
-
 class Checkpoint:
     """Tensors of a checkpoint by canonical name, never more of them in memory than the caller asks for.
+
+    A layer that is stored quantized appears as its one ``….weight``, like any other.
 
     Raises:
         CheckpointError: the folder, its ``config.json`` or a shard is missing, damaged or not supported.
@@ -64,12 +58,20 @@ class Checkpoint:
         self.folder = folder
         self.config = _read_config(folder / "config.json")
         self.family = family_of(self.config, folder / "config.json")
-        _refuse_quantized(self.config, folder / "config.json")
+        importer = choose_importer(self.config, folder / "config.json")
         self.quantization: ImportedQuantization | None = None
-        self._entries: dict[str, _Entry] = {}
+        """How the checkpoint is quantized, if it is."""
+        self._entries: dict[str, StoredTensor] = {}
+        self._packed: dict[str, ImportedWeight] = {}
         self._mappings: list[mmap.mmap] = []
         for path in shard_paths(folder):
             self._map(path)
+        if importer is not None:
+            layers, self.quantization = importer.take(self._entries)
+            self._packed = {f"{layer}.weight": weight for layer, weight in layers.items()}
+            _check_embedding(self._packed, folder)
+        for entry in self._entries.values():
+            _check_dtype(entry)
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -82,29 +84,30 @@ class Checkpoint:
     def close(self) -> None:
         """Unmap all files; arrays handed out stay valid because they are copies."""
         self._entries.clear()
+        self._packed.clear()
         for mapping in self._mappings:
             mapping.close()
         self._mappings.clear()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._entries
+        return name in self._entries or name in self._packed
 
     def names(self) -> list[str]:
         """Canonical names of all tensors, sorted."""
-        return sorted(self._entries)
+        return sorted([*self._entries, *self._packed])
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor as stored."""
-        return self._entry(name).shape
+        """Shape of a tensor; [N, K] of a linear layer's weight, however it is stored."""
+        return self._packed[name].shape if name in self._packed else self._entry(name).shape
 
     def stored_dtype(self, name: str) -> str:
-        """Dtype of a tensor as safetensors spells it: ``BF16``, ``F16`` or ``F32``."""
-        return self._entry(name).dtype
+        """Dtype of a tensor as safetensors spells it; ``I4`` or ``I8`` of a quantized layer."""
+        return f"I{self._packed[name].bits}" if name in self._packed else self._entry(name).dtype
 
     @property
     def parameters(self) -> int:
-        """Number of stored weights; a tied head counts once."""
-        return sum(math.prod(entry.shape) for entry in self._entries.values())
+        """Number of weights; a tied head counts once, and so does a quantized weight without its scales."""
+        return sum(math.prod(self.shape(name)) for name in self.names())
 
     def array(self, name: str) -> npt.NDArray[np.float32]:
         """Read a whole tensor as float32."""
@@ -112,24 +115,17 @@ class Checkpoint:
 
     def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Read the rows ``start … stop-1`` of the first axis as float32 [stop-start, …]."""
+        if name in self._packed:
+            return dequantize_rows(self._packed[name], start, stop)
         return self.stored_rows(name, start, stop).astype(np.float32, copy=False)
 
     def stored_rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
-        """Read rows of the first axis in the stored dtype and let go of the file's pages."""
-        entry = self._entry(name)
-        dtype = DTYPES[entry.dtype]
-        row_size = math.prod(entry.shape[1:])
-        first = entry.offset + start * row_size * dtype.itemsize
-        count = (stop - start) * row_size
-        view = np.frombuffer(entry.mapping, dtype, count, first)
-        copied: npt.NDArray[Any] = view.reshape(stop - start, *entry.shape[1:]).copy()
-        del view
-        _drop_pages(entry.mapping, first, count * dtype.itemsize)
-        return copied
+        """Read rows of the first axis of a tensor that is not quantized, in the stored dtype."""
+        return self._entry(name).rows(start, stop)
 
     def packed(self, name: str) -> PackedWeight | None:
         """The weight as integers, if the checkpoint stores it so."""
-        return None
+        return self._packed.get(name)
 
     def input_divisors(self, norm: str) -> None:
         """Nothing: a checkpoint's weights are as the model has them."""
@@ -141,7 +137,7 @@ class Checkpoint:
         for start in range(0, total, chunk):
             yield start, self.rows(name, start, min(start + chunk, total))
 
-    def _entry(self, name: str) -> _Entry:
+    def _entry(self, name: str) -> StoredTensor:
         try:
             return self._entries[name]
         except KeyError:
@@ -156,7 +152,8 @@ class Checkpoint:
         self._mappings.append(mapping)
         for name, tensor in tensors.items():
             offset = start + tensor.data_offsets[0]
-            self._entries[canonical_name(name)] = _Entry(mapping, offset, tensor.shape, tensor.dtype)
+            entry = StoredTensor(path, name, mapping, offset, tensor.shape, tensor.dtype)
+            self._entries[canonical_name(name)] = entry
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -171,17 +168,19 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _refuse_quantized(config: dict[str, Any], path: Path) -> None:
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
+def _check_embedding(packed: dict[str, ImportedWeight], folder: Path) -> None:
+    """Refuse a quantized embedding: its rows are looked up, not multiplied."""
+    for name in packed:
+        if name.endswith("embed_tokens.weight"):
+            raise CheckpointError(
+                f"{folder}: the embedding {name} is quantized; starkv reads quantized linear layers only"
+            )
+
+
+def _check_dtype(entry: StoredTensor) -> None:
+    """Refuse integers that belong to no quantized layer."""
+    if entry.dtype not in DTYPES:
         raise CheckpointError(
-            f"{path}: already quantized ({method}); use the original checkpoint, starkv quantizes itself"
+            f"{entry.path}: tensor {entry.name} has dtype {entry.dtype}; "
+            f"starkv reads {', '.join(DTYPES)} only, and integers of layers that quantization_config declares"
         )
-
-
-def _drop_pages(mapping: mmap.mmap, offset: int, length: int) -> None:
-    """Let the kernel forget these bytes, so that reading a model keeps little of it resident."""
-    if not hasattr(mmap, "MADV_DONTNEED"):
-        return
-    start = offset - offset % mmap.PAGESIZE
-    mapping.madvise(mmap.MADV_DONTNEED, start, offset + length - start)

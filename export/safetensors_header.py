@@ -19,6 +19,13 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 """Dtypes of weights, as safetensors spells them."""
 
+INTEGER_DTYPES: dict[str, np.dtype[Any]] = {
+    "I8": np.dtype(np.int8),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+}
+"""Dtypes of the tensors that make up a quantized layer."""
+
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _LARGEST_HEADER = 100 << 20
@@ -46,7 +53,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorHeader], int]:
         Tensors by name, and where their data begins.
 
     Raises:
-        CheckpointError: the file is no safetensors file, is truncated, or holds something else than weights.
+        CheckpointError: the file is no safetensors file, is truncated, or holds something else than
+            weights and integers.
     """
     damaged = CheckpointError(f"{path} is no safetensors file (its header is damaged); download it again")
     size = path.stat().st_size
@@ -71,13 +79,14 @@ def read_header(path: Path) -> tuple[dict[str, TensorHeader], int]:
 
 def _check_tensor(path: Path, name: str, tensor: TensorHeader, start: int, size: int) -> None:
     begin, end = tensor.data_offsets
-    if tensor.dtype not in DTYPES:
+    dtype = DTYPES.get(tensor.dtype) or INTEGER_DTYPES.get(tensor.dtype)
+    if dtype is None:
         raise CheckpointError(
             f"{path}: tensor {name} has dtype {tensor.dtype}; starkv reads {', '.join(DTYPES)} only"
         )
     if start + end > size:
         raise CheckpointError(f"{path} is truncated: it has {size} bytes, its header asks for {start + end}")
-    if end - begin != math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize:
+    if end - begin != math.prod(tensor.shape) * dtype.itemsize:
         raise CheckpointError(f"{path}: tensor {name} has the wrong size for its shape; download it again")
 
 

@@ -132,9 +132,9 @@ def test_wrong_architecture_is_named_with_the_supported_ones(tmp_path: Path) -> 
     assert "starkv knows Qwen2_5_VLForConditionalGeneration" in message
 
 
-def test_already_quantized_checkpoint(tmp_path: Path) -> None:
-    make_folder(tmp_path, CONFIG | {"quantization_config": {"quant_method": "awq"}})
-    assert "already quantized (awq)" in message_of(tmp_path)
+def test_quantization_that_starkv_cannot_read(tmp_path: Path) -> None:
+    make_folder(tmp_path, CONFIG | {"quantization_config": {"quant_method": "fp8"}})
+    assert "weights quantized with fp8 are not supported; starkv reads AWQ" in message_of(tmp_path)
 
 
 def test_no_weights(tmp_path: Path) -> None:
