@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Activation-aware weight quantization (AWQ, arXiv 2306.00978): scales of one group of linear layers.
+
+Inputs with large activations are multiplied up in the weights, where rounding then costs them less, and
+divided by as much before. How strongly is a power of their mean magnitude; the exponent is searched on a grid
+by the error of the rounded layers' outputs. Needs PyTorch.
+
+Symbols: K inputs, N outputs, T rows of activations.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from starkv.export.quantize.awq_plan import GroupResult
+from starkv.export.quantize.columns import Bits
+
+EXPONENTS = tuple(step / 20 for step in range(20))
+"""Tried in this order. The first is plain rounding: on the rows searched with, no result is worse than it."""
+SMALLEST_SHARE = 1e-3
+"""Of the mean magnitude: a channel that was hardly ever seen is not scaled down without limit."""
+_CHUNK_WEIGHTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How weights will be stored."""
+
+    bits: Bits
+    block_size: int
+    """Inputs that share a scale."""
+
+
+def round_blockwise(weight: Tensor, rounding: Rounding) -> Tensor:
+    """What ``blockwise.quantize_rows`` leaves of a weight [N,K] float32; K is filled up to whole blocks."""
+    features = weight.shape[1]
+    padded = F.pad(weight, (0, -features % rounding.block_size))
+    blocks = padded.unflatten(-1, (-1, rounding.block_size))
+    largest_code = 2 ** (rounding.bits - 1) - 1
+    scales = blocks.abs().amax(-1, keepdim=True) / largest_code
+    scales = torch.where(scales < torch.finfo(torch.float32).tiny, 1.0, scales)
+    codes = (blocks / scales).round_().clamp_(-largest_code - 1, largest_code)
+    return codes.mul_(scales).flatten(-2)[:, :features]
+
+
+def candidate_scales(magnitudes: Tensor, exponent: float) -> Tensor:
+    """Scales for an exponent, centred on 1: their largest and smallest are each other's inverse.
+
+    Args:
+        magnitudes: [K] mean absolute activations.
+        exponent: 0 gives ones.
+    """
+    floor = SMALLEST_SHARE * magnitudes.mean()
+    scales = magnitudes.clamp_min(floor).clamp_min(torch.finfo(torch.float32).tiny) ** exponent
+    return scales / (scales.max() * scales.min()).sqrt()
+
+
+def output_error(weights: Sequence[Tensor], rows: Tensor, scales: Tensor, rounding: Rounding) -> float:
+    """Squared error of the outputs of scaled, rounded layers relative to the exact ones, mean over layers.
+
+    Args:
+        weights: [N,K] each, float32; biases cancel out.
+        rows: [T,K] activations, in the dtype to multiply in.
+        scales: [K] float32.
+        rounding: how the weights are rounded.
+    """
+    errors = []
+    for weight in weights:
+        wrong = exact = 0.0
+        step = max(1, _CHUNK_WEIGHTS // weight.shape[1])
+        for chunk in weight.split(step):
+            difference = round_blockwise(chunk * scales, rounding) / scales - chunk
+            wrong += float((rows @ difference.to(rows.dtype).T).float().square().sum())
+            exact += float((rows @ chunk.to(rows.dtype).T).float().square().sum())
+        errors.append(wrong / exact if exact else 0.0)
+    return sum(errors) / len(errors)
+
+
+def search_group(
+    weights: Sequence[Tensor],
+    rows: Tensor,
+    magnitudes: Tensor,
+    origins: Tensor,
+    rounding: Rounding,
+    exponents: Sequence[float] = EXPONENTS,
+) -> tuple[Tensor, GroupResult]:
+    """Scales of the layers that share an input.
+
+    Args:
+        weights: [N,K] each, float32.
+        rows: [T,K] activations to judge by.
+        magnitudes: [K] mean absolute activations.
+        origins: [K] int64: inputs with the same number share a scale, because they come from one output.
+        rounding: how the weights will be rounded.
+        exponents: grid; begins with 0.
+
+    Returns:
+        Scales float32, one for each number in ``origins``, and what they are worth.
+    """
+    count = int(origins.max()) + 1
+    shared = torch.zeros(count, device=magnitudes.device).scatter_reduce(
+        0, origins, magnitudes, "mean", include_self=False
+    )
+    best, best_exponent, best_error, plain_error = torch.ones_like(shared), 0.0, float("inf"), 0.0
+    for exponent in exponents:
+        scales = candidate_scales(shared, exponent)
+        error = output_error(weights, rows, scales[origins], rounding)
+        if exponent == 0:
+            plain_error = error
+        if error < best_error:
+            best, best_exponent, best_error = scales, exponent, error
+    return best, GroupResult(best_exponent, best_error, plain_error)
