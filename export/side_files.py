@@ -13,7 +13,9 @@ REQUIRED = ("config.json", "tokenizer.json", "tokenizer_config.json")
 OPTIONAL = ("preprocessor_config.json", "generation_config.json")
 CHAT_TEMPLATE = "chat_template.jinja"
 
-# The family's normalisation, for checkpoints without preprocessor_config.json.
+_END_OF_TURN = "<|im_end|>"
+
+# The families' normalisation, for checkpoints without preprocessor_config.json.
 _DEFAULT_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _DEFAULT_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -50,8 +52,10 @@ def _chat_template(source: Path) -> str:
 def special_tokens(source: Path, config: dict[str, Any]) -> SpecialTokens:
     """Collect the token ids; ``generation_config.json`` knows the ends of text best.
 
+    A reply also ends with its turn, which OpenCUA's ``generation_config.json`` doesn't say.
+
     Raises:
-        CheckpointError: no end-of-text token, or an image token is missing.
+        CheckpointError: no end-of-text token, or the image token is missing.
     """
     text = config.get("text_config", config)
     candidates = (
@@ -62,15 +66,28 @@ def special_tokens(source: Path, config: dict[str, Any]) -> SpecialTokens:
     ends = next((found for found in candidates if found is not None), None)
     if ends is None:
         raise CheckpointError(f"{source}: neither generation_config.json nor config.json has an eos_token_id")
-    try:
-        return SpecialTokens(
-            image_pad=config["image_token_id"],
-            vision_start=config["vision_start_token_id"],
-            vision_end=config["vision_end_token_id"],
-            end_of_text=ends if isinstance(ends, list) else [ends],
+    image_pad = config.get("image_token_id", config.get("media_placeholder_token_id"))
+    if image_pad is None:
+        raise CheckpointError(
+            f"{source / 'config.json'}: field image_token_id is missing; download the file again"
         )
-    except KeyError as error:
-        raise CheckpointError(f"{source / 'config.json'}: field {error.args[0]} is missing") from None
+    ends = ends if isinstance(ends, list) else [ends]
+    turn_ends = [token for token, content in added_tokens(source).items() if content == _END_OF_TURN]
+    return SpecialTokens(image_pad=image_pad, end_of_text=list(dict.fromkeys([*ends, *turn_ends])))
+
+
+def added_tokens(source: Path) -> dict[int, str]:
+    """Id → text of the tokens that ``tokenizer_config.json`` adds to the vocabulary.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = source / "tokenizer_config.json"
+    try:
+        entries = _read_json(path).get("added_tokens_decoder", {})
+        return {int(token): str(entry["content"]) for token, entry in entries.items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{path}: field added_tokens_decoder is damaged; download it again") from None
 
 
 def image_limits(source: Path, min_pixels: int, max_pixels: int) -> ImageLimits:

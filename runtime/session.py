@@ -20,7 +20,7 @@ from starkv.runtime.generation import Sampler, SamplingParameters, StopScanner
 from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
 from starkv.runtime.kv.prompt import describe_prompt
 from starkv.runtime.preprocess.image import ImageInputs, preprocess
-from starkv.runtime.preprocess.positions import multimodal_positions, rope_tables, text_positions
+from starkv.runtime.preprocess.positions import prompt_positions, rope_tables, text_positions
 from starkv.runtime.preprocess.tokenizer import ChatTokenizer, Message, expand_image_tokens
 
 
@@ -129,15 +129,13 @@ class Session:
         policy = self.kv_policy
         kept_rows = engine.most_kept_rows(len(ids), policy)
         embeds = self._embed(ids)
-        positions = multimodal_positions(
-            ids, engine.manifest.tokens.image_pad, [image.merged_grid for image in self.images]
-        )
+        grids = [image.merged_grid for image in self.images]
+        positions = prompt_positions(ids, engine.manifest.tokens.image_pad, grids, text)
         arena = engine.new_arena(len(ids))
         pool = engine.new_pool(1, kept_rows + parameters.max_new_tokens, policy.method)
         handle = pool.acquire()
         with timings.measure("prefill"):
             logits = engine.prefill(arena, embeds, Rope(*rope_tables(positions.values, text)))
-        grids = [image.merged_grid for image in self.images]
         self.prompt = describe_prompt(ids, grids, engine.manifest, self.tokenizer)
         with timings.measure("compress"):
             self.compressed = engine.compress(arena, pool, handle, self.prompt, policy, self.kv_memory)

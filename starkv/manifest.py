@@ -73,8 +73,7 @@ class SpecialTokens(_Strict):
     """Ids that the runtime has to recognise."""
 
     image_pad: int
-    vision_start: int
-    vision_end: int
+    """Stands in a rendered prompt for an image, and in the tokens for each of its image tokens."""
     end_of_text: list[int]
     """Generation stops at any of these."""
 

@@ -131,7 +131,7 @@ OPENCUA_7B: dict[str, Any] = {
         "num_hidden_layers": 28,
         "num_key_value_heads": 4,
         "pad_token_id": 152063,
-        "rms_norm_eps": 1e-05,
+        "rms_norm_eps": 1e-06,
         "rope_scaling": None,
         "rope_theta": 1000000.0,
         "tie_word_embeddings": False,

@@ -10,7 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from starkv.manifest import TextShape
-from starkv.runtime.preprocess.positions import multimodal_positions, rope_tables, text_positions
+from starkv.runtime.preprocess.positions import (
+    multimodal_positions,
+    prompt_positions,
+    rope_tables,
+    text_positions,
+)
 
 TEXT, VISION_START, IMAGE_PAD, VISION_END = 1, 2, 3, 4
 
@@ -63,6 +68,17 @@ def huggingface() -> Any:
         return values[:, 0].numpy(), int(delta) + len(ids)
 
     return positions
+
+
+def test_prompt_positions_count_as_the_model_does() -> None:
+    ids, grids = prompt(5, (4, 6), 3)
+    multimodal = prompt_positions(ids, IMAGE_PAD, grids, text_shape([16, 24, 24]))
+    np.testing.assert_array_equal(multimodal.values, multimodal_positions(ids, IMAGE_PAD, grids).values)
+    assert multimodal.next_position == len(ids) - 4 * 6 + 6
+
+    counted = prompt_positions(ids, IMAGE_PAD, grids, text_shape(None))
+    np.testing.assert_array_equal(counted.values, [range(len(ids))] * 3)
+    assert counted.next_position == len(ids)
 
 
 @pytest.mark.parametrize(

@@ -47,19 +47,24 @@ def tiny_config(tied: bool) -> Qwen2_5_VLConfig:
     )
 
 
+@torch.no_grad()
+def randomize(model: torch.nn.Module) -> None:
+    """Give every weight a random value; those of norms lie around 1."""
+    for name, weight in model.named_parameters():
+        if weight.ndim == 1:
+            centre = 0.0 if name.endswith("bias") else 1.0
+            weight.copy_(centre + 0.3 * torch.randn_like(weight))
+        else:
+            weight.copy_(0.08 * torch.randn_like(weight))
+
+
 def make_tiny_model(
     folder: Path, tied: bool = False, dtype: torch.dtype = torch.float32
 ) -> Qwen2_5_VLForConditionalGeneration:
     """Save a random model with its side files into ``folder`` and return it in eval mode."""
     torch.manual_seed(0)
     model = Qwen2_5_VLForConditionalGeneration(tiny_config(tied)).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim == 1:
-                centre = 0.0 if name.endswith("bias") else 1.0
-                weight.copy_(centre + 0.3 * torch.randn_like(weight))
-            else:
-                weight.copy_(0.08 * torch.randn_like(weight))
+    randomize(model)
     model.to(dtype).save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))

@@ -72,6 +72,28 @@ def multimodal_positions(
     return Positions(np.concatenate([*pieces, tail.values], axis=1), tail.next_position)
 
 
+def prompt_positions(
+    token_ids: Sequence[int] | NDArray[np.integer],
+    image_pad: int,
+    merged_grids: Sequence[tuple[int, int]],
+    text: TextShape,
+) -> Positions:
+    """Positions of a prompt as the model counts: multimodal, or without M-RoPE one after the other.
+
+    Args:
+        token_ids: ``[S]``; see :func:`multimodal_positions`.
+        image_pad: id of the placeholder.
+        merged_grids: rows and columns of image tokens of each image.
+        text: sizes of the decoder.
+
+    Raises:
+        ValueError: the runs of placeholders are not those of the grids.
+    """
+    if text.mrope_section is None:
+        return text_positions(len(token_ids))
+    return multimodal_positions(token_ids, image_pad, merged_grids)
+
+
 def rope_tables(
     positions: NDArray[np.integer], text: TextShape
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
