@@ -59,10 +59,10 @@ def quantize_rows(
     scales = (largest / np.float32(largest_code)).astype(np.float32)
     # A block of zeros, or one so small that its scale underflows, has codes of zero whatever the scale.
     scales[scales < np.finfo(np.float32).tiny] = 1.0
-    scaled = blocks / scales[:, :, None]
-    np.rint(scaled, out=scaled)
-    np.clip(scaled, -largest_code - 1, largest_code, out=scaled)
     with np.errstate(invalid="ignore"):
+        scaled = blocks / scales[:, :, None]
+        np.rint(scaled, out=scaled)
+        np.clip(scaled, -largest_code - 1, largest_code, out=scaled)
         codes = scaled.astype(np.int8)
     return codes.reshape(rows, features), scales
 
