@@ -161,15 +161,11 @@ def _calibrated_source(job: _Export, calibration: Calibration) -> WeightSource:
     # Needs torch, which no other preset does.
     from starkv.export.quantize.awq import ScaledSource, search_scales
 
+    sequences = calibration.sequences(job.directory)
     plan = search_scales(
-        job.checkpoint,
-        job.config,
-        calibration.sequences(job.directory),
-        job.preset,
-        job.progress,
-        job.directory,
+        job.checkpoint, job.config, sequences, job.preset, job.progress, job.directory / NOTES
     )
-    return ScaledSource(job.checkpoint, plan)
+    return ScaledSource(job.checkpoint, plan, job.config.text)
 
 
 def _trace_decoder(job: _Export) -> None:
