@@ -165,7 +165,7 @@ def _calibrated_source(job: _Export, calibration: Calibration) -> WeightSource:
     plan = search_scales(
         job.checkpoint, job.config, sequences, job.preset, job.progress, job.directory / NOTES
     )
-    return ScaledSource(job.checkpoint, plan, job.config.text)
+    return ScaledSource(job.checkpoint, plan)
 
 
 def _trace_decoder(job: _Export) -> None:
