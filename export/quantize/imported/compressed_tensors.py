@@ -9,14 +9,14 @@ tensor              shape, dtype
 weight_packed       [N, K·b/32] int32, packed along K in order
 weight_scale        [N, G] floating
 weight_shape        [2] int32 or int64: N, K
-weight_zero_point   asymmetric only: [N·b/32, G] int32, packed along N; before 0.9.3 [N, G] int8
+weight_zero_point   asymmetric only: [N·b/32, G] int32, packed along N; before 0.9.4 [N, G] int8
 weight_g_idx        with actorder "group" only: [K] int32, the group of each input, or −1 everywhere
 ==================  ==================================================================================
 
 Codes and zero points are signed and stored with an offset of 2^(b−1), as int8 zero points are without one.
 Which layers have which scheme is told by the tensors' shapes; ``config_groups`` must have such a scheme.
 
-Sources: compressed-tensors 0.8.0, 0.9.2, 0.12 and 0.20.0, compressors/quantized_compressors/pack_quantized.py
+Sources: compressed-tensors 0.8.0, 0.9.3, 0.9.4, 0.12.2 and 0.20.0, compressors/quantized_compressors/pack_quantized.py
 (``compress_weight``, ``pack_to_int32``; compressors/pack_quantized/ in 0.20), config/base.py
 (``CompressionFormat``), quantization/quant_config.py, quant_args.py, quant_scheme.py,
 quantization/lifecycle/forward.py (``_process_quantization``: ``g_idx``).
