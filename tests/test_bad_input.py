@@ -99,8 +99,20 @@ def wrong_architecture(folder: Path) -> None:
     edit_config(folder, architectures=["LlamaForCausalLM"])
 
 
-def quantized(folder: Path) -> None:
-    edit_config(folder, quantization_config={"quant_method": "awq"})
+def quantized_unread(folder: Path) -> None:
+    edit_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+
+
+def no_number(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["visual.blocks.0.attn.proj.weight"][3, 5] = float("nan")
+    save_file(weights, folder / "model.safetensors")
+
+
+def other_sizes(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["intermediate_size"] *= 2
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def damaged_config(folder: Path) -> None:
@@ -128,9 +140,11 @@ def wrong_limits(folder: Path) -> None:
         (truncated_shard, ["model-00002-of-00002.safetensors is truncated"]),
         (truncated_header, ["model.safetensors is truncated inside its header"]),
         (empty_weights, ["model.safetensors is no safetensors file"]),
-        (missing_tensor, ["lm_head.weight is missing", "incomplete"]),
+        (missing_tensor, ["1 of 69 tensors are missing, the first is lm_head.weight", "download"]),
+        (no_number, ["broken: tensor model.visual.blocks.0.attn.proj.weight holds values that are not finite"]),
+        (other_sizes, ["0.mlp.gate_proj.weight has shape [384, 256], but", "config.json ask for [768, 256]"]),
         (wrong_architecture, ["LlamaForCausalLM is not supported", "Qwen2_5_VLForConditionalGeneration"]),
-        (quantized, ["already quantized (awq)"]),
+        (quantized_unread, ["config.json", "bitsandbytes", "GPTQ (4 or 8 bits)"]),
         (damaged_config, ["config.json is not readable JSON"]),
         (no_template, ["has no chat template"]),
         (no_limits, ["preprocessor_config.json is missing"]),
