@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from starkv.errors import CheckpointError
+from starkv.export.tokenizer_file import added_tokens, write_tokenizer
 from starkv.manifest import ImageLimits, SpecialTokens
 
-REQUIRED = ("config.json", "tokenizer.json", "tokenizer_config.json")
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+REQUIRED = ("config.json", _TOKENIZER_CONFIG)
 OPTIONAL = ("preprocessor_config.json", "generation_config.json")
 CHAT_TEMPLATE = "chat_template.jinja"
 
@@ -21,10 +23,10 @@ _DEFAULT_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copy tokenizer, configs and chat template.
+    """Copy configs and chat template, copy or make the tokenizer.
 
     Raises:
-        CheckpointError: a required one is missing.
+        CheckpointError: a required one is missing or damaged.
     """
     for name in REQUIRED:
         if not (source / name).is_file():
@@ -33,6 +35,7 @@ def copy_side_files(source: Path, target: Path) -> None:
     for name in OPTIONAL:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    write_tokenizer(source, target, _read_json(source / _TOKENIZER_CONFIG))
     (target / CHAT_TEMPLATE).write_text(_chat_template(source))
 
 
@@ -72,22 +75,10 @@ def special_tokens(source: Path, config: dict[str, Any]) -> SpecialTokens:
             f"{source / 'config.json'}: field image_token_id is missing; download the file again"
         )
     ends = ends if isinstance(ends, list) else [ends]
-    turn_ends = [token for token, content in added_tokens(source).items() if content == _END_OF_TURN]
+    path = source / _TOKENIZER_CONFIG
+    added = added_tokens(path, _read_json(path))
+    turn_ends = [number for number, token in added if token.content == _END_OF_TURN]
     return SpecialTokens(image_pad=image_pad, end_of_text=list(dict.fromkeys([*ends, *turn_ends])))
-
-
-def added_tokens(source: Path) -> dict[int, str]:
-    """Id → text of the tokens that ``tokenizer_config.json`` adds to the vocabulary.
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
-    path = source / "tokenizer_config.json"
-    try:
-        entries = _read_json(path).get("added_tokens_decoder", {})
-        return {int(token): str(entry["content"]) for token, entry in entries.items()}
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{path}: field added_tokens_decoder is damaged; download it again") from None
 
 
 def image_limits(source: Path, min_pixels: int, max_pixels: int) -> ImageLimits:
