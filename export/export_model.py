@@ -187,7 +187,7 @@ def _describe(job: _Export, route: Route, fingerprint: str) -> ExportRecord:
         name=card.name,
         family=job.family.name,
         licence=card.licence,
-        source=checkpoint.folder.resolve().name,
+        source=job.card.origin,
         route=route,
         fingerprint=fingerprint,
         coordinates=card.coordinates,

@@ -71,6 +71,6 @@ def opencua_config() -> Config:
         "architectures": ["OpenCUAForConditionalGeneration"],
         "model_type": "opencua",
         "media_placeholder_token_id": 151664,
-        "text_config": text | {"vocab_size": 152064},
-        "vision_config": vision,
+        "text_config": text | {"vocab_size": 152064, "hidden_size": 32, "intermediate_size": 32},
+        "vision_config": vision | {"out_hidden_size": 32},
     }

@@ -48,6 +48,7 @@ def options(
 
 
 _EXTRA_OF = {
+    "huggingface_hub": "export",
     "matplotlib": "eval",
     "onnx": "export",
     "onnx_ir": "export",

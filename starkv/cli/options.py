@@ -13,6 +13,37 @@ Quantization = Annotated[
         "--quant", help="Weights: fp32, int8 or int4. The model card's choice by default.", show_default=False
     ),
 ]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        "--checkpoint",
+        help="Folder with a card's weights, instead of $STARKV_MODELS or the Hugging Face Hub. With "
+        "--random-weights: where to keep them.",
+        show_default=False,
+    ),
+]
+RandomWeights = Annotated[
+    bool,
+    typer.Option(
+        "--random-weights",
+        help="Make up weights of the model's true sizes, to measure with; what they say means nothing.",
+    ),
+]
+RandomDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--random-dtype", help="Of the random weights: bf16, fp16 or fp32. [bf16]", show_default=False
+    ),
+]
+Layers = Annotated[
+    int | None,
+    typer.Option(
+        "--layers",
+        help="Random weights for so many layers of the text decoder only.",
+        min=1,
+        show_default=False,
+    ),
+]
 Engine = Annotated[
     str, typer.Option("--engine", help="Engine directory, or a model's name: its engine is found or built.")
 ]
