@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exports and engines appear whole or not at all, and an engine describes itself."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -146,6 +148,29 @@ def test_linked_files_are_shared(tiny: TinyModel, tmp_path: Path) -> None:
     for name in ("decoder.data", "embedding.safetensors"):
         assert (tmp_path / "engine" / name).samefile(tmp_path / "export" / name)
     assert not (tmp_path / "engine" / "decoder.onnx").samefile(tmp_path / "export" / "decoder.onnx")
+
+
+def test_a_disk_without_room_is_refused_at_once(
+    tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UsageError, match=r"it needs 0\.0\d GiB in .* and 0\.00 GiB are free"):
+        build_ort_engine(tiny.exports["fp32"], tmp_path / "engine")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("step", ["posix_fallocate", "copyfile"])
+def test_a_disk_that_fills_up_leaves_nothing_behind(
+    tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os if step == "posix_fallocate" else shutil, step, full)
+    with pytest.raises(UsageError, match="no room for the engine: it needs"):
+        build_ort_engine(tiny.exports["int4"], tmp_path / "engine")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("preset", PLAIN_PRESETS)

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exported model → engine directory for ONNX Runtime."""
 
+import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from starkv.errors import UsageError
@@ -20,10 +23,15 @@ PREPACKED_CPU = "prepacked_cpu"
 
 _GRAPHS = ("vision", "decoder")
 _INLINE_BYTES = 1024
+_GIB = 2**30
 
 
 def build_ort_engine(
-    export_dir: Path, out: Path, progress: Progress | None = None, prepack: bool = False, link: bool = False
+    export_dir: Path,
+    out: Path,
+    progress: Progress | None = None,
+    prepack: bool = False,
+    link: bool = False,
 ) -> Manifest:
     """Build the engine directory ``out``; it appears complete or not at all.
 
@@ -35,21 +43,24 @@ def build_ort_engine(
             least twice the disk space. Elsewhere the runtime falls back to the portable graphs.
         link: share files with the export by hard links where the file system can, instead of copying them.
             Meant for an export that is deleted afterwards: onnx's own tools refuse to read weights from a
-            file that has two links.
+            file that has two links. Quantized weights are laid out anew and exist twice until then.
 
     Raises:
-        UsageError: ``export_dir`` is no complete export, ``out`` holds something else, or onnxruntime is
-            missing and ``prepack`` asks for it.
+        UsageError: ``export_dir`` is no complete export, ``out`` holds something else, the disk has no room,
+            or onnxruntime is missing and ``prepack`` asks for it.
     """
     progress = progress or NoProgress()
     record = read_record(export_dir)
-    with staged_directory(out, MANIFEST_NAME) as staging:
-        progress.start("engine", len(record.files) + (len(_GRAPHS) if prepack else 0) + 1)
-        for name in record.files:
+    # Graphs first: they decide whether their weights are laid out anew.
+    names = sorted(record.files, key=lambda name: not name.endswith(".onnx"))
+    with staged_directory(out, MANIFEST_NAME) as staging, _enough_space(export_dir, staging, names, link):
+        progress.start("engine", len(names) + (len(_GRAPHS) if prepack else 0) + 1)
+        for name in names:
+            source, target = export_dir / name, staging / name
             if name.endswith(".onnx"):
-                lower_to_ort(export_dir / name, staging / name)
-            else:
-                _copy(export_dir / name, staging / name, link)
+                lower_to_ort(source, target)
+            elif not target.exists():
+                _copy(source, target, link)
             progress.advance(name)
         versions: dict[str, str] = {}
         if prepack:
@@ -65,6 +76,30 @@ def build_ort_engine(
         manifest = write_manifest(staging, record, "ort", "float32", versions)
         progress.advance(MANIFEST_NAME)
     return manifest
+
+
+@contextmanager
+def _enough_space(export_dir: Path, staging: Path, names: list[str], link: bool) -> Iterator[None]:
+    """Check that the file system of ``staging`` has room for the engine, before the work and if it fails.
+
+    Raises:
+        UsageError: it hasn't, or it is full before the block ends.
+    """
+    # Hard links need no room, but which data files are only linked is not known before.
+    new = [name for name in names if not link or name.endswith((".data", ".onnx"))]
+    needed, free = sum((export_dir / name).stat().st_size for name in new), shutil.disk_usage(staging).free
+    message = (
+        f"no room for the engine: it needs {needed / _GIB:.2f} GiB in {staging.parent}, and "
+        f"{free / _GIB:.2f} GiB are free; free some, or choose another --out"
+    )
+    if needed > free:
+        raise UsageError(message)
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise UsageError(message) from None
 
 
 def _copy(source: Path, target: Path, link: bool) -> None:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ONNX Runtime dialect: the canonical graph with other bodies for the custom operators.
+"""The ONNX Runtime dialect: the canonical graph with other bodies for the custom operators, and quantized
+linear layers as one operator.
 
 The standard bodies write out every attention score: 7.3 GB for a 1080p screenshot, and work in proportion to
 the cache's capacity. ONNX Runtime's own attention operators tile them, and their work follows the valid rows.
@@ -10,6 +11,10 @@ from pathlib import Path
 
 import onnx
 import onnx.parser
+import onnx_ir as ir
+
+from starkv.export.lower.ort_matmul import MICROSOFT, lower_quantized_linears, quantized_linears
+from starkv.export.lower.tensor_file import TensorFile
 
 # seqlens_k is each sequence's last valid row, total_sequence_length the longest sequence. The operator writes
 # the new rows in place where past and present share memory. Its batches have one new row per sequence or one
@@ -49,12 +54,27 @@ def ort_functions() -> dict[str, onnx.FunctionProto]:
 def lower_to_ort(source: Path, target: Path) -> None:
     """Rewrite the canonical graph ``source`` as ``target``.
 
-    Weights stay where they are: ``target`` names the same data file, which must come to lie beside it.
+    A graph with quantized weights gets a data file of its own, ``{target}.data``. The weights of any other
+    stay where they are: ``target`` names the same data file, which must come to lie beside it.
+
+    Raises:
+        OSError: the disk is full.
     """
-    model = onnx.load(source, load_external_data=False)
+    model = ir.load(source)
     bodies = ort_functions()
-    swapped = [bodies.get(function.name, function) for function in model.functions]
-    del model.functions[:]
-    model.functions.extend(swapped)
-    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
-    onnx.save(model, target)
+    for key, function in list(model.functions.items()):
+        if function.name in bodies:
+            model.functions[key] = ir.from_proto(bodies[function.name])
+    model.graph.opset_imports[MICROSOFT] = 1
+    if quantized_linears(model.graph):
+        _move_weights(model, target.with_suffix(".data"))
+    ir.save(model, target)
+
+
+def _move_weights(model: ir.Model, path: Path) -> None:
+    data = TensorFile(path)
+    lower_quantized_linears(model, data, ir.DataType.FLOAT)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and Path(tensor.path) != path:
+            value.const_value = data.copy(tensor)
