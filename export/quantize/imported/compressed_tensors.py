@@ -16,10 +16,10 @@ weight_g_idx        with actorder "group" only: [K] int32, the group of each inp
 Codes and zero points are signed and stored with an offset of 2^(b−1), as int8 zero points are without one.
 Which layers have which scheme is told by the tensors' shapes; ``config_groups`` must have such a scheme.
 
-Sources: compressed-tensors 0.8.0, 0.9.3, 0.9.4, 0.12.2 and 0.20.0, compressors/quantized_compressors/pack_quantized.py
-(``compress_weight``, ``pack_to_int32``; compressors/pack_quantized/ in 0.20), config/base.py
-(``CompressionFormat``), quantization/quant_config.py, quant_args.py, quant_scheme.py,
-quantization/lifecycle/forward.py (``_process_quantization``: ``g_idx``).
+Sources: compressed-tensors 0.8.0, 0.9.3, 0.9.4, 0.12.2 and 0.20.0:
+compressors/quantized_compressors/pack_quantized.py (``compress_weight``, ``pack_to_int32``; in 0.20
+compressors/pack_quantized/), config/base.py (``CompressionFormat``), quantization/quant_config.py,
+quant_args.py, quant_scheme.py, lifecycle/forward.py (``_process_quantization``: ``g_idx``).
 """
 
 from collections.abc import Callable
