@@ -17,6 +17,7 @@ FILES = (
     "*.jinja",
     "*.model",
     "merges.txt",
+    "tokenization_*.py",
     "LICENSE*",
 )
 """What is needed of a repository: weights, configs, tokenizer, chat template and licence."""

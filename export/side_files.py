@@ -55,7 +55,7 @@ def _chat_template(source: Path) -> str:
 def special_tokens(source: Path, config: dict[str, Any]) -> SpecialTokens:
     """Collect the token ids; ``generation_config.json`` knows the ends of text best.
 
-    A reply also ends with its turn, which OpenCUA's ``generation_config.json`` doesn't say.
+    The end of the reply's turn comes first; OpenCUA's ``generation_config.json`` doesn't mention it.
 
     Raises:
         CheckpointError: no end-of-text token, or the image token is missing.
@@ -78,7 +78,7 @@ def special_tokens(source: Path, config: dict[str, Any]) -> SpecialTokens:
     path = source / _TOKENIZER_CONFIG
     added = added_tokens(path, _read_json(path))
     turn_ends = [number for number, token in added if token.content == _END_OF_TURN]
-    return SpecialTokens(image_pad=image_pad, end_of_text=list(dict.fromkeys([*ends, *turn_ends])))
+    return SpecialTokens(image_pad=image_pad, end_of_text=list(dict.fromkeys([*turn_ends, *ends])))
 
 
 def image_limits(source: Path, min_pixels: int, max_pixels: int) -> ImageLimits:

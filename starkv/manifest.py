@@ -75,7 +75,7 @@ class SpecialTokens(_Strict):
     image_pad: int
     """Stands in a rendered prompt for an image, and in the tokens for each of its image tokens."""
     end_of_text: list[int]
-    """Generation stops at any of these."""
+    """Generation stops at any of these; the first is what a reply usually ends with."""
 
 
 class ImageLimits(_Strict):

@@ -32,7 +32,7 @@ def test_opencuas_reply_ends_with_its_turn(tmp_path: Path) -> None:
     write(tmp_path, "generation_config.json", {"max_length": 32768, "eos_token_id": 151644})
     write(tmp_path, "tokenizer_config.json", {"added_tokens_decoder": added})
     tokens = special_tokens(tmp_path, hub_configs.OPENCUA_7B)
-    assert (tokens.image_pad, tokens.end_of_text) == (151664, [151644, 151645])
+    assert (tokens.image_pad, tokens.end_of_text) == (151664, [151645, 151644])
 
 
 @pytest.mark.parametrize("field", ["image_token_id", "eos_token_id"])

@@ -132,10 +132,9 @@ def check_tensors(checkpoint: Shaped, config: dict[str, Any]) -> None:
     expected = family.canonical_shapes(family.parse_config(config, path))
     stored = set(checkpoint.names())
     if missing := [name for name in expected if name not in stored]:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise CheckpointError(
-            f"{checkpoint.folder}: tensor {family.hub_name(missing[0])} is missing{more}; the checkpoint is "
-            "incomplete, download it again"
+            f"{checkpoint.folder}: {len(missing)} of {len(expected)} tensors are missing, the first is "
+            f"{family.hub_name(missing[0])}; download the missing files again"
         )
     for name, shape in expected.items():
         if (found := tuple(checkpoint.shape(name))) != shape:

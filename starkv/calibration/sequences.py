@@ -23,7 +23,7 @@ from starkv.runtime.actions.coordinates import Size
 from starkv.runtime.agent import user_message
 from starkv.runtime.engines.embedding import EmbeddingTable
 from starkv.runtime.preprocess.image import ImageInputs, preprocess
-from starkv.runtime.preprocess.positions import multimodal_positions, rope_tables
+from starkv.runtime.preprocess.positions import prompt_positions, rope_tables
 from starkv.runtime.preprocess.tokenizer import ChatTokenizer, expand_image_tokens
 from starkv.runtime.preprocess.vision_plan import plan_vision
 
@@ -133,7 +133,7 @@ class _Model:
         feeds = plan_vision(image.grid_h, image.grid_w, self.vision).inputs()
         encoded = encode.run(["image_embeds"], {"pixel_values": image.pixel_values, **feeds})[0]
         embeds[np.asarray(ids) == self.tokens.image_pad] = encoded
-        positions = multimodal_positions(ids, self.tokens.image_pad, [image.merged_grid])
+        positions = prompt_positions(ids, self.tokens.image_pad, [image.merged_grid], self.text)
         cos, sin = rope_tables(positions.values, self.text)
         return CalibrationSequence(embeds, cos[0], sin[0])
 
