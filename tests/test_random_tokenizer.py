@@ -3,10 +3,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 from random_configs import narrow, opencua_config, small_config
 
 from starkv.export.random_checkpoint import write_random_checkpoint
+from starkv.runtime.kv.prompt import describe_prompt
 from starkv.runtime.preprocess.tokenizer import ChatTokenizer
 
 PROMPT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Click ä 5 <b>."}]}]
@@ -60,3 +62,18 @@ def test_small_vocabulary_takes_ids_from_the_config(tmp_path: Path) -> None:
     ids = tokenizer.encode(tokenizer.render(PROMPT))
     assert max(ids) < 320
     assert "".join(tokenizer.decode(ids, skip_special_tokens=False)) == tokenizer.render(PROMPT)
+
+
+def test_turns_of_opencua_are_protected(tmp_path: Path) -> None:
+    """The users' words come before the system prompt, as with any other template."""
+    write_random_checkpoint(opencua_config(), tmp_path / "m")
+    tokenizer = ChatTokenizer.from_directory(tmp_path / "m")
+    system = {"role": "system", "content": "Obey."}
+    ids = tokenizer.encode(tokenizer.render([system, {"role": "user", "content": "Click."}]))
+    engine = SimpleNamespace(tokens=SimpleNamespace(image_pad=151664))
+    order = describe_prompt(ids, [], engine, tokenizer).protect_order  # type: ignore[arg-type]
+    assert order[:4] == (0, 1, 2, 3)
+    user = ids.index(151646)
+    assistant = ids.index(151647)
+    assert order[4 : 4 + assistant - user] == tuple(range(user, assistant))
+    assert set(order) == set(range(assistant))

@@ -12,7 +12,16 @@ from starkv.runtime.preprocess.tokenizer import ChatTokenizer
 
 ATTENTION_SINKS = 4
 """First rows, which collect the attention that has nowhere to go (StreamingLLM, arXiv 2309.17453)."""
-_TURN_START = "<|im_start|>"
+_TURN_STARTS = {
+    "<|im_start|>": "",
+    "<|im_system|>": "system",
+    "<|im_user|>": "user",
+    "<|im_assistant|>": "assistant",
+}
+"""Token that begins a turn → the role, where the token says it; else it is the line after the token.
+
+The first is Qwen's, the others are OpenCUA's.
+"""
 _LONGEST_ROLE = 16
 
 
@@ -50,11 +59,11 @@ def describe_prompt(
 
 def _turns(ids: Sequence[int], tokenizer: ChatTokenizer) -> list[tuple[str, int, int]]:
     """Role, first row and end of each turn; none for templates that don't mark turns."""
-    marker = tokenizer.find_token(_TURN_START)
-    starts = [row for row, token in enumerate(ids) if token == marker]
+    roles = {tokenizer.find_token(token): role for token, role in _TURN_STARTS.items()}
+    starts = [row for row, token in enumerate(ids) if token in roles]
     turns = []
-    for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+    for start, end in zip(starts, [*starts, len(ids)][1:], strict=False):
         # The role ends its line; vocabularies cut it into one token or into letters.
         head = tokenizer.decode(ids[start + 1 : start + 1 + _LONGEST_ROLE])
-        turns.append((head.split("\n")[0].strip(), start, end))
+        turns.append((roles[ids[start]] or head.split("\n")[0].strip(), start, end))
     return turns
