@@ -7,18 +7,24 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from tiny_families import IMAGE_PAD, Reference, make_tiny_opencua, make_tiny_qwen2_vl
+from PIL import Image
+from tiny_chat import END_OF_TEXT, IMAGE_PAD
+from tiny_families import Reference, make_tiny_opencua, make_tiny_qwen2_vl
 from tiny_model import tiny_card
 
 from starkv.export.build.ort import build_ort_engine
 from starkv.export.export_model import export_model
 from starkv.export.quantize.presets import PRESETS
 from starkv.methods.rows import prompt_rows
+from starkv.runtime.agent import Agent
 from starkv.runtime.engines.base import Rope
 from starkv.runtime.engines.ort import OrtEngine
+from starkv.runtime.generation import SamplingParameters
 from starkv.runtime.kv.policy import KvPolicy
-from starkv.runtime.preprocess.image import ImageInputs
+from starkv.runtime.preprocess.image import ImageInputs, preprocess
 from starkv.runtime.preprocess.positions import prompt_positions, rope_tables, text_positions
+from starkv.runtime.preprocess.tokenizer import Message, expand_image_tokens
+from starkv.runtime.session import Session
 
 TOLERANCE = 1e-4
 GRIDS = [(16, 24), (20, 36), (18, 30), (2, 50), (4, 6), (58, 10)]
@@ -31,6 +37,7 @@ class FamilyModel:
     name: str
     reference: Reference
     export: Path
+    directory: Path
     engine: OrtEngine
 
 
@@ -40,7 +47,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     reference = MAKERS[request.param](root / "checkpoint")
     export_model(root / "checkpoint", tiny_card(family=request.param), root / "export", PRESETS["fp32"])
     build_ort_engine(root / "export", root / "engine")
-    return FamilyModel(request.param, reference, root / "export", OrtEngine(root / "engine"))
+    return FamilyModel(request.param, reference, root / "export", root / "engine", OrtEngine(root / "engine"))
 
 
 def random_image(grid: tuple[int, int]) -> ImageInputs:
@@ -88,6 +95,28 @@ def test_prompt_and_reply_equal_transformers(model: FamilyModel, grids: list[tup
         rope = Rope(*rope_tables(text_positions(1, positions.next_position + step).values, text))
         logits = engine.decode(pool, engine.embed([token]), rope)[0]
         assert_close(logits, model.reference.decode(token))
+
+
+def test_a_session_says_what_transformers_says(model: FamilyModel) -> None:
+    agent = Agent.load(model.directory, threads=1)
+    tokenizer, manifest = agent.tokenizer, agent.engine.manifest
+    pixels = np.random.default_rng(1).integers(0, 256, (150, 260, 3), np.uint8)
+    screenshot = Image.fromarray(pixels)
+    parts: list[dict[str, str]] = [{"type": "image"}, {"type": "text", "text": "click the red star"}]
+    messages: list[Message] = [{"role": "user", "content": parts}]
+    session = Session(agent.engine, tokenizer)
+    reply = "".join(session.reply(messages, [screenshot], SamplingParameters(max_new_tokens=16)))
+
+    image = preprocess(screenshot, manifest.vision, manifest.image)
+    tokens = image.merged_grid[0] * image.merged_grid[1]
+    ids = expand_image_tokens(tokenizer.encode(tokenizer.render(messages)), IMAGE_PAD, [tokens])
+    logits = model.reference.prefill(ids, image.pixel_values, [(image.grid_h, image.grid_w)])
+    expected: list[int] = []
+    while len(expected) < 16 and (token := int(logits.argmax())) != END_OF_TEXT:
+        expected.append(token)
+        logits = model.reference.decode(token)
+    assert len(expected) > 8
+    assert reply == tokenizer.decode(expected)
 
 
 def test_a_tower_without_windows_takes_rotary_tables_alone(model: FamilyModel) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from tiny_chat import IMAGE_PAD, write_chat_files
 from tiny_model import HEADS, HIDDEN, KV_HEADS, MROPE_SECTION, VOCAB, randomize
 from transformers import (
     DynamicCache,
@@ -21,7 +22,6 @@ from transformers import (
 )
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-IMAGE_PAD = 290
 _TEXT = {
     "hidden_size": HIDDEN,
     "intermediate_size": 384,
@@ -127,7 +127,7 @@ def make_tiny_qwen2_vl(folder: Path) -> Qwen2VL:
     model = Qwen2VLForConditionalGeneration(config).eval()
     randomize(model)
     model.save_pretrained(folder)
-    _write_tokenizer(folder)
+    write_chat_files(folder)
     return Qwen2VL(model)
 
 
@@ -157,10 +157,5 @@ def make_tiny_opencua(folder: Path) -> OpenCua:
         "vision_config": vision,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    _write_tokenizer(folder)
+    write_chat_files(folder)
     return OpenCua(tower, text)
-
-
-def _write_tokenizer(folder: Path) -> None:
-    (folder / "tokenizer.json").write_text("{}")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
