@@ -54,7 +54,6 @@ from starkv.export.quantize.imported.words import (
 from starkv.export.stored_tensor import StoredTensor
 
 _BITS: Bits = 4
-_GEMM_POSITIONS = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 class _Config(BaseModel):
@@ -134,13 +133,13 @@ class _GemmLayout:
     stored_scales: StoredTensor
 
     def codes(self, start: int, stop: int) -> npt.NDArray[np.int8]:
-        return read_columns_across(self.qweight, _BITS, start, stop, _GEMM_POSITIONS)
+        return read_columns_across(self.qweight, _BITS, start, stop, _in_order)
 
     def scales(self, start: int, stop: int) -> npt.NDArray[np.float32]:
         return self.stored_scales.columns(start, stop).astype(np.float32)
 
     def zero_points(self, start: int, stop: int) -> npt.NDArray[np.int8]:
-        return read_columns_across(self.qzeros, _BITS, start, stop, _GEMM_POSITIONS)
+        return read_columns_across(self.qzeros, _BITS, start, stop, _in_order)
 
 
 @dataclass(frozen=True)
@@ -159,3 +158,16 @@ class _GemvLayout:
 
     def zero_points(self, start: int, stop: int) -> npt.NDArray[np.int8]:
         return read_rows_across(self.qzeros, _BITS, start, stop)[: self.groups]
+
+
+def _in_order(words: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:
+    """Put the fields of "gemm" words into the order of their columns: the lower half holds the even ones."""
+    stored: npt.NDArray[np.uint32] = words.view(np.uint32)
+    return _spread(stored & np.uint32(0xFFFF)) | _spread(stored >> np.uint32(16)) << np.uint32(4)
+
+
+def _spread(halves: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
+    """Move the four lowest 4-bit fields to the lower half of each byte."""
+    pairs = (halves | halves << np.uint32(8)) & np.uint32(0x00FF00FF)
+    spread: npt.NDArray[np.uint32] = (pairs | pairs << np.uint32(4)) & np.uint32(0x0F0F0F0F)
+    return spread

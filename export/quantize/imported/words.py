@@ -5,7 +5,7 @@ All formats store a signed code c as c + 8 (4 bits) or c + 128 (8 bits), "offset
 signed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,21 +30,20 @@ def words_for(count: int, bits: Bits) -> int:
 def unpack_down(words: npt.NDArray[Any], bits: Bits) -> npt.NDArray[np.int8]:
     """Unpack words [R,n], packed along the first axis, to signed codes [R·fields,n]."""
     fields = fields_per_word(bits)
+    octets = _octets(words).reshape(*words.shape, 4)
     codes = np.empty((words.shape[0], fields, words.shape[1]), np.int8)
-    _unpack(words, bits, [codes[:, field] for field in range(fields)])
+    for field in range(fields):
+        _extract(octets[..., field * bits // 8], field, bits, codes[:, field])
     return codes.reshape(-1, words.shape[1])
 
 
-def unpack_across(
-    words: npt.NDArray[Any], bits: Bits, positions: Sequence[int] | None = None
-) -> npt.NDArray[np.int8]:
-    """Unpack words [n,W], packed along the last axis, to signed codes [n,W·fields].
-
-    ``positions`` says which of a word's columns its field i holds; by default column i.
-    """
-    fields = fields_per_word(bits)
-    codes = np.empty((words.shape[0], words.shape[1] * fields), np.int8)
-    _unpack(words, bits, [codes[:, position::fields] for position in positions or range(fields)])
+def unpack_across(words: npt.NDArray[Any], bits: Bits) -> npt.NDArray[np.int8]:
+    """Unpack words [n,W], packed along the last axis, to signed codes [n,W·fields]."""
+    octets = _octets(words).reshape(len(words), -1)
+    codes = np.empty((len(words), words.shape[1] * fields_per_word(bits)), np.int8)
+    fields_per_octet = 8 // bits
+    for field in range(fields_per_octet):
+        _extract(octets, field, bits, codes[:, field::fields_per_octet])
     return codes
 
 
@@ -58,14 +57,21 @@ def read_columns_down(tensor: StoredTensor, bits: Bits, start: int, stop: int) -
 
 
 def read_columns_across(
-    tensor: StoredTensor, bits: Bits, start: int, stop: int, positions: Sequence[int] | None = None
+    tensor: StoredTensor,
+    bits: Bits,
+    start: int,
+    stop: int,
+    arrange: Callable[[npt.NDArray[Any]], npt.NDArray[Any]] | None = None,
 ) -> npt.NDArray[np.int8]:
-    """Unpack the columns ``start … stop-1`` of a tensor [R,W], packed along W: [R, stop-start]."""
+    """Unpack the columns ``start … stop-1`` of a tensor [R,W], packed along W: [R, stop-start].
+
+    ``arrange`` puts the fields of words into order first.
+    """
     fields = fields_per_word(bits)
     first = start // fields
     codes = np.empty((tensor.shape[0], stop - start), np.int8)
     for row, words in tensor.column_blocks(first, words_for(stop, bits)):
-        block = unpack_across(words, bits, positions)
+        block = unpack_across(words if arrange is None else arrange(words), bits)
         codes[row : row + len(words)] = block[:, start - first * fields : stop - first * fields]
     return codes
 
@@ -80,13 +86,15 @@ def read_rows_across(tensor: StoredTensor, bits: Bits, start: int, stop: int) ->
     return codes
 
 
-def _unpack(words: npt.NDArray[Any], bits: Bits, targets: Sequence[npt.NDArray[np.int8]]) -> None:
-    """Write field i of each word, as a signed code, to ``targets[i]``."""
-    stored = np.ascontiguousarray(words, "<i4").view(np.uint8).reshape(*words.shape, 4)
-    for field, target in enumerate(targets):
-        octet = stored[..., field * bits // 8]
-        if bits == 8:
-            np.bitwise_xor(octet, np.uint8(0x80), out=target.view(np.uint8))
-        else:
-            nibble = octet >> np.uint8(4) if field % 2 else octet & np.uint8(0x0F)
-            np.subtract(nibble.view(np.int8), np.int8(8), out=target)
+def _octets(words: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """The bytes of words, the lowest first."""
+    return np.ascontiguousarray(words).view(np.uint8)
+
+
+def _extract(octets: npt.NDArray[np.uint8], field: int, bits: Bits, codes: npt.NDArray[np.int8]) -> None:
+    """Write a field of each byte, counted from the beginning of its word, to ``codes`` as a signed code."""
+    if bits == 8:
+        np.bitwise_xor(octets, np.uint8(0x80), out=codes.view(np.uint8))
+    else:
+        nibbles = octets >> np.uint8(4) if field % 2 else octets & np.uint8(0x0F)
+        np.subtract(nibbles.view(np.int8), np.int8(8), out=codes)
