@@ -17,8 +17,9 @@ from starkv.export.export_model import export_model
 from starkv.export.quantize.presets import PRESETS
 from starkv.methods.rows import prompt_rows
 from starkv.runtime.agent import Agent
-from starkv.runtime.engines.base import Rope
+from starkv.runtime.engines.base import Engine, Rope
 from starkv.runtime.engines.ort import OrtEngine
+from starkv.runtime.engines.torch_reference import TorchReferenceEngine
 from starkv.runtime.generation import SamplingParameters
 from starkv.runtime.kv.policy import KvPolicy
 from starkv.runtime.preprocess.image import ImageInputs, preprocess
@@ -37,6 +38,7 @@ class FamilyModel:
     name: str
     reference: Reference
     export: Path
+    checkpoint: Path
     directory: Path
     engine: OrtEngine
 
@@ -47,7 +49,10 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     reference = MAKERS[request.param](root / "checkpoint")
     export_model(root / "checkpoint", tiny_card(family=request.param), root / "export", PRESETS["fp32"])
     build_ort_engine(root / "export", root / "engine")
-    return FamilyModel(request.param, reference, root / "export", root / "engine", OrtEngine(root / "engine"))
+    engine = OrtEngine(root / "engine")
+    return FamilyModel(
+        request.param, reference, root / "export", root / "checkpoint", root / "engine", engine
+    )
 
 
 def random_image(grid: tuple[int, int]) -> ImageInputs:
@@ -75,12 +80,18 @@ def test_image_tokens_equal_transformers(model: FamilyModel, grid: tuple[int, in
 
 
 @pytest.mark.parametrize("grids", [[(10, 18)], [(4, 14), (12, 6)]], ids=["one image", "two images"])
-def test_prompt_and_reply_equal_transformers(model: FamilyModel, grids: list[tuple[int, int]]) -> None:
+@pytest.mark.parametrize("backend", ["ort", "torch"])
+def test_prompt_and_reply_equal_transformers(
+    model: FamilyModel, backend: str, grids: list[tuple[int, int]]
+) -> None:
     images = [random_image(grid) for grid in grids]
     ids = [5, 9, 17]
     for image in images:
         ids += [IMAGE_PAD] * (image.merged_grid[0] * image.merged_grid[1]) + [40, 41]
-    engine, text = model.engine, model.engine.manifest.text
+    engine: Engine = model.engine
+    if backend == "torch":
+        engine = TorchReferenceEngine.load(model.directory, model.checkpoint)
+    text = engine.manifest.text
 
     embeds = engine.embed(ids)
     embeds[np.asarray(ids) == IMAGE_PAD] = np.concatenate([engine.encode_image(image) for image in images])

@@ -19,12 +19,13 @@ from starkv.manifest import TextShape
 QUERY_CHUNK = 256
 """Queries at a time whose attention weights are in memory."""
 
-_PREFIXES = ("model.language_model.", "model.")
+# Those of transformers today, of OpenCUA, and of the older files on the Hub.
+_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
 _HEAD, _EMBEDDING, _NORM = "lm_head.weight", "embed_tokens.weight", "norm.weight"
 
 
 def decoder_name(name: str) -> str:
-    """A checkpoint's name of a tensor without the prefix that old and new files spell differently."""
+    """A checkpoint's name of a tensor without the prefix, which files spell differently."""
     for prefix in _PREFIXES:
         if name.startswith(prefix):
             return name[len(prefix) :]
