@@ -92,9 +92,8 @@ class ScalePlan:
         if self._folder is None:
             return
         count = len(self.layers)
-        tensors: dict[str, npt.NDArray[np.float32]] = {_VALUES: layer.values}
-        tensors.update(layer.inputs)
-        save_file(tensors, _layer_path(self._folder, count - 1))
+        inputs = {str(group): factors for group, factors in layer.inputs.items()}
+        save_file({**inputs, _VALUES: layer.values}, _layer_path(self._folder, count - 1))
         states = {str(index): np.ascontiguousarray(rows) for index, rows in enumerate(hidden)}
         save_file(states, _hidden_path(self._folder, count))
         record = {

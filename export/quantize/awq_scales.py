@@ -58,25 +58,45 @@ def candidate_scales(magnitudes: Tensor, exponent: float) -> Tensor:
     return scales / (scales.max() * scales.min()).sqrt()
 
 
-def output_error(weights: Sequence[Tensor], rows: Tensor, scales: Tensor, rounding: Rounding) -> float:
-    """Squared error of the outputs of scaled, rounded layers relative to the exact ones, mean over layers.
+@dataclass(frozen=True)
+class JudgedWeights:
+    """Weights of several layers of one input, and what an error of each of their outputs counts."""
 
-    Args:
-        weights: [N,K] each, float32; biases cancel out.
-        rows: [T,K] activations, in the dtype to multiply in.
-        scales: [K] float32.
-        rounding: how the weights are rounded.
-    """
-    errors = []
-    for weight in weights:
-        wrong = exact = 0.0
-        step = max(1, _CHUNK_WEIGHTS // weight.shape[1])
-        for chunk in weight.split(step):
+    weights: Tensor
+    """[N,K] float32: the layers' outputs one behind the other; biases cancel out."""
+    importance: Tensor
+    """[N] float32: the inverse of the squared length of the layer's outputs, so that all layers count alike."""
+    rows: Tensor
+    """[T,K] activations, in the dtype to multiply in."""
+
+    @classmethod
+    def of(cls, layers: Sequence[Tensor], rows: Tensor) -> "JudgedWeights":
+        """Take the layers [N,K] float32 and the activations [T,K]."""
+        energies = [squared_outputs(weight, rows).sum() for weight in layers]
+        importance = [
+            torch.full((len(weight),), 1 / (len(layers) * float(energy)) if energy > 0 else 0.0)
+            for weight, energy in zip(layers, energies, strict=True)
+        ]
+        return cls(torch.cat(list(layers)), torch.cat(importance).to(rows.device), rows)
+
+    def error(self, scales: Tensor, rounding: Rounding) -> float:
+        """Squared error of the outputs of scaled [K], rounded layers relative to the exact ones, mean over
+        layers."""
+        total = 0.0
+        step = max(1, _CHUNK_WEIGHTS // self.weights.shape[1])
+        for chunk, importance in zip(self.weights.split(step), self.importance.split(step), strict=True):
             difference = round_blockwise(chunk * scales, rounding) / scales - chunk
-            wrong += float((rows @ difference.to(rows.dtype).T).float().square().sum())
-            exact += float((rows @ chunk.to(rows.dtype).T).float().square().sum())
-        errors.append(wrong / exact if exact else 0.0)
-    return sum(errors) / len(errors)
+            total += float(squared_outputs(difference, self.rows) @ importance)
+        return total
+
+
+def squared_outputs(weight: Tensor, rows: Tensor) -> Tensor:
+    """[N] float32: squared length over all rows of each output of a weight [N,K] float32."""
+    squares = [
+        F.linear(rows, chunk.to(rows.dtype)).float().square().sum(0)
+        for chunk in weight.split(max(1, _CHUNK_WEIGHTS // weight.shape[1]))
+    ]
+    return torch.cat(squares)
 
 
 def search_group(
@@ -104,10 +124,11 @@ def search_group(
     shared = torch.zeros(count, device=magnitudes.device).scatter_reduce(
         0, origins, magnitudes, "mean", include_self=False
     )
+    judged = JudgedWeights.of(weights, rows)
     best, best_exponent, best_error, plain_error = torch.ones_like(shared), 0.0, float("inf"), 0.0
     for exponent in exponents:
         scales = candidate_scales(shared, exponent)
-        error = output_error(weights, rows, scales[origins], rounding)
+        error = judged.error(scales[origins], rounding)
         if exponent == 0:
             plain_error = error
         if error < best_error:

@@ -20,12 +20,12 @@ from starkv.export.quantize.calibration import CalibrationSequence, digest
 from starkv.export.side_files import image_limits, special_tokens
 from starkv.manifest import ImageLimits, SpecialTokens, TextShape, VisionShape
 from starkv.runtime.actions.coordinates import Size
-from starkv.runtime.agent import user_message
 from starkv.runtime.engines.embedding import EmbeddingTable
 from starkv.runtime.preprocess.image import ImageInputs, preprocess
 from starkv.runtime.preprocess.positions import prompt_positions, rope_tables
 from starkv.runtime.preprocess.tokenizer import ChatTokenizer, expand_image_tokens
 from starkv.runtime.preprocess.vision_plan import plan_vision
+from starkv.runtime.prompts.dialects import opening
 
 MOST_TOKENS = 6144
 """Of all prompts together: what one layer of a 7B model is run over. Prompts beyond are left out."""
@@ -120,7 +120,7 @@ class _Model:
                 self.card.coordinates,
             )
             reply = click_in(self.card.prompt, prompt.phrase, x, y)
-        rendered = self.tokenizer.render([user_message(prompt.instruction, 1)])
+        rendered = self.tokenizer.render(opening(prompt.instruction, 1, self.card.prompt))
         rows, columns = image.merged_grid
         ids = expand_image_tokens(self.tokenizer.encode(rendered), self.tokens.image_pad, [rows * columns])
         return image, ids + self.tokenizer.encode(reply) + self.tokens.end_of_text[:1]
