@@ -17,6 +17,7 @@ import onnx_ir as ir
 import torch
 from transformers import AttentionInterface, AutoModelForImageTextToText
 
+from starkv.errors import UsageError
 from starkv.export.graph import IR_VERSION
 from starkv.export.models.config import ModelConfig
 from starkv.onnx_ops import DOMAIN, DOMAIN_VERSION, KV_ATTENTION, OPSET, standard_functions
@@ -143,11 +144,24 @@ def trace_decoder(folder: Path, config: ModelConfig, observation_window: int) ->
     """Trace the decoder of the checkpoint in ``folder``: same inputs and outputs as the builder's.
 
     Weights are float32 and in memory.
+
+    Raises:
+        UsageError: transformers has no class for the model; code that comes with a checkpoint is never run.
     """
     AttentionInterface.register(_ATTENTION, _kv_attention)
-    model = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation={"text_config": _ATTENTION}, local_files_only=True
-    ).eval()
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation={"text_config": _ATTENTION},
+            local_files_only=True,
+            trust_remote_code=False,
+        ).eval()
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"transformers can't load {folder} to trace it ({reason}); use --route build"
+        ) from None
     shape = config.text
     half = shape.head_dim // 2
     caches = 2 * shape.layers

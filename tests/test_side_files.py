@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a checkpoint's small files say about special tokens."""
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import hub_configs
 import pytest
 
 from starkv.errors import CheckpointError
-from starkv.export.side_files import special_tokens
+from starkv.export.side_files import copy_side_files, special_tokens
+from starkv.runtime.preprocess.tokenizer import ChatTokenizer
 
 
 def write(folder: Path, name: str, content: dict[str, Any]) -> None:
@@ -49,3 +51,47 @@ def test_damaged_added_tokens_are_named(tmp_path: Path, added: Any) -> None:
         CheckpointError, match=r"tokenizer_config\.json: field added_tokens_decoder is damaged"
     ):
         special_tokens(tmp_path, hub_configs.QWEN2_5_VL_7B)
+
+
+# OpenCUA's: a turn begins with a token for its role, and the role again in words.
+OPENCUA_TEMPLATE = """\
+{%- for message in messages -%}
+{{ '<|im_' + message.role + '|>' + message.role + '<|im_middle|>' }}
+{%- for part in message.content -%}
+{%- if part.type == 'image' -%}
+{{ '<|media_begin|>image<|media_content|><|media_placeholder|><|media_end|>' }}
+{%- else -%}
+{{ part.text }}
+{%- endif -%}
+{%- endfor -%}
+<|im_end|>
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{ '<|im_assistant|>assistant<|im_middle|>' }}
+{%- endif -%}
+"""
+
+
+def test_an_opencua_checkpoint_gets_a_tokenizer_that_lays_out_its_prompt(tmp_path: Path) -> None:
+    source, target = tmp_path / "checkpoint", tmp_path / "engine"
+    source.mkdir()
+    target.mkdir()
+    lines = [f"{base64.b64encode(bytes([value])).decode()} {value}" for value in range(256)]
+    (source / "tiktoken.model").write_text("\n".join([*lines, "dXNlcg== 256"]))
+    (source / "tokenization_opencua.py").write_text("class TikTokenV3:\n    pat_str = r'\\s+|\\S+'\n")
+    names = "im_user im_assistant im_middle im_end media_begin media_content media_placeholder media_end"
+    ids = {f"<|{name}|>": 300 + index for index, name in enumerate(names.split())}
+    config = {
+        "auto_map": {"AutoTokenizer": ["tokenization_opencua.TikTokenV3", None]},
+        "added_tokens_decoder": {str(number): {"content": name} for name, number in ids.items()},
+        "chat_template": OPENCUA_TEMPLATE,
+    }
+    write(source, "tokenizer_config.json", config)
+    write(source, "config.json", hub_configs.OPENCUA_7B)
+
+    copy_side_files(source, target)
+    tokenizer = ChatTokenizer.from_directory(target)
+    parts = [{"type": "image"}, {"type": "text", "text": "Go"}]
+    encoded = tokenizer.encode(tokenizer.render([{"role": "user", "content": parts}]))
+    image = [304, *b"image", 305, 306, 307]
+    assert encoded == [300, 256, 302, *image, *b"Go", 303, 301, *b"assistant", 302]

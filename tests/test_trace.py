@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The traced decoder and the built one share no code but agree on names, shapes and numbers."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import onnx
 import pytest
 from conftest import TinyModel
 from decoder_runner import DecoderRunner, open_session
+from tiny_families import make_tiny_opencua
 from tiny_model import HIDDEN, tiny_card
 
 from starkv.errors import UsageError
@@ -92,3 +94,15 @@ def test_trace_route_refuses_quantization(tiny: TinyModel, tmp_path: Path) -> No
     with pytest.raises(UsageError, match="trace route exports fp32 only, not int4"):
         export_model(tiny.checkpoint, tiny_card(), tmp_path / "out", PRESETS["int4"], route="trace")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("remote_code", [False, True])
+def test_a_model_that_transformers_doesnt_know_is_refused(tmp_path: Path, remote_code: bool) -> None:
+    make_tiny_opencua(tmp_path / "checkpoint")
+    if remote_code:
+        path = tmp_path / "checkpoint" / "config.json"
+        classes = {"AutoConfig": "evil.Config", "AutoModelForImageTextToText": "evil.Model"}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": classes}))
+        (tmp_path / "checkpoint" / "evil.py").write_text("raise SystemExit('this must not be run')")
+    with pytest.raises(UsageError, match=r"transformers can't load .*; use --route build"):
+        export_model(tmp_path / "checkpoint", tiny_card(), tmp_path / "out", PRESETS["fp32"], route="trace")
