@@ -162,8 +162,10 @@ class _GemvLayout:
 
 def _in_order(words: npt.NDArray[Any]) -> npt.NDArray[np.uint32]:
     """Put the fields of "gemm" words into the order of their columns: the lower half holds the even ones."""
-    stored: npt.NDArray[np.uint32] = words.view(np.uint32)
-    return _spread(stored & np.uint32(0xFFFF)) | _spread(stored >> np.uint32(16)) << np.uint32(4)
+    stored = words.view(np.uint32)
+    even, odd = _spread(stored & np.uint32(0xFFFF)), _spread(stored >> np.uint32(16))
+    ordered: npt.NDArray[np.uint32] = even | odd << np.uint32(4)
+    return ordered
 
 
 def _spread(halves: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
