@@ -109,6 +109,8 @@ def export_model(
             raise UsageError(
                 f"the trace route exports fp32 only, not {preset.name}; use the build route or --quant fp32"
             )
+        if route == "trace" and checkpoint.quantization is not None:
+            raise UsageError("the trace route reads no quantized checkpoint; use the build route")
         if preset.calibrated and calibration is None:
             raise UsageError(f"quantization {preset.name} needs calibration prompts")
         fingerprint = export_fingerprint(

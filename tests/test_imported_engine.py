@@ -28,10 +28,11 @@ from safetensors.numpy import load_file, save_file
 from tiny_model import HIDDEN, make_tiny_model, tiny_card
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from starkv.errors import UsageError
 from starkv.export.build.ort import build_ort_engine
 from starkv.export.export_model import export_model
 from starkv.export.quantize.presets import PRESETS, Preset
-from starkv.export.record import ExportRecord
+from starkv.export.record import ExportRecord, Route
 
 UNTOUCHED = Preset("untouched", decoder="fp32", head="fp32", keep_packed=True)
 """Quantizes nothing itself, so that every difference comes from the import."""
@@ -186,6 +187,21 @@ def test_fp32_undoes_the_quantization(imported: Imported, tmp_path: Path) -> Non
     record = export_model(imported.checkpoint, tiny_card(), tmp_path / "export", PRESETS["fp32"])
     assert record.quantization.decoder == "fp32"
     assert_close(imported.step(tmp_path / "export" / "decoder.onnx"), imported.expected(), TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("preset", "route", "message"),
+    [
+        ("int4-awq", "build", "quantized already"),
+        ("fp32", "trace", "trace route reads no quantized checkpoint"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    imported: Imported, tmp_path: Path, preset: str, route: Route, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        export_model(imported.checkpoint, tiny_card(), tmp_path / "export", PRESETS[preset], route=route)
+    assert not list(tmp_path.iterdir())
 
 
 def test_presets_keep_the_integers(imported: Imported, tmp_path: Path) -> None:

@@ -64,9 +64,9 @@ _FORMATS = ("gptq", "gptq_v2")
 class _Config(BaseModel):
     bits: int
     group_size: int
-    desc_act: bool = False
+    desc_act: bool | None = None
     checkpoint_format: str = Field("gptq", validation_alias=AliasChoices("checkpoint_format", "format"))
-    is_marlin_format: bool = False
+    is_marlin_format: bool | None = None
     dynamic: dict[str, Any] | None = None
 
 
