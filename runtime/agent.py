@@ -7,15 +7,21 @@ from pathlib import Path
 
 from PIL import Image
 
+from starkv.manifest import Manifest, PromptDialect
+from starkv.methods.budget import Budget
+from starkv.methods.names import STAR_KV
+from starkv.methods.star_kv_config import StarKVConfig
 from starkv.runtime.actions.coordinates import JsonValue, Size, to_json
 from starkv.runtime.actions.parser import ActionParseError, parse_response
+from starkv.runtime.actions.pyautogui_code import parse_pyautogui
 from starkv.runtime.actions.types import Action
 from starkv.runtime.engines.base import Engine
 from starkv.runtime.engines.ort import OrtEngine
 from starkv.runtime.generation import SamplingParameters
 from starkv.runtime.kv.policy import KvPolicy
 from starkv.runtime.preprocess.image import load_image
-from starkv.runtime.preprocess.tokenizer import ChatTokenizer, Message
+from starkv.runtime.preprocess.tokenizer import ChatTokenizer
+from starkv.runtime.prompts.dialects import opening
 from starkv.runtime.session import Session, Timings
 
 Screenshot = str | Path | bytes | Image.Image
@@ -93,6 +99,7 @@ class Agent:
         kv_policy: KvPolicy | None = None,
         on_text: Callable[[str], None] | None = None,
         earlier: Sequence[Screenshot] = (),
+        dialect: PromptDialect | None = None,
     ) -> AgentReply:
         """Ask the model what to do on a screenshot.
 
@@ -100,40 +107,48 @@ class Agent:
             screenshot: a file, its bytes, or an image; coordinates are on this one.
             instruction: what the user wants.
             parameters: sampling and stopping; greedy by default.
-            kv_policy: which rows of the prompt's KV cache are kept; all by default.
+            kv_policy: which rows of the prompt's KV cache are kept; the engine's default otherwise.
             on_text: called with each piece of the reply as it comes.
             earlier: screenshots of earlier steps, oldest first.
+            dialect: words of the prompt; the engine's by default.
 
         Raises:
             ImageError: the screenshot can't be read.
             UsageError: the prompt doesn't fit the engine.
         """
         images = [load_image(shown) for shown in (*earlier, screenshot)]
-        message = user_message(instruction, len(images))
-        session = Session(self.engine, self.tokenizer, kv_policy or KvPolicy())
+        dialect = dialect or self.engine.manifest.prompt
+        messages = opening(instruction, len(images), dialect)
+        session = Session(self.engine, self.tokenizer, kv_policy or default_policy(self.engine.manifest))
         pieces = []
-        for piece in session.reply([message], images, parameters):
+        for piece in session.reply(messages, images, parameters):
             pieces.append(piece)
             if on_text:
                 on_text(piece)
-        return understand("".join(pieces), session)
+        return understand("".join(pieces), session, dialect)
 
 
-def user_message(text: str, images: int) -> Message:
-    """A user's turn with so many screenshots before its text.
+def default_policy(manifest: Manifest, star_kv: StarKVConfig | None = None) -> KvPolicy:
+    """What an engine does with a prompt's cache where nobody says: STaR-KV at the manifest's budget.
 
-    The prompt dialect ``plain``: the instruction itself is the user's text.
+    Args:
+        manifest: of the engine.
+        star_kv: hyper-parameters; native mode by default.
     """
-    return {"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
+    if manifest.kv_budget == 1.0:
+        return KvPolicy()
+    return KvPolicy(STAR_KV, Budget(manifest.kv_budget), star_kv or StarKVConfig())
 
 
-def understand(text: str, session: Session) -> AgentReply:
+def understand(text: str, session: Session, dialect: PromptDialect | None = None) -> AgentReply:
     """What a session's last reply wants done on its newest screenshot.
 
     Args:
         text: the reply.
         session: has answered a prompt with at least one screenshot.
+        dialect: of the prompt; the engine's by default.
     """
+    parse = parse_pyautogui if (dialect or session.engine.manifest.prompt) == "opencua" else parse_response
     seen = session.images[-1]
     resized = Size(seen.resized_width, seen.resized_height)
     original = Size(seen.original_width, seen.original_height)
@@ -141,7 +156,7 @@ def understand(text: str, session: Session) -> AgentReply:
     actions: tuple[Action, ...] = ()
     thought, error = "", None
     try:
-        parsed = parse_response(text)
+        parsed = parse(text)
         actions, thought = parsed.actions, parsed.thought
     except ActionParseError as failure:
         error = failure

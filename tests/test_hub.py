@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from without import run_without
 
 from starkv.errors import CheckpointError
 from starkv.export.cards import CARDS_DIRECTORY, resolve_model
@@ -129,3 +130,11 @@ def test_offline_with_a_copy_in_the_cache(tmp_path: Path) -> None:
     done = run_offline(tmp_path, "export", NAME, "--quant", "int8")
     assert (done.returncode, done.stdout) == (0, f"exports/{NAME}-int8\n"), done.stderr
     assert "licence of the weights is Apache-2.0" in done.stderr
+
+
+def test_the_library_is_needed_for_the_hub_only(tmp_path: Path) -> None:
+    done = run_without("huggingface_hub", "starkv.cli", "export", NAME, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "error: this needs the package huggingface_hub; pip install 'starkv[export]'\n"
+    done = run_without("huggingface_hub", "starkv.cli", "export", "gui-tiny", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "exports/gui-tiny-int8\n"), done.stderr

@@ -25,6 +25,7 @@ from starkv.runtime.actions.types import (
     RightClick,
     Scroll,
     Select,
+    TripleClick,
     TypeText,
     Wait,
 )
@@ -34,6 +35,7 @@ JsonValue = str | list[str] | list[float]
 _TYPES: dict[type[Action], str] = {
     Click: "click",
     DoubleClick: "double_click",
+    TripleClick: "triple_click",
     RightClick: "right_click",
     Hover: "hover",
     LongPress: "long_press",

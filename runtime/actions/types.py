@@ -30,6 +30,13 @@ class DoubleClick:
 
 
 @dataclass(frozen=True)
+class TripleClick:
+    """Click three times with the left button, which marks a line or a paragraph."""
+
+    point: Point
+
+
+@dataclass(frozen=True)
 class RightClick:
     """Click with the right button."""
 
@@ -145,7 +152,7 @@ class CallUser:
     content: str = ""
 
 
-PointAction = Click | DoubleClick | RightClick | Hover | LongPress
+PointAction = Click | DoubleClick | TripleClick | RightClick | Hover | LongPress
 DragAction = Drag | Select
 KeyAction = Press | KeyDown | KeyUp
 Action = (

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from starkv.cli.console import fail, note, print_actions
-from starkv.cli.kv import KvBudget, KvCapacity, KvMethod, KvMode, kept_rows, kv_policy
-from starkv.cli.options import Engine, MaxNewTokens, NoVerify, Seed, Stop, Temperature, Threads, TopP
+from starkv.cli.kv import KvBudget, KvCapacity, KvMethod, KvMode, KvOptions, kept_rows
+from starkv.cli.options import Dialect, Engine, MaxNewTokens, NoVerify, Seed, Stop, Temperature, Threads, TopP
 from starkv.errors import StarkvError
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
+    from starkv.manifest import PromptDialect
     from starkv.runtime.agent import Agent
     from starkv.runtime.generation import SamplingParameters
     from starkv.runtime.kv.policy import KvPolicy
@@ -41,6 +42,7 @@ def chat(
     kv_budget: KvBudget = None,
     kv_capacity: KvCapacity = None,
     kv_mode: KvMode = "native",
+    dialect: Dialect = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -59,12 +61,15 @@ def chat(
     from starkv.runtime.agent import Agent
     from starkv.runtime.generation import SamplingParameters
     from starkv.runtime.preprocess.image import load_image
+    from starkv.runtime.prompts.dialects import parse_dialect
 
     parameters = SamplingParameters(max_new_tokens, temperature, top_p, seed, tuple(stop or ()))
-    policy = kv_policy(kv_method, kv_budget, kv_capacity, kv_mode)
+    kv_options = KvOptions(kv_method, kv_budget, kv_capacity, kv_mode)
+    words = parse_dialect(dialect) if dialect else None
     images = [load_image(path) for path in image or []]
     agent = Agent.load(find_engine(engine), not no_verify, threads)
-    conversation = Conversation(agent, policy, parameters)
+    policy = kv_options.policy(agent.engine.manifest)
+    conversation = Conversation(agent, policy, parameters, words or agent.engine.manifest.prompt)
     for screenshot in images:
         conversation.attach(screenshot)
     if sys.stdin.isatty():
@@ -141,8 +146,10 @@ class Conversation:
     Nothing of it changes where a message can't be answered.
     """
 
-    def __init__(self, agent: "Agent", policy: "KvPolicy", parameters: "SamplingParameters") -> None:
-        self._agent, self._policy, self._parameters = agent, policy, parameters
+    def __init__(
+        self, agent: "Agent", policy: "KvPolicy", parameters: "SamplingParameters", dialect: "PromptDialect"
+    ) -> None:
+        self._agent, self._policy, self._parameters, self._dialect = agent, policy, parameters, dialect
         self.reset()
 
     def reset(self) -> None:
@@ -175,10 +182,14 @@ class Conversation:
         Raises:
             StarkvError: the message can't be answered.
         """
-        from starkv.runtime.agent import understand, user_message
+        from starkv.runtime.agent import understand
+        from starkv.runtime.prompts.dialects import opening, user_turn
 
         session, memory = self._session, self._session.kv_memory
-        messages = [*self._messages, user_message(text, len(self.attached))]
+        if self._messages:
+            messages = [*self._messages, user_turn(text, len(self.attached))]
+        else:
+            messages = opening(text, len(self.attached), self._dialect)
         images = [*self._images, *self.attached]
         pieces: list[str] = []
         stopped = False
@@ -203,7 +214,7 @@ class Conversation:
         self._messages = [*messages, {"role": "assistant", "content": reply}]
         self._images, self.attached = images, []
         if images:
-            print_actions(understand(reply, session).action_json)
+            print_actions(understand(reply, session, self._dialect).action_json)
         timings = session.timings
         ending = ""
         if stopped:

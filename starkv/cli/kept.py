@@ -15,12 +15,13 @@ from starkv.cli.kept_picture import draw_kept
 from starkv.cli.kept_scores import stage_name
 from starkv.methods.names import FULL, GUI_KV, PYRAMIDKV, RANDOM, SNAPKV, STAR_KV, STREAMING_LLM
 from starkv.runtime.actions.coordinates import JsonValue
-from starkv.runtime.agent import Agent, AgentReply, understand, user_message
+from starkv.runtime.agent import Agent, AgentReply, understand
 from starkv.runtime.drawing import check_place, save_png
 from starkv.runtime.generation import SamplingParameters
 from starkv.runtime.kv.kept import Kept, Part, check_head, check_layer, kept_json, kept_tokens, stage_changes
 from starkv.runtime.kv.policy import KvPolicy
 from starkv.runtime.preprocess.image import load_image
+from starkv.runtime.prompts.dialects import opening
 from starkv.runtime.session import Session, Timings
 
 _TITLES = {
@@ -126,8 +127,8 @@ def inspect_kept(engine: Path, verify: bool, question: Question, out: Path | Non
     session = Session(agent.engine, agent.tokenizer, question.policy)
     parameters = SamplingParameters(question.max_new_tokens)
     for count in range(1 if question.replay else len(images), len(images) + 1):
-        message = user_message(question.prompt, count)
-        text = "".join(session.reply([message], images[:count], parameters))
+        messages = opening(question.prompt, count, agent.engine.manifest.prompt)
+        text = "".join(session.reply(messages, images[:count], parameters))
     reply = understand(text, session)
     if session.compressed is None or session.prompt is None:
         raise AssertionError("a reply leaves its prompt and what was kept of it")

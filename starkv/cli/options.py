@@ -2,9 +2,11 @@
 """Options that several subcommands share, so that they are named and explained once."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
+
+from starkv.manifest import PromptDialect
 
 Model = Annotated[str, typer.Argument(help="Model card's name (see `models/`) or a Hugging Face folder.")]
 Quantization = Annotated[
@@ -46,6 +48,15 @@ Layers = Annotated[
 ]
 Engine = Annotated[
     str, typer.Option("--engine", help="Engine directory, or a model's name: its engine is found or built.")
+]
+Dialect = Annotated[
+    str | None,
+    typer.Option(
+        "--dialect",
+        help=f"Words of the prompt: {', '.join(get_args(PromptDialect))}. The model's own by default; "
+        "ui_tars_grounding for single clicks.",
+        show_default=False,
+    ),
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads. All usable processors by default.", min=1)]
 NoVerify = Annotated[

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from starkv.cli.console import note, print_actions
-from starkv.cli.kv import KvBudget, KvCapacity, KvMethod, KvMode, kept_rows, kv_policy
+from starkv.cli.kv import KvBudget, KvCapacity, KvMethod, KvMode, KvOptions, kept_rows
 from starkv.cli.options import (
+    Dialect,
     Engine,
     Json,
     MaxNewTokens,
@@ -35,6 +36,7 @@ def run(
     kv_budget: KvBudget = None,
     kv_capacity: KvCapacity = None,
     kv_mode: KvMode = "native",
+    dialect: Dialect = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -54,20 +56,23 @@ def run(
     from starkv.runtime.drawing import check_place, draw_actions, save_png
     from starkv.runtime.generation import SamplingParameters
     from starkv.runtime.preprocess.image import load_image
+    from starkv.runtime.prompts.dialects import parse_dialect
 
     if draw:
         check_place(draw)
     parameters = SamplingParameters(max_new_tokens, temperature, top_p, seed, tuple(stop or ()))
-    policy = kv_policy(kv_method, kv_budget, kv_capacity, kv_mode)
+    kv_options = KvOptions(kv_method, kv_budget, kv_capacity, kv_mode)
+    words = parse_dialect(dialect) if dialect else None
     *earlier, screenshot = [load_image(path) for path in image]
     agent = Agent.load(find_engine(engine), not no_verify, threads)
     reply = agent.act(
         screenshot,
         prompt,
         parameters,
-        policy,
+        kv_options.policy(agent.engine.manifest),
         None if json else lambda piece: print(piece, end="", flush=True),
         earlier,
+        words,
     )
     if draw:
         save_png(draw_actions(screenshot, reply.action_json), draw)
