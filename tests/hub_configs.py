@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``config.json`` of published models in the spelling of their repositories, cut down to the model's sizes."""
+"""``config.json`` of published models in the spelling of their repositories, cut down to the sizes."""
 
 from typing import Any
 
@@ -87,7 +87,7 @@ QWEN2_VL_2B: dict[str, Any] = {
     "vocab_size": 151936,
 }
 
-# A Qwen2-VL-7B whose vision_config leaves out whatever has the family's usual value, as transformers saves it.
+# A Qwen2-VL-7B as transformers saves it: vision_config leaves out whatever has the family's usual value.
 UI_TARS_7B: dict[str, Any] = {
     "architectures": ["Qwen2VLForConditionalGeneration"],
     **_QWEN_TOKENS,
