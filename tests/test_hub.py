@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from without import run_without
 
 from starkv.errors import CheckpointError
 from starkv.export.cards import CARDS_DIRECTORY, resolve_model
@@ -133,8 +132,15 @@ def test_offline_with_a_copy_in_the_cache(tmp_path: Path) -> None:
 
 
 def test_the_library_is_needed_for_the_hub_only(tmp_path: Path) -> None:
-    done = run_without("huggingface_hub", "starkv.cli", "export", NAME, cwd=tmp_path)
+    without = [
+        sys.executable,
+        Path(__file__).with_name("without.py"),
+        "huggingface_hub",
+        "starkv.cli",
+        "export",
+    ]
+    done = subprocess.run([*without, NAME], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "error: this needs the package huggingface_hub; pip install 'starkv[export]'\n"
-    done = run_without("huggingface_hub", "starkv.cli", "export", "gui-tiny", cwd=tmp_path)
+    done = subprocess.run([*without, "gui-tiny"], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "exports/gui-tiny-int8\n"), done.stderr
