@@ -20,6 +20,7 @@ from torch import Tensor
 from starkv.errors import UsageError
 from starkv.export.models.config import ModelConfig
 from starkv.export.progress import NoProgress, Progress
+from starkv.export.quantize.awq_clip import search_clips
 from starkv.export.quantize.awq_plan import GroupName, GroupResult, LayerScales, ScalePlan
 from starkv.export.quantize.awq_scales import Rounding, search_group
 from starkv.export.quantize.awq_source import LAYERS, Rows, ScaledSource
@@ -44,8 +45,10 @@ SEARCH_ROWS = 512
 """Rows of activations that scales are judged by: a random choice from all prompts."""
 SEARCH_OUTPUTS = 1024
 """Outputs of each linear layer that scales are judged by, evenly spaced."""
+UNCLIPPED = ("self_attn.q_proj", "self_attn.k_proj")
+"""Errors of queries and keys meet in a product, which the error of either one's outputs doesn't show."""
 _PLAN_FOLDER = "calibration.partial"
-_ALGORITHM = "awq 1"
+_ALGORITHM = "awq 2"
 """Part of the fingerprint: another where the same input gives other scales."""
 
 
@@ -95,6 +98,7 @@ class _Search:
         """Scales of the layer ``name``; moves the hidden states of all prompts behind it."""
         inputs: dict[GroupName, npt.NDArray[np.float32]] = {}
         results: dict[GroupName, GroupResult] = {}
+        clips: dict[str, npt.NDArray[np.uint8]] = {}
         epsilon, shape = self.config.norm_epsilon, self.config.text
 
         before, inside = Watcher(self.chosen), Watcher(self.chosen)
@@ -108,15 +112,20 @@ class _Search:
         origins = value_channels(shape)
         values, results["output"] = self._group(["self_attn.o_proj"], weights, inside, origins)
         inputs["output"] = values[origins]
+        clips |= self._clips(projections, weights, before, inputs["attention"])
+        clips |= self._clips(["self_attn.o_proj"], weights, inside, inputs["output"])
         del weights
 
         before, inside = Watcher(self.chosen), Watcher(self.chosen)
         weights = read_weights(self.source, name, MLP_WEIGHTS, self.place)
         for index, rows in enumerate(hidden):
             hidden[index] = mlp_block(rows, weights, epsilon, (before, inside))
-        inputs["mlp"], results["mlp"] = self._group(["mlp.gate_proj", "mlp.up_proj"], weights, before)
-        inputs["down"], results["down"] = self._group(["mlp.down_proj"], weights, inside)
-        return LayerScales(inputs, values, results)
+        projections, down = ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]
+        inputs["mlp"], results["mlp"] = self._group(projections, weights, before)
+        inputs["down"], results["down"] = self._group(down, weights, inside)
+        clips |= self._clips(projections, weights, before, inputs["mlp"])
+        clips |= self._clips(down, weights, inside, inputs["down"])
+        return LayerScales(inputs, values, clips, results)
 
     def _group(
         self,
@@ -133,9 +142,28 @@ class _Search:
             seen.rows.to(self.place.dtype),
             seen.magnitudes,
             shared.to(device),
-            Rounding(4 if self.preset.decoder == "int4" else 8, _block_size(features, self.preset)),
+            self._rounding(features),
         )
         return scales.cpu().numpy(), result
+
+    def _clips(
+        self, names: Sequence[str], weights: Weights, seen: Watcher, inputs: npt.NDArray[np.float32]
+    ) -> dict[str, npt.NDArray[np.uint8]]:
+        scales, rows = torch.from_numpy(inputs).to(self.place.device), seen.rows.to(self.place.dtype)
+        rounding = self._rounding(len(inputs))
+        return {
+            f"{name}.weight": search_clips(weights[f"{name}.weight"], scales, rows, rounding).cpu().numpy()
+            for name in names
+            if name not in UNCLIPPED
+        }
+
+    def _rounding(self, features: int) -> Rounding:
+        try:
+            block_size = choose_block_size(features, self.preset.block_size, "")
+        except UsageError:
+            # Such widths are filled up with zeros when they are stored.
+            block_size = self.preset.block_size
+        return Rounding(4 if self.preset.decoder == "int4" else 8, block_size)
 
 
 def search_scales(
@@ -191,14 +219,6 @@ def value_channels(shape: TextShape) -> npt.NDArray[np.int64]:
     channels = np.arange(shape.kv_heads * shape.head_dim).reshape(shape.kv_heads, shape.head_dim)
     of_inputs: npt.NDArray[np.int64] = np.repeat(channels, shape.heads // shape.kv_heads, axis=0).reshape(-1)
     return of_inputs
-
-
-def _block_size(features: int, preset: Preset) -> int:
-    try:
-        return choose_block_size(features, preset.block_size, "")
-    except UsageError:
-        # Such widths are filled up with zeros when they are stored.
-        return preset.block_size
 
 
 def _choose_rows(total: int, device: torch.device) -> Tensor:

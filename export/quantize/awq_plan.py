@@ -20,8 +20,11 @@ from safetensors.numpy import load_file, save_file
 GroupName = Literal["attention", "output", "mlp", "down"]
 """Linear layers that share an input: q, k, v; o; gate, up; down."""
 
+CLIP_RATIOS = (1.0, 0.92, 0.84, 0.76)
+"""What a block's largest weights may be cut to."""
+
 _PLAN = "plan.json"
-_VALUES = "values"
+_INPUTS, _VALUES, _CLIPS = "inputs.", "values", "clips."
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class LayerScales:
     """Group → [K] factor of each input."""
     values: npt.NDArray[np.float32]
     """[kv_heads * head_dim]: the factors of ``output``, which the query heads of a group share."""
+    clips: dict[str, npt.NDArray[np.uint8]]
+    """Weight, such as ``mlp.up_proj.weight`` → [N, blocks] which of ``CLIP_RATIOS``; not all are clipped."""
     results: dict[GroupName, GroupResult]
 
 
@@ -92,8 +97,10 @@ class ScalePlan:
         if self._folder is None:
             return
         count = len(self.layers)
-        inputs = {str(group): factors for group, factors in layer.inputs.items()}
-        save_file({**inputs, _VALUES: layer.values}, _layer_path(self._folder, count - 1))
+        tensors: dict[str, npt.NDArray[Any]] = {_VALUES: layer.values}
+        tensors |= {f"{_INPUTS}{group}": factors for group, factors in layer.inputs.items()}
+        tensors |= {f"{_CLIPS}{weight}": ratios for weight, ratios in layer.clips.items()}
+        save_file(tensors, _layer_path(self._folder, count - 1))
         states = {str(index): np.ascontiguousarray(rows) for index, rows in enumerate(hidden)}
         save_file(states, _hidden_path(self._folder, count))
         record = {
@@ -122,6 +129,10 @@ def _hidden_path(folder: Path, layers: int) -> Path:
 
 
 def _read_layer(folder: Path, index: int, results: dict[Any, dict[str, float]]) -> LayerScales:
-    inputs: dict[Any, npt.NDArray[np.float32]] = load_file(_layer_path(folder, index))
-    values = inputs.pop(_VALUES)
-    return LayerScales(inputs, values, {name: GroupResult(**found) for name, found in results.items()})
+    tensors = load_file(_layer_path(folder, index))
+
+    def below(prefix: str) -> dict[Any, npt.NDArray[Any]]:
+        return {name[len(prefix) :]: found for name, found in tensors.items() if name.startswith(prefix)}
+
+    found = {name: GroupResult(**result) for name, result in results.items()}
+    return LayerScales(below(_INPUTS), tensors[_VALUES], below(_CLIPS), found)

@@ -65,7 +65,7 @@ class JudgedWeights:
     weights: Tensor
     """[N,K] float32: the layers' outputs one behind the other; biases cancel out."""
     importance: Tensor
-    """[N] float32: the inverse of the squared length of the layer's outputs, so that all layers count alike."""
+    """[N] float32: inverse of the squared length of the layer's outputs, so that all layers count alike."""
     rows: Tensor
     """[T,K] activations, in the dtype to multiply in."""
 
