@@ -109,16 +109,17 @@ def test_bad_requests_are_one_line_and_leave_nothing(
     assert sorted(os.listdir()) == ["empty", "model"]
 
 
+@pytest.mark.parametrize("command", ["export", "build"])
 def test_research_licences_are_pointed_out(
-    starkv: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    starkv: Command, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = cards.CARDS_DIRECTORY / "gui-tiny"
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "qwen2.5-vl-3b").symlink_to(source)
     monkeypatch.setenv("STARKV_MODELS", str(tmp_path / "home"))
-    done = starkv("export", "qwen2.5-vl-3b", "--out", "export")
+    done = starkv(command, "qwen2.5-vl-3b", "--out", "out")
     assert done.code == 0, done.err
     assert "licence of the weights is Qwen Research License (https://huggingface.co/Qwen/" in done.err
     assert "warning: the licence of qwen2.5-vl-3b allows research only" in done.err
-    assert starkv("build", "export", "--out", "engine").code == 0
-    assert read_manifest(Path("engine")).source == "Qwen/Qwen2.5-VL-3B-Instruct"
+    description = read_record(Path("out")) if command == "export" else read_manifest(Path("out"))
+    assert description.source == "Qwen/Qwen2.5-VL-3B-Instruct"

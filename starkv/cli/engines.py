@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from starkv.cli.console import note, progress
+from starkv.cli.licence import note_licence
 from starkv.errors import UsageError
 from starkv.manifest import MANIFEST_NAME, Manifest
 
@@ -74,6 +75,7 @@ def build_engine(
     from starkv.export.staging import check_replaceable
 
     resolved = resolve_model(model)
+    note_licence(resolved.card)
     with Checkpoint(resolved.folder) as checkpoint:
         preset = preset_for(load_preset(quantization or resolved.card.quantization), checkpoint.quantization)
     target = out or engine_directory(resolved.card.name, "ort", preset.name)

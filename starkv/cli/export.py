@@ -2,17 +2,15 @@
 """``starkv export``: checkpoint → portable ONNX."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from starkv.cli.console import note, progress
+from starkv.cli.console import progress
 from starkv.cli.engines import made_parents
+from starkv.cli.licence import note_licence
 from starkv.cli.options import Checkpoint, Layers, Model, Output, Quantization, RandomDtype, RandomWeights
 from starkv.errors import UsageError
-
-if TYPE_CHECKING:
-    from starkv.export.cards import ModelCard
 
 
 def export(
@@ -65,11 +63,3 @@ def export(
         with made_parents(target), progress() as stages:
             export_model(resolved.folder, resolved.card, target, preset, stages, chosen_route)
     print(target)
-
-
-def note_licence(card: "ModelCard") -> None:
-    """Say what the weights may be used for."""
-    where = f" ({card.licence_url})" if card.licence_url else ""
-    note(f"{card.name}: licence of the weights is {card.licence}{where}")
-    if card.research_only:
-        note(f"warning: the licence of {card.name} allows research only, no commercial use")
