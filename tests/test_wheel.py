@@ -85,10 +85,13 @@ def test_every_module_is_in_it(names: set[str]) -> None:
 def test_cards_and_the_embedded_model_are_in_it(names: set[str]) -> None:
     cards = {path.name for path in (REPOSITORY / "models").glob("*.toml")}
     files = {path.name for path in (REPOSITORY / "models" / "gui-tiny").iterdir() if path.is_file()}
+    configs = {path.name for path in (REPOSITORY / "models" / "configs").iterdir()}
     assert cards
     assert "model.safetensors" in files
     assert {f"starkv/models/{name}" for name in cards} <= names
     assert {f"starkv/models/gui-tiny/{name}" for name in files} <= names
+    assert configs
+    assert {f"starkv/models/configs/{name}" for name in configs} <= names
 
 
 def test_no_training_and_no_tests_are_in_it(names: set[str]) -> None:
