@@ -198,7 +198,7 @@ def _describe(job: _Export, route: Route, fingerprint: str) -> ExportRecord:
         vision=config.vision,
         tokens=special_tokens(checkpoint.folder, checkpoint.config),
         image=image_limits(checkpoint.folder, card.min_pixels, card.max_pixels),
-        quantization=job.preset.describe(embedding),
+        quantization=job.preset.describe(embedding, checkpoint.quantization),
         observation_window=card.observation_window,
         max_context=card.max_context,
         kv_budget=card.kv_budget,

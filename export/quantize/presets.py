@@ -31,16 +31,24 @@ class Preset:
     block_size: int = 128
     """Input features that share one scale, where it divides their number."""
 
-    def describe(self, embedding: str) -> Quantization:
-        """Return the manifest's record; ``embedding`` is the checkpoint's dtype, e.g. ``bf16``."""
+    def describe(self, embedding: str, imported: ImportedQuantization | None = None) -> Quantization:
+        """Return the manifest's record.
+
+        Args:
+            embedding: the checkpoint's dtype, e.g. ``bf16``.
+            imported: what a quantized checkpoint's decoder is stored as.
+        """
         quantized = {self.decoder, self.head, self.vision} != {"fp32"}
+        block_size = self.block_size
+        if self.keep_packed and imported is not None and imported.group_size > 0:
+            block_size = imported.group_size
         return Quantization(
             preset=self.name,
             decoder=self.decoder,
             head=self.head,
             vision=self.vision,
             embedding=embedding,
-            block_size=self.block_size if quantized else None,
+            block_size=block_size if quantized else None,
         )
 
 
