@@ -281,14 +281,25 @@ def test_out_that_holds_something_else(
     assert inside.read_text() == "precious"
 
 
-def test_a_full_disk_leaves_nothing(
-    refused: Refused, reciting: ChatModel, monkeypatch: pytest.MonkeyPatch
+def test_a_full_disk_leaves_no_engine_and_the_next_run_goes_on(
+    starkv: Command, reciting: ChatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("starkv.export.build.ort.write_manifest", full)
-    assert "No space left on device" in refused("build", reciting.checkpoint, "--out", "new/engines/one")
+    arguments = ("build", reciting.checkpoint, "--out", "new/engines/one")
+    with monkeypatch.context() as patch:
+        patch.setattr("starkv.export.build.ort.write_manifest", full)
+        outcome = starkv(*arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "disk" in outcome.err.splitlines()[-1]
+    assert "full" in outcome.err.splitlines()[-1]
+    assert [path.name for path in (tmp_path / "new/engines").iterdir()] == [".one.export"]
+
+    again = starkv(*arguments)
+    assert again.code == 0
+    assert "going on with an earlier run" in again.err
+    assert [path.name for path in (tmp_path / "new/engines").iterdir()] == ["one"]
 
 
 def test_a_path_is_printed_as_it_is(refused: Refused) -> None:
