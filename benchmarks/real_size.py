@@ -2,7 +2,7 @@
 """What a model of real size costs on this machine, from checkpoint to click: disk, memory, time.
 
     python benchmarks/real_size.py --scratch /big/disk --out real-size.json
-    python benchmarks/real_size.py --scratch /big/disk --out real-size.json --model 7b --tokens 32 --repetitions 3
+    python benchmarks/real_size.py --scratch /big/disk --out real-size.json --model 7b --tokens 32
 
 Each step is the `starkv` command that a user would type, in a process of its own whose memory is watched:
 peak resident memory as the kernel counts it (mapped files included, which it may drop at any time), and the

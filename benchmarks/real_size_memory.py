@@ -25,7 +25,7 @@ class Cost:
 
     seconds: float
     peak_resident_mib: float
-    """``VmHWM``: highest resident memory, with pages of mapped files, which the kernel may drop at any time."""
+    """``VmHWM``: highest resident memory, with pages of mapped files, which the kernel may drop."""
     peak_anonymous_mib: float
     """Highest ``RssAnon`` that was seen, 20 times a second: memory that only swapping could free."""
     peak_file_mib: float
@@ -44,7 +44,7 @@ def run_measured(command: Sequence[str | Path], log: Path) -> tuple[str, Cost]:
     started = time.perf_counter()
     with log.open("wb") as errors:
         process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, stderr=errors)
-    peaks = {"RssAnon": 0.0, "RssFile": 0.0}
+    peaks = {"VmHWM": 0.0, "RssAnon": 0.0, "RssFile": 0.0}
     ended = threading.Event()
 
     def watch() -> None:
@@ -70,4 +70,8 @@ def run_measured(command: Sequence[str | Path], log: Path) -> tuple[str, Cost]:
             f"{' '.join(map(str, command[:4]))}… ended with {process.returncode}; see {log}"
         )
     seconds = time.perf_counter() - started
-    return output, Cost(seconds, usage.ru_maxrss / 1024, peaks["RssAnon"], peaks["RssFile"])
+    peak = usage.ru_maxrss / 1024
+    if peak <= resident_memory(os.getpid())["VmHWM"]:
+        # A child inherits that figure from us: only a higher one is its own.
+        peak = peaks["VmHWM"]
+    return output, Cost(seconds, peak, peaks["RssAnon"], peaks["RssFile"])
