@@ -141,8 +141,8 @@ def wrong_limits(folder: Path) -> None:
         (truncated_header, ["model.safetensors is truncated inside its header"]),
         (empty_weights, ["model.safetensors is no safetensors file"]),
         (missing_tensor, ["1 of 69 tensors are missing, the first is lm_head.weight", "download"]),
-        (no_number, ["broken: tensor model.visual.blocks.0.attn.proj.weight holds values that are not finite"]),
-        (other_sizes, ["0.mlp.gate_proj.weight has shape [384, 256], but", "config.json ask for [768, 256]"]),
+        (no_number, ["tensor model.visual.blocks.0.attn.proj.weight holds values that are not finite"]),
+        (other_sizes, ["0.mlp.gate_proj.weight has shape [384, 256], but", "ask for [768, 256]"]),
         (wrong_architecture, ["LlamaForCausalLM is not supported", "Qwen2_5_VLForConditionalGeneration"]),
         (quantized_unread, ["config.json", "bitsandbytes", "GPTQ (4 or 8 bits)"]),
         (damaged_config, ["config.json is not readable JSON"]),
@@ -294,12 +294,12 @@ def test_a_full_disk_leaves_no_engine_and_the_next_run_goes_on(
     assert (outcome.code, outcome.out) == (2, "")
     assert "disk" in outcome.err.splitlines()[-1]
     assert "full" in outcome.err.splitlines()[-1]
-    assert [path.name for path in (tmp_path / "new/engines").iterdir()] == [".one.export"]
+    assert [path.name for path in Path("new/engines").iterdir()] == [".one.export"]
 
     again = starkv(*arguments)
     assert again.code == 0
     assert "going on with an earlier run" in again.err
-    assert [path.name for path in (tmp_path / "new/engines").iterdir()] == ["one"]
+    assert [path.name for path in Path("new/engines").iterdir()] == ["one"]
 
 
 def test_a_path_is_printed_as_it_is(refused: Refused) -> None:
