@@ -10,12 +10,12 @@ Symbols: K inputs in B blocks of b, N outputs, T rows of activations.
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from starkv.export.quantize.awq_plan import CLIP_RATIOS
-from starkv.export.quantize.awq_scales import Rounding, round_blockwise
+from starkv.export.quantize.awq_scales import CHUNK_WEIGHTS, Rounding, in_blocks
 
-_CHUNK_WEIGHTS = 1 << 22
+_DAMPING = 1e-3
+"""Of the mean square of a block's activations: keeps the factors defined where prompts show too little."""
 
 
 def search_clips(weight: Tensor, scales: Tensor, rows: Tensor, rounding: Rounding) -> Tensor:
@@ -30,30 +30,31 @@ def search_clips(weight: Tensor, scales: Tensor, rows: Tensor, rounding: Roundin
     Returns:
         uint8 [N,B]: which of ``CLIP_RATIOS`` is best.
     """
-    products = block_products(rows.float() / scales, rounding.block_size).to(rows.dtype)
-    step = max(1, _CHUNK_WEIGHTS // weight.shape[1])
-    return torch.cat(
-        [best_ratios(chunk.float() * scales, products, rounding) for chunk in weight.split(step)]
-    )
+    factors = block_factors(rows.float() / scales, rounding.block_size).to(rows.dtype)
+    step = max(1, CHUNK_WEIGHTS // weight.shape[1])
+    return torch.cat([best_ratios(chunk.float() * scales, factors, rounding) for chunk in weight.split(step)])
 
 
-def block_products(rows: Tensor, block_size: int) -> Tensor:
-    """[B,b,b] mean products of the activations [T,K] within each block."""
-    padded = F.pad(rows, (0, -rows.shape[1] % block_size))
-    blocks = padded.unflatten(-1, (-1, block_size)).transpose(0, 1)
-    return blocks.mT @ blocks / len(rows)
+def block_factors(rows: Tensor, block_size: int) -> Tensor:
+    """[B,b,b] lower factors F of activations [T,K]: a difference d [b] of a block's weights changes outputs
+    by |d F|² in the mean square."""
+    blocks = in_blocks(rows, block_size).transpose(0, 1)
+    products = blocks.mT @ blocks / len(rows)
+    mean_square = products.diagonal(dim1=1, dim2=2).mean(-1).clamp_min(torch.finfo(torch.float32).tiny ** 0.5)
+    damping = _DAMPING * mean_square[:, None, None] * torch.eye(block_size, device=rows.device)
+    return torch.linalg.cholesky(products + damping)
 
 
-def best_ratios(weight: Tensor, products: Tensor, rounding: Rounding) -> Tensor:
-    """uint8 [N,B] for a scaled weight [N,K] float32 and :func:`block_products` [B,b,b]."""
-    weight = F.pad(weight, (0, -weight.shape[1] % rounding.block_size))
-    blocks = weight.unflatten(-1, (-1, rounding.block_size))
-    largest = blocks.abs().amax(-1, keepdim=True)
+def best_ratios(weight: Tensor, factors: Tensor, rounding: Rounding) -> Tensor:
+    """uint8 [N,B] for a scaled weight [N,K] float32 and :func:`block_factors` [B,b,b]."""
+    blocks = in_blocks(weight, rounding.block_size)
+    largest_code = 2 ** (rounding.bits - 1) - 1
+    largest = blocks.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     errors = []
     for ratio in CLIP_RATIOS:
-        limit = largest * ratio
-        clipped = torch.minimum(torch.maximum(blocks, -limit), limit).flatten(-2)
-        wrong = (round_blockwise(clipped, rounding) - weight).unflatten(-1, (-1, rounding.block_size))
-        wrong = wrong.transpose(0, 1).to(products.dtype)
-        errors.append(((wrong @ products).float() * wrong).sum(-1))
+        steps = largest * (ratio / largest_code)
+        # Clipping and then rounding is rounding to the same codes and no larger ones.
+        wrong = (blocks / steps).round_().clamp_(-largest_code, largest_code).mul_(steps).sub_(blocks)
+        outputs = wrong.transpose(0, 1).to(factors.dtype) @ factors
+        errors.append(torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float32))
     return torch.stack(errors).argmin(0).T.to(torch.uint8)

@@ -18,11 +18,13 @@ from torch.nn import functional as F
 from starkv.export.quantize.awq_plan import GroupResult
 from starkv.export.quantize.columns import Bits
 
-EXPONENTS = tuple(step / 20 for step in range(20))
-"""Tried in this order. The first is plain rounding: on the rows searched with, no result is worse than it."""
+EXPONENTS = tuple(step / 10 for step in range(10))
+"""Tried first, then what lies halfway to the neighbours of the best. The first is plain rounding: on the rows
+searched with, no result is worse than it."""
 SMALLEST_SHARE = 1e-3
 """Of the mean magnitude: a channel that was hardly ever seen is not scaled down without limit."""
-_CHUNK_WEIGHTS = 1 << 22
+CHUNK_WEIGHTS = 1 << 20
+"""Weights at a time: what is computed from them stays in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +36,20 @@ class Rounding:
     """Inputs that share a scale."""
 
 
-def round_blockwise(weight: Tensor, rounding: Rounding) -> Tensor:
-    """What ``blockwise.quantize_rows`` leaves of a weight [N,K] float32; K is filled up to whole blocks."""
-    features = weight.shape[1]
-    padded = F.pad(weight, (0, -features % rounding.block_size))
-    blocks = padded.unflatten(-1, (-1, rounding.block_size))
+def in_blocks(weight: Tensor, block_size: int) -> Tensor:
+    """[N,K] → [N,B,block_size], the last block filled up with zeros."""
+    missing = -weight.shape[1] % block_size
+    return (F.pad(weight, (0, missing)) if missing else weight).unflatten(-1, (-1, block_size))
+
+
+def rounding_error(weight: Tensor, rounding: Rounding) -> Tensor:
+    """What ``blockwise.quantize_rows`` adds to a weight [N,K] float32: [N,K]."""
+    blocks = in_blocks(weight, rounding.block_size)
     largest_code = 2 ** (rounding.bits - 1) - 1
-    scales = blocks.abs().amax(-1, keepdim=True) / largest_code
-    scales = torch.where(scales < torch.finfo(torch.float32).tiny, 1.0, scales)
-    codes = (blocks / scales).round_().clamp_(-largest_code - 1, largest_code)
-    return codes.mul_(scales).flatten(-2)[:, :features]
+    steps = blocks.abs().amax(-1, keepdim=True) / largest_code
+    steps = torch.where(steps < torch.finfo(torch.float32).tiny, 1.0, steps)
+    codes = (blocks / steps).round_().clamp_(-largest_code - 1, largest_code)
+    return codes.mul_(steps).sub_(blocks).flatten(-2)[:, : weight.shape[1]]
 
 
 def candidate_scales(magnitudes: Tensor, exponent: float) -> Tensor:
@@ -83,18 +89,18 @@ class JudgedWeights:
         """Squared error of the outputs of scaled [K], rounded layers relative to the exact ones, mean over
         layers."""
         total = 0.0
-        step = max(1, _CHUNK_WEIGHTS // self.weights.shape[1])
+        rows = (self.rows.float() / scales).to(self.rows.dtype)
+        step = max(1, CHUNK_WEIGHTS // self.weights.shape[1])
         for chunk, importance in zip(self.weights.split(step), self.importance.split(step), strict=True):
-            difference = round_blockwise(chunk * scales, rounding) / scales - chunk
-            total += float(squared_outputs(difference, self.rows) @ importance)
+            total += float(squared_outputs(rounding_error(chunk * scales, rounding), rows) @ importance)
         return total
 
 
 def squared_outputs(weight: Tensor, rows: Tensor) -> Tensor:
     """[N] float32: squared length over all rows of each output of a weight [N,K] float32."""
     squares = [
-        F.linear(rows, chunk.to(rows.dtype)).float().square().sum(0)
-        for chunk in weight.split(max(1, _CHUNK_WEIGHTS // weight.shape[1]))
+        torch.linalg.vector_norm(F.linear(rows, chunk.to(rows.dtype)), dim=0, dtype=torch.float32).square()
+        for chunk in weight.split(max(1, CHUNK_WEIGHTS // weight.shape[1]))
     ]
     return torch.cat(squares)
 
@@ -105,7 +111,6 @@ def search_group(
     magnitudes: Tensor,
     origins: Tensor,
     rounding: Rounding,
-    exponents: Sequence[float] = EXPONENTS,
 ) -> tuple[Tensor, GroupResult]:
     """Scales of the layers that share an input.
 
@@ -115,7 +120,6 @@ def search_group(
         magnitudes: [K] mean absolute activations.
         origins: [K] int64: inputs with the same number share a scale, because they come from one output.
         rounding: how the weights will be rounded.
-        exponents: grid; begins with 0.
 
     Returns:
         Scales float32, one for each number in ``origins``, and what they are worth.
@@ -125,12 +129,14 @@ def search_group(
         0, origins, magnitudes, "mean", include_self=False
     )
     judged = JudgedWeights.of(weights, rows)
-    best, best_exponent, best_error, plain_error = torch.ones_like(shared), 0.0, float("inf"), 0.0
-    for exponent in exponents:
-        scales = candidate_scales(shared, exponent)
-        error = judged.error(scales[origins], rounding)
-        if exponent == 0:
-            plain_error = error
-        if error < best_error:
-            best, best_exponent, best_error = scales, exponent, error
-    return best, GroupResult(best_exponent, best_error, plain_error)
+    errors: dict[float, float] = {}
+
+    def judge(exponent: float) -> float:
+        if exponent not in errors:
+            errors[exponent] = judged.error(candidate_scales(shared, exponent)[origins], rounding)
+        return errors[exponent]
+
+    coarse = min(EXPONENTS, key=judge)
+    step = EXPONENTS[1] / 2
+    best = min((coarse, max(0.0, coarse - step), coarse + step), key=judge)
+    return candidate_scales(shared, best), GroupResult(best, errors[best], errors[EXPONENTS[0]])
