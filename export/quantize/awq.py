@@ -47,7 +47,7 @@ SEARCH_OUTPUTS = 1024
 """Outputs of each linear layer that scales are judged by, evenly spaced."""
 UNCLIPPED = ("self_attn.q_proj", "self_attn.k_proj")
 """Errors of queries and keys meet in a product, which the error of either one's outputs doesn't show."""
-_PLAN_FOLDER = "calibration.partial"
+_PLAN_FOLDER = "awq"
 _ALGORITHM = "awq 2"
 """Part of the fingerprint: another where the same input gives other scales."""
 

@@ -6,7 +6,6 @@ A folder holds one safetensors file for each finished layer, the hidden states b
 """
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -113,11 +112,6 @@ class ScalePlan:
         beside.write_text(json.dumps(record, indent=1))
         beside.replace(self._folder / _PLAN)
         _hidden_path(self._folder, count - 1).unlink(missing_ok=True)
-
-    def discard(self) -> None:
-        """Delete the folder: what the scales were wanted for is done."""
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _layer_path(folder: Path, index: int) -> Path:

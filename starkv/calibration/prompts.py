@@ -2,7 +2,6 @@
 """Prompts with a screenshot: drawn ones, and a user's own from a folder."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,8 @@ from starkv.runtime.preprocess.image import load_image
 PROMPTS_FILE = "prompts.jsonl"
 IMAGE_TOKENS = 320
 """Most tokens of a drawn screen: enough for legible text, few enough for many screens."""
+CALIBRATION_SCREENS = 48
+"""Drawn for a calibration, which takes as many of them as its budget of tokens allows."""
 VERBS = ("Click", "Click on", "Press", "Tap")
 _CELL = 28
 _ASPECTS = (16 / 9, 1.0, 16 / 10, 4 / 3, 9 / 16)
@@ -109,6 +110,6 @@ def _read_line(line: str, where: str, folder: Path) -> GuiPrompt:
     return GuiPrompt(load_image(folder / read.image), read.prompt, read.reply, read.box)
 
 
-def prompts_from(folder: Path | None, max_pixels: int, count: int) -> Sequence[GuiPrompt]:
+def prompts_from(folder: Path | None, max_pixels: int) -> list[GuiPrompt]:
     """A user's prompts if there is a folder of them, drawn ones otherwise."""
-    return read_prompts(folder) if folder else drawn_prompts(count, max_pixels)
+    return read_prompts(folder) if folder else drawn_prompts(CALIBRATION_SCREENS, max_pixels)

@@ -8,7 +8,7 @@ import typer
 
 from starkv.cli.console import note, progress
 from starkv.cli.engines import build_engine, choose_backend, engine_directory, made_parents
-from starkv.cli.options import Output, Quantization
+from starkv.cli.options import Calibration, Output, Quantization
 from starkv.errors import UsageError
 
 
@@ -25,6 +25,7 @@ def build(
             "--prepack", help="Also store the graphs compiled for this processor: loads faster here."
         ),
     ] = False,
+    calibration: Calibration = None,
 ) -> None:
     """Build an engine directory that `run`, `bench` and other machines can load.
 
@@ -46,5 +47,5 @@ def build(
         with made_parents(target), progress() as stages:
             build_ort_engine(Path(model), target, stages, prepack)
     else:
-        target, _ = build_engine(model, quant, out, prepack)
+        target, _ = build_engine(model, quant, out, prepack, calibration)
     print(target)

@@ -6,11 +6,17 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from starkv.cli.console import note, progress
 from starkv.cli.licence import note_licence
 from starkv.errors import UsageError
 from starkv.manifest import MANIFEST_NAME, Manifest
+
+if TYPE_CHECKING:
+    from starkv.calibration.sequences import PromptCalibration
+    from starkv.export.cards import ModelCard
+    from starkv.export.quantize.presets import Preset
 
 
 def engines_home() -> Path:
@@ -59,9 +65,20 @@ def choose_backend(wanted: str) -> tuple[str, str]:
 
 
 def build_engine(
-    model: str, quantization: str | None, out: Path | None, prepack: bool = False
+    model: str,
+    quantization: str | None,
+    out: Path | None,
+    prepack: bool = False,
+    calibration: Path | None = None,
 ) -> tuple[Path, Manifest]:
     """Export the model beside the engine and build the engine from it.
+
+    Args:
+        model: card's name or checkpoint folder.
+        quantization: preset; the card's if None.
+        out: where to; among the engines that are found by name if None.
+        prepack: also store the form compiled for this processor.
+        calibration: folder of calibration prompts; drawn ones if None.
 
     Raises:
         StarkvError: see ``export_model`` and ``build_ort_engine``.
@@ -86,10 +103,35 @@ def build_engine(
     if exported.exists() or partial_directory(exported).exists():
         note(f"going on with an earlier run that was interrupted, see {exported.parent}")
     with made_parents(target), progress() as stages:
-        export_model(resolved.folder, resolved.card, exported, preset, stages, reuse=True)
+        export_model(
+            resolved.folder,
+            resolved.card,
+            exported,
+            preset,
+            stages,
+            calibration=calibration_for(preset, resolved.card, calibration),
+            reuse=True,
+        )
         manifest = build_ort_engine(exported, target, stages, prepack, link=True)
         shutil.rmtree(exported)
     return target, manifest
+
+
+def calibration_for(preset: "Preset", card: "ModelCard", folder: Path | None) -> "PromptCalibration | None":
+    """Calibration prompts for a preset that needs them.
+
+    Raises:
+        UsageError: there is a folder of prompts and nothing to calibrate, or a prompt is wrong.
+        ImageError: an image can't be read.
+    """
+    if not preset.calibrated:
+        if folder is not None:
+            raise UsageError(f"--calibration is for --quant int4-awq; {preset.name} takes no prompts")
+        return None
+    from starkv.calibration.prompts import prompts_from
+    from starkv.calibration.sequences import PromptCalibration
+
+    return PromptCalibration(card, prompts_from(folder, card.max_pixels))
 
 
 def find_engine(name: str, quantization: str | None = None) -> Path:

@@ -7,9 +7,18 @@ from typing import Annotated
 import typer
 
 from starkv.cli.console import progress
-from starkv.cli.engines import made_parents
+from starkv.cli.engines import calibration_for, made_parents
 from starkv.cli.licence import note_licence
-from starkv.cli.options import Checkpoint, Layers, Model, Output, Quantization, RandomDtype, RandomWeights
+from starkv.cli.options import (
+    Calibration,
+    Checkpoint,
+    Layers,
+    Model,
+    Output,
+    Quantization,
+    RandomDtype,
+    RandomWeights,
+)
 from starkv.errors import UsageError
 
 
@@ -27,6 +36,7 @@ def export(
     random_weights: RandomWeights = False,
     random_dtype: RandomDtype = None,
     layers: Layers = None,
+    calibration: Calibration = None,
 ) -> None:
     """Export a checkpoint to portable, quantized ONNX graphs.
 
@@ -47,12 +57,13 @@ def export(
         preset = load_preset(quant or card.quantization)
         target = out or Path("exports") / f"{card.name}-{preset.name}"
         check_replaceable(target, RECORD_NAME)
+        prompts = calibration_for(preset, card, calibration)
         with (
             made_parents(target),
             progress() as stages,
             random_checkpoint(card, config, target, checkpoint, random_dtype, layers, stages) as folder,
         ):
-            export_model(folder, card, target, preset, stages, chosen_route)
+            export_model(folder, card, target, preset, stages, chosen_route, prompts)
     else:
         if random_dtype is not None or layers is not None:
             raise UsageError("--random-dtype and --layers are about random weights; add --random-weights")
@@ -60,6 +71,7 @@ def export(
         preset = load_preset(quant or resolved.card.quantization)
         target = out or Path("exports") / f"{resolved.card.name}-{preset.name}"
         note_licence(resolved.card)
+        prompts = calibration_for(preset, resolved.card, calibration)
         with made_parents(target), progress() as stages:
-            export_model(resolved.folder, resolved.card, target, preset, stages, chosen_route)
+            export_model(resolved.folder, resolved.card, target, preset, stages, chosen_route, prompts)
     print(target)

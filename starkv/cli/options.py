@@ -12,7 +12,18 @@ Model = Annotated[str, typer.Argument(help="Model card's name (see `models/`) or
 Quantization = Annotated[
     str | None,
     typer.Option(
-        "--quant", help="Weights: fp32, int8 or int4. The model card's choice by default.", show_default=False
+        "--quant",
+        help="Weights: fp32, int8, int4, int4-awq (calibrated) or int4-small. The model card's choice by "
+        "default.",
+        show_default=False,
+    ),
+]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        help="Folder with prompts.jsonl and its images, for int4-awq. Drawn screens by default.",
+        show_default=False,
     ),
 ]
 Checkpoint = Annotated[
