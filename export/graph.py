@@ -109,9 +109,14 @@ class GraphBuilder:
         """Cut the last axis into pieces of these sizes."""
         return self.multi_op("Split", x, self.ints(*sizes), outputs=len(sizes), axis=-1)
 
-    def stack(self, values: Sequence[ir.Value]) -> ir.Value:
-        """Join equal shapes along a new first axis."""
-        return self.op("Concat", *(self.op("Unsqueeze", value, self.ints(0)) for value in values), axis=0)
+    def stack_rows(self, values: Sequence[ir.Value]) -> ir.Value:
+        """Join numbers of rows along a new first axis: [B,S,1] each → [L,B,S]."""
+        return self.op("Transpose", self.op("Concat", *values, axis=-1), perm=[2, 0, 1])
+
+    def stack_heads(self, values: Sequence[ir.Value], heads: int) -> ir.Value:
+        """Join rows of heads along a new first axis: [B,S,heads*D] each → [L,B,heads,S,D]."""
+        rows = self.reshape(self.op("Concat", *values, axis=-1), 0, 0, len(values), heads, -1)
+        return self.op("Transpose", rows, perm=[2, 0, 3, 1, 4])
 
     def rows_at(self, x: ir.Value, index: ir.Value) -> ir.Value:
         """Pick the row index[b] of each sequence: x [B,S,H], index [B] → [B,H]."""
@@ -119,14 +124,14 @@ class GraphBuilder:
         return self.op("GatherND", x, position, batch_dims=1)
 
     def l2_norm(self, x: ir.Value, norm: str) -> ir.Value:
-        """Length of each row that the norm ``norm`` put out: [..., H] → [...].
+        """Length of each row that the norm ``norm`` put out: [..., H] → [..., 1].
 
         As the model has it, also where calibration has divided the norm's weight.
         """
         divisors = self._weights.input_divisors(f"{norm}.weight")
         if divisors is not None:
             x = self.op("Mul", x, self._initializer(divisors))
-        return self.op("ReduceL2", x, self.ints(-1), keepdims=0)
+        return self.op("ReduceL2", x, self.ints(-1), keepdims=1)
 
     # --- layers ---
 
@@ -223,10 +228,9 @@ class GraphBuilder:
         """Rotate each head's halves: x [B,S,heads*D], cos and sin [B,S,D/2]."""
         return self.op("RotaryEmbedding", x, cos, sin, num_heads=heads, interleaved=0)
 
-    def last_rows(self, x: ir.Value, count: int, heads: int) -> ir.Value:
-        """The last rows, per head: [B,S,heads*D] → [B,heads,min(count,S),D]."""
-        rows = self.op("Slice", x, self.ints(-count), self.ints(_TO_THE_END), self.ints(1))
-        return self.op("Transpose", self.reshape(rows, 0, 0, heads, -1), perm=[0, 2, 1, 3])
+    def last_rows(self, x: ir.Value, count: int) -> ir.Value:
+        """The last rows: [B,S,N] → [B,min(count,S),N]."""
+        return self.op("Slice", x, self.ints(-count), self.ints(_TO_THE_END), self.ints(1))
 
     def kv_attention(
         self,

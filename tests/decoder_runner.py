@@ -58,6 +58,7 @@ class DecoderRunner:
         if last_index is None:
             last_index = np.full(batch, new - 1)
         binding = self.session.io_binding()
+        last_rows = self.kv_len + np.int32(new - 1)
         feeds = {
             "inputs_embeds": embeds.astype(F32),
             "rope_cos": cos.astype(F32),
@@ -65,9 +66,15 @@ class DecoderRunner:
             "kv_len": self.kv_len,
             "past_extent": np.zeros(int(self.kv_len.max()), np.int8),
             "last_index": last_index.astype(np.int32),
+            # In place of kv_len and past_extent, in graphs lowered for ONNX Runtime.
+            "last_rows": last_rows.reshape(-1),
+            "longest": np.array([last_rows.max() + 1], np.int32),
         }
+        taken = {entry.name for entry in self.session.get_inputs()}
         values = {
-            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x)) for name, x in feeds.items()
+            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x))
+            for name, x in feeds.items()
+            if name in taken
         }
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)

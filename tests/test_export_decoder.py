@@ -56,8 +56,15 @@ def test_canonical_graph_is_valid_onnx(tiny: TinyModel, preset: str) -> None:
     onnx.checker.check_model(tiny.exports[preset] / "decoder.onnx", full_check=True)
 
 
-def test_interface_is_the_documented_one(decoder: Path) -> None:
+def test_interface_is_the_documented_one(decoder: Path, tiny: TinyModel) -> None:
     session = open_session(decoder)
+    lengths = {
+        tiny.exports["fp32"]: {
+            "kv_len": ("tensor(int32)", [LAYERS, "B"]),
+            "past_extent": ("tensor(int8)", ["P"]),
+        },
+        tiny.engine: {"last_rows": ("tensor(int32)", ["L*B"]), "longest": ("tensor(int32)", [1])},
+    }
     cache = ["B", 2, "C", 64]
     floats = {
         "inputs_embeds": ["B", "S", HIDDEN],
@@ -68,9 +75,8 @@ def test_interface_is_the_documented_one(decoder: Path) -> None:
     inputs = {value.name: (value.type, value.shape) for value in session.get_inputs()}
     assert inputs == {
         **{name: ("tensor(float)", shape) for name, shape in floats.items()},
-        "kv_len": ("tensor(int32)", [LAYERS, "B"]),
-        "past_extent": ("tensor(int8)", ["P"]),
         "last_index": ("tensor(int32)", ["B"]),
+        **lengths[decoder.parent],
     }
     assert {value.name: value.shape for value in session.get_outputs()} == {
         "logits": ["B", VOCAB],

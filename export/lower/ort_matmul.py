@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from starkv.export.lower.ort_attention import MICROSOFT, replace_node
 from starkv.export.lower.ort_weights import transposed_scales, unsigned_codes, unsigned_zero_points
 from starkv.export.lower.tensor_file import TensorFile
 from starkv.export.quantize.columns import Bits
 from starkv.host import usable_processors
 
-MICROSOFT = "com.microsoft"
 ACCURACY_LEVEL = 4
 """Activations are rounded to 8 bits, block by block, on processors that multiply such integers fast."""
 
@@ -130,14 +130,9 @@ def _replace(graph: ir.Graph, layer: QuantizedLinear, weights: list[ir.Value | N
         domain=MICROSOFT,
         name=str(layer.product.name).replace("MatMul", "MatMulNBits"),
     )
-    last = layer.add or layer.product
-    result, old = node.outputs[0], last.outputs[0]
-    result.name, result.type, result.shape = old.name, old.type, old.shape
-    graph.insert_after(last, node)
-    ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
-    for replaced in (layer.add, layer.product):
-        if replaced is not None:
-            graph.remove(replaced, safe=True)
+    replace_node(graph, layer.add or layer.product, node)
+    if layer.add:
+        graph.remove(layer.product, safe=True)
 
 
 def _without_missing_end(inputs: list[ir.Value | None]) -> list[ir.Value | None]:

@@ -56,7 +56,7 @@ def build_decoder(
             q, k, v = graph.split(qkv, width, kv_width, kv_width)
             q = graph.rotary(q, cos, sin, shape.heads)
             k = graph.rotary(k, cos, sin, shape.kv_heads)
-            windows.append(graph.last_rows(q, observation_window, shape.heads))
+            windows.append(graph.last_rows(q, observation_window))
             layer_len = graph.gather(kv_len, graph.scalar(i), axis=0)
             h, new_k, new_v = graph.kv_attention(
                 q,
@@ -86,5 +86,5 @@ def build_decoder(
         graph.output(present_k[i], f"present_k.{i}", ir.DataType.FLOAT, cache)
         graph.output(present_v[i], f"present_v.{i}", ir.DataType.FLOAT, cache)
     window_shape: list[Dim] = [shape.layers, "B", shape.heads, "window", shape.head_dim]
-    graph.output(graph.stack(windows), "q_window", ir.DataType.FLOAT, window_shape)
-    graph.output(graph.stack(norms), "hidden_norm", ir.DataType.FLOAT, [shape.layers, "B", "S"])
+    graph.output(graph.stack_heads(windows, shape.heads), "q_window", ir.DataType.FLOAT, window_shape)
+    graph.output(graph.stack_rows(norms), "hidden_norm", ir.DataType.FLOAT, [shape.layers, "B", "S"])

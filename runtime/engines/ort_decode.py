@@ -23,10 +23,9 @@ class DecodeStep:
         self._embeds = np.empty((batch, 1, text.hidden), np.float32)
         self._cos = np.empty((batch, 1, text.head_dim // 2), np.float32)
         self._sin = np.empty_like(self._cos)
-        self._lengths = np.empty((text.layers, batch), np.int32)
+        self._last_rows = np.empty(text.layers * batch, np.int32)
+        self._longest = np.empty(1, np.int32)
         self._logits = np.empty((batch, text.vocab), np.float32)
-        # With one new row per sequence no kernel reads P from past_extent's shape, so that stays fixed.
-        self._extent = np.zeros(pool.kv.capacity, np.int8)
         self._last = np.zeros(batch, np.int32)
         self._binding = session.io_binding()
         bind_cache(self._binding, pool.kv, batch)
@@ -34,8 +33,8 @@ class DecodeStep:
             "inputs_embeds": self._embeds,
             "rope_cos": self._cos,
             "rope_sin": self._sin,
-            "kv_len": self._lengths,
-            "past_extent": self._extent,
+            "last_rows": self._last_rows,
+            "longest": self._longest,
             "last_index": self._last,
         }
         for name, array in inputs.items():
@@ -47,7 +46,10 @@ class DecodeStep:
 
     def run(self, pool: Pool, embeds: Floats, rope: Rope) -> Floats:
         lengths = pool.kv.lengths[:, : self._batch]
-        self._embeds[:, 0], self._cos[:], self._sin[:], self._lengths[:] = embeds, rope.cos, rope.sin, lengths
+        self._embeds[:, 0], self._cos[:], self._sin[:] = embeds, rope.cos, rope.sin
+        # The one new row of each sequence comes behind its valid ones.
+        self._last_rows[:] = lengths.reshape(-1)
+        self._longest[0] = self._last_rows.max() + 1
         self._session.run_with_iobinding(self._binding)
         lengths += 1
         logits: Floats = self._logits.copy()
