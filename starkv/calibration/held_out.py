@@ -18,7 +18,7 @@ _QUESTIONS = 4
 
 
 def held_out_prompts(model: ResolvedModel, count: int) -> list[GuiPrompt]:
-    """Prompts with known boxes: of the test split in the model's folder if there is one, drawn ones otherwise."""
+    """Prompts with known boxes: of the test split in the model's folder if it has one, or drawn ones."""
     train = model.folder / "train"
     if (train / "splits.py").is_file():
         return _own_prompts(train, math.isqrt(model.card.max_pixels), count)

@@ -17,6 +17,7 @@ _MARKS = {"passed": "[green]passed[/]", "failed": "[bold red]failed[/]", "skippe
 _COLUMNS = ("", "quantization", "MiB", "bits", "KL", "KL 99%", "token", "click", "moved", "right")
 _DEFAULT = ("int8", "int4", "int4-awq", "int4-small")
 _MEBIBYTE = 1 << 20
+_WIDTH = 100
 
 
 def quant(
@@ -128,7 +129,8 @@ def print_quant(report: Report, model: str) -> None:
         table.add_column(column, no_wrap=True)
     for check in report.checks:
         table.add_row(_MARKS[check.status], *_cells(check))
-    results.print(table)
+    # Figures that are cut off would say nothing.
+    results.print(table, width=max(results.width, _WIDTH), crop=False)
     for check in report.checks:
         if check.reason:
             note(f"{check.implementation}: {check.reason}")

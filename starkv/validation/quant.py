@@ -14,8 +14,8 @@ import numpy.typing as npt
 from starkv.validation.report import Check
 
 MOST_KL = {"int8": 0.01, "int4": 0.1}
-"""Largest mean divergence in nats that passes, by the storage of the decoder's layers; docs/quantization.md says
-why."""
+"""Largest mean divergence in nats that passes, by the storage of the decoder's layers; docs/quantization.md
+says why."""
 SIGNIFICANCE = 0.05
 """How unlikely a loss of clicks must be by chance before it counts."""
 
@@ -66,8 +66,8 @@ def measure(reference: Sequence[Answer], answers: Sequence[Answer]) -> dict[str,
     Returns:
         ``kl_mean``, ``kl_p99`` and ``top1_agreement`` over all tokens; ``same_clicks``, the share of prompts
         with the very same click (or none in both), and ``click_distance``, the mean distance in pixels where
-        both click; where boxes are known also ``clicks_right``, ``reference_clicks_right``, ``clicks_lost`` and
-        ``clicks_won``.
+        both click; where boxes are known also ``clicks_right``, ``reference_clicks_right``, ``clicks_lost``
+        and ``clicks_won``.
     """
     divergences = np.concatenate([answer.divergences for answer in answers])
     pairs = list(zip(reference, answers, strict=True))
