@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find the engine that a user names, and build it where there is none yet."""
 
+import importlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -128,10 +129,26 @@ def calibration_for(preset: "Preset", card: "ModelCard", folder: Path | None) ->
         if folder is not None:
             raise UsageError(f"--calibration is for --quant int4-awq; {preset.name} takes no prompts")
         return None
+    _check_calibration_packages(preset.name)
     from starkv.calibration.prompts import prompts_from
     from starkv.calibration.sequences import PromptCalibration
 
     return PromptCalibration(card, prompts_from(folder, card.max_pixels))
+
+
+def _check_calibration_packages(preset: str) -> None:
+    """Refuse at once what would fail only after the vision tower is exported.
+
+    Raises:
+        UsageError: a package is missing.
+    """
+    for package in ("torch", "onnxruntime"):
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            raise UsageError(
+                f"{preset} is calibrated with {package}; pip install 'starkv[calibrate]'"
+            ) from None
 
 
 def find_engine(name: str, quantization: str | None = None) -> Path:

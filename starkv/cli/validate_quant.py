@@ -14,10 +14,9 @@ from starkv.errors import UsageError
 from starkv.validation.report import Check, Report
 
 _MARKS = {"passed": "[green]passed[/]", "failed": "[bold red]failed[/]", "skipped": "[yellow]skipped[/]"}
-_COLUMNS = ("", "quantization", "MiB", "bits", "KL", "KL 99%", "token", "click", "moved", "right")
+_COLUMNS = ("", "quant", "MiB", "bits", "KL", "KL 99%", "token", "click", "moved", "right")
 _DEFAULT = ("int8", "int4", "int4-awq", "int4-small")
 _MEBIBYTE = 1 << 20
-_WIDTH = 100
 
 
 def quant(
@@ -124,13 +123,13 @@ def print_quant(report: Report, model: str) -> None:
     title = f"{model} against {first.reference}: {first.case}"
     if "reference_clicks_right" in first.measures:
         title += f", {first.measures['reference_clicks_right']:.1%} of its clicks right"
-    table = Table(box=None, header_style="dim", title=title, title_justify="left")
+    # Fits into 80 columns: figures that are cut off would say nothing.
+    table = Table(box=None, header_style="dim", title=title, title_justify="left", padding=(0, 1, 0, 0))
     for column in _COLUMNS:
         table.add_column(column, no_wrap=True)
     for check in report.checks:
         table.add_row(_MARKS[check.status], *_cells(check))
-    # Figures that are cut off would say nothing.
-    results.print(table, width=max(results.width, _WIDTH), crop=False)
+    results.print(table)
     for check in report.checks:
         if check.reason:
             note(f"{check.implementation}: {check.reason}")
