@@ -46,8 +46,10 @@ class DecoderRunner:
         self.shape = shape
         cache = (batch, shape.kv_heads, capacity, shape.head_dim)
         names = [f"{kind}.{layer}" for layer in range(shape.layers) for kind in ("k", "v")]
+        types = {entry.name: entry.type for entry in self.session.get_inputs()}
+        dtype = np.float16 if types["past_k.0"] == "tensor(float16)" else F32
         # An OrtValue made from an array shares its memory, so the graph writes into these arrays.
-        self.cache = {name: np.full(cache, 1e3, F32) for name in names}
+        self.cache = {name: np.full(cache, 1e3, dtype) for name in names}
         self.kv_len = np.zeros((shape.layers, batch), np.int32)
 
     def step(

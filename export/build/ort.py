@@ -15,7 +15,7 @@ from starkv.export.progress import NoProgress, Progress
 from starkv.export.record import read_record
 from starkv.export.staging import staged_directory
 from starkv.host import cpu_model
-from starkv.manifest import MANIFEST_NAME, Manifest
+from starkv.manifest import MANIFEST_NAME, ComputeDtype, Manifest
 
 PREPACKED_RUNTIME = "prepacked_onnxruntime"
 PREPACKED_CPU = "prepacked_cpu"
@@ -32,6 +32,7 @@ def build_ort_engine(
     progress: Progress | None = None,
     prepack: bool = False,
     link: bool = False,
+    compute_dtype: ComputeDtype = "float32",
 ) -> Manifest:
     """Build the engine directory ``out``; it appears complete or not at all.
 
@@ -44,11 +45,15 @@ def build_ort_engine(
         link: share files with the export by hard links where the file system can, instead of copying them.
             Meant for an export that is deleted afterwards: onnx's own tools refuse to read weights from a
             file that has two links. Quantized weights are laid out anew and exist twice until then.
+        compute_dtype: of activations and KV cache; ``bfloat16`` or ``float16`` make an engine for GPUs.
 
     Raises:
         UsageError: ``export_dir`` is no complete export, ``out`` holds something else, the disk has no room,
-            or onnxruntime is missing and ``prepack`` asks for it.
+            or onnxruntime is missing and ``prepack`` asks for it, or the engine is for GPUs and ``prepack``
+            asks for a processor.
     """
+    if prepack and compute_dtype != "float32":
+        raise UsageError(f"--prepack is for processors, not for an engine in {compute_dtype}; leave it out")
     progress = progress or NoProgress()
     record = read_record(export_dir)
     # Graphs first: they decide whether their weights are laid out anew.
@@ -58,7 +63,7 @@ def build_ort_engine(
         for name in names:
             source, target = export_dir / name, staging / name
             if name.endswith(".onnx"):
-                lower_to_ort(source, target)
+                lower_to_ort(source, target, compute_dtype)
             elif not target.exists():
                 _copy(source, target, link)
             progress.advance(name)
@@ -73,7 +78,7 @@ def build_ort_engine(
             for graph in _GRAPHS:
                 _prepack(staging, graph, quantized[graph])
                 progress.advance(f"{graph}.prepacked.onnx")
-        manifest = write_manifest(staging, record, "ort", "float32", versions)
+        manifest = write_manifest(staging, record, "ort", compute_dtype, versions)
         progress.advance(MANIFEST_NAME)
     return manifest
 

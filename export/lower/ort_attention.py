@@ -58,7 +58,7 @@ def lower_kv_attention(model: ir.Model) -> None:
             name=str(node.name).replace(KV_ATTENTION, "GroupQueryAttention"),
         )
         replace_node(graph, node, attention)
-    _remove_unused(graph)
+    remove_unused(graph)
     kept = [value for value in graph.inputs if value.name not in ("kv_len", "past_extent")]
     graph.inputs[:] = [*kept, last_rows, longest]
     del model.functions[DOMAIN, KV_ATTENTION, ""]
@@ -88,7 +88,7 @@ def replace_node(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
     graph.remove(old, safe=True)
 
 
-def _remove_unused(graph: ir.Graph) -> None:
+def remove_unused(graph: ir.Graph) -> None:
     """Remove nodes and initializers that nothing reads any more."""
     for node in reversed(list(graph)):
         if not any(value.uses() or value.is_graph_output() for value in node.outputs):
@@ -114,16 +114,14 @@ def lower_full_attention(model: ir.Model) -> None:
     model.functions.pop((DOMAIN, FULL_ATTENTION, ""), None)
 
 
-def lower_masked_attention(model: ir.Model, dtype: ir.DataType) -> None:
+def lower_masked_attention(graph: ir.Graph) -> None:
     """Replace attention inside windows by MultiHeadAttention with a bias, for GPUs.
 
     ONNX Runtime's CUDA kernels take a bias wherever they take a mask, and in more places.
 
-    Args:
-        model: a vision tower; changed.
-        dtype: of activations.
+    Raises:
+        ValueError: attention without a mask.
     """
-    graph = model.graph
     biases: dict[ir.Value, ir.Value] = {}
     for node in list(graph):
         if node.op_type != "Attention" or node.domain:
@@ -132,7 +130,7 @@ def lower_masked_attention(model: ir.Model, dtype: ir.DataType) -> None:
         if mask is None:
             raise ValueError(f"{node.name} has no mask")
         if mask not in biases:
-            biases[mask] = _bias_of(graph, mask, dtype, len(biases))
+            biases[mask] = _bias_of(graph, mask)
         attention = ir.node(
             "MultiHeadAttention",
             [q, k, v, None, None, biases[mask]],
@@ -143,20 +141,20 @@ def lower_masked_attention(model: ir.Model, dtype: ir.DataType) -> None:
         replace_node(graph, node, attention)
 
 
-def _bias_of(graph: ir.Graph, mask: ir.Value, dtype: ir.DataType, index: int) -> ir.Value:
-    """0 where a mask is true, and elsewhere a number that no score outweighs."""
+def _bias_of(graph: ir.Graph, mask: ir.Value) -> ir.Value:
+    """0 where a mask is true, and elsewhere a number that no score outweighs: float32, the mask's shape."""
     constants = []
     for name, number in (("seen", 0.0), ("unseen", -1e4)):
-        tensor = ir.tensor(np.array(number, dtype.numpy()), name=f"mask.{index}.{name}")
-        value = ir.Value(name=tensor.name, const_value=tensor, type=ir.TensorType(dtype), shape=ir.Shape([]))
-        graph.register_initializer(value)
-        constants.append(value)
-    where = ir.node("Where", [mask, *constants], name=f"mask.{index}/Where")
-    where.outputs[0].name = f"mask.{index}.bias"
-    where.outputs[0].type, where.outputs[0].shape = ir.TensorType(dtype), mask.shape
+        tensor = ir.tensor(np.array(number, np.float32), name=f"{mask.name}.{name}")
+        kind = ir.TensorType(ir.DataType.FLOAT)
+        constants.append(ir.Value(name=tensor.name, const_value=tensor, type=kind, shape=ir.Shape([])))
+        graph.register_initializer(constants[-1])
+    where = ir.node("Where", [mask, *constants], name=f"{mask.name}/Where")
+    bias = where.outputs[0]
+    bias.name, bias.dtype, bias.shape = f"{mask.name}.bias", ir.DataType.FLOAT, mask.shape
     producer = mask.producer()
     if producer is None:
         graph.insert_before(graph[0], where)
     else:
         graph.insert_after(producer, where)
-    return where.outputs[0]
+    return bias

@@ -17,8 +17,9 @@ from starkv.export.lower.tensor_file import TensorFile
 from starkv.export.quantize.columns import Bits
 from starkv.host import usable_processors
 
-ACCURACY_LEVEL = 4
-"""Activations are rounded to 8 bits, block by block, on processors that multiply such integers fast."""
+_ACCURACY_LEVEL = 4
+"""In float32, for processors: activations are rounded to 8 bits, block by block, since products of such
+integers are several times as fast. GPUs know no such thing."""
 
 _BITS: dict[ir.DataType | None, Bits] = {ir.DataType.INT4: 4, ir.DataType.INT8: 8}
 
@@ -78,7 +79,7 @@ def lower_quantized_linears(model: ir.Model, data: TensorFile, dtype: ir.DataTyp
         for layer in layers:
             if layer.dequantize not in moved:
                 moved[layer.dequantize] = _move(layer.dequantize, data, dtype, workers)
-            _replace(graph, layer, moved[layer.dequantize])
+            _replace(graph, layer, moved[layer.dequantize], dtype)
     for dequantize, weights in moved.items():
         names = [str(value.name) for value in dequantize.inputs if value is not None]
         graph.remove(dequantize, safe=True)
@@ -114,7 +115,9 @@ def _initializer(tensor: ir.TensorProtocol) -> ir.Value:
     return ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
 
 
-def _replace(graph: ir.Graph, layer: QuantizedLinear, weights: list[ir.Value | None]) -> None:
+def _replace(
+    graph: ir.Graph, layer: QuantizedLinear, weights: list[ir.Value | None], dtype: ir.DataType
+) -> None:
     codes = _external(layer.dequantize.inputs[0])
     features, outputs = codes.shape.numpy()
     node = ir.node(
@@ -125,8 +128,8 @@ def _replace(graph: ir.Graph, layer: QuantizedLinear, weights: list[ir.Value | N
             "N": outputs,
             "bits": _BITS[codes.dtype],
             "block_size": layer.dequantize.attributes["block_size"].as_int(),
-            "accuracy_level": ACCURACY_LEVEL,
-        },
+        }
+        | ({"accuracy_level": _ACCURACY_LEVEL} if dtype == ir.DataType.FLOAT else {}),
         domain=MICROSOFT,
         name=str(layer.product.name).replace("MatMul", "MatMulNBits"),
     )

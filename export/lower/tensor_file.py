@@ -24,7 +24,7 @@ class TensorFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._end = path, 0
+        self.path, self._end = path, 0
         path.touch(exist_ok=False)
 
     def reserve(
@@ -38,25 +38,34 @@ class TensorFile:
         """
         length = math.prod(shape) * dtype.bitwidth // 8
         offset = self._allocate(length)
-        room = np.memmap(self._path, dtype.numpy(), mode="r+", offset=offset, shape=tuple(shape))
+        room = np.memmap(self.path, dtype.numpy(), mode="r+", offset=offset, shape=tuple(shape))
         return self._reference(name, dtype, shape, offset, length), room
 
     def copy(self, source: ir.ExternalTensor) -> ir.ExternalTensor:
         """Append a tensor as it is."""
         content = stored_bytes(source).reshape(-1)
         offset = self._allocate(content.size)
-        with self._path.open("r+b") as stream:
+        with self.path.open("r+b") as stream:
             stream.seek(offset)
             for start in range(0, content.size, _STRIPE_BYTES):
                 stream.write(content[start : start + _STRIPE_BYTES].tobytes())
         shape = [int(size) for size in source.shape]
         return self._reference(str(source.name), source.dtype, shape, offset, content.size)
 
+    def convert(self, source: ir.ExternalTensor, name: str, dtype: ir.DataType) -> ir.ExternalTensor:
+        """Append a float tensor rounded to ``dtype``, under another name."""
+        values = stored_values(source).reshape(-1)
+        reference, room = self.reserve(name, dtype, [int(size) for size in source.shape])
+        flat, step = room.reshape(-1), _STRIPE_BYTES // 4
+        for start in range(0, values.size, step):
+            flat[start : start + step] = values[start : start + step].astype(flat.dtype)
+        return reference
+
     def _allocate(self, length: int) -> int:
         alignment = _PAGE if length >= _PAGE else 64
         offset = -(-self._end // alignment) * alignment
         self._end = offset + length
-        with self._path.open("r+b") as stream:
+        with self.path.open("r+b") as stream:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(stream.fileno(), offset, length)
             else:
@@ -67,13 +76,13 @@ class TensorFile:
         self, name: str, dtype: ir.DataType, shape: Sequence[int], offset: int, length: int
     ) -> ir.ExternalTensor:
         return ir.ExternalTensor(
-            self._path.name,
+            self.path.name,
             offset,
             length,
             dtype,
             shape=ir.Shape(shape),
             name=name,
-            base_dir=self._path.parent,
+            base_dir=self.path.parent,
         )
 
 

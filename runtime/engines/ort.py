@@ -134,7 +134,7 @@ class OrtEngine:
     def encode_image(self, image: ImageInputs) -> Floats:
         plan = plan_vision(image.grid_h, image.grid_w, self._manifest.vision)
         feeds = {"pixel_values": image.pixel_values, **plan.inputs()}
-        embeds: Floats = self._vision.run(["image_embeds"], feeds)[0]
+        embeds: Floats = self._vision.run(["image_embeds"], feeds, self._give_memory_back)[0]
         return embeds
 
     def new_arena(self, rows: int) -> Arena:
