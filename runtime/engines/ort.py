@@ -182,7 +182,7 @@ class OrtEngine:
         lengths, rows = arena.kv.lengths, embeds.shape[1]
         last_rows = lengths + np.int32(rows - 1)
         binding = self._decoder.io_binding()
-        bind_cache(binding, arena.kv, batch=1)
+        bind_cache(binding, arena.host_kv, batch=1)
         inputs: dict[str, NDArray[Any]] = {
             "inputs_embeds": np.ascontiguousarray(embeds),
             "rope_cos": np.ascontiguousarray(rope.cos),

@@ -95,7 +95,10 @@ class OrtCompressor:
     def _copy(self, arena: Arena, pool: Pool, slot: int, memory: StarKVMemory | None) -> Compressed:
         rows = int(arena.kv.lengths.max())
         _check_room(rows, pool)
-        for source, target in ((arena.kv.keys, pool.kv.keys), (arena.kv.values, pool.kv.values)):
+        for source, target in (
+            (arena.host_kv.keys, pool.host_kv.keys),
+            (arena.host_kv.values, pool.host_kv.values),
+        ):
             target[:, slot, :, :rows] = source[:, 0, :, :rows]
         pool.kv.row_meta[:, slot, :rows] = arena.kv.row_meta[:, 0, :rows]
         pool.kv.lengths[:, slot] = arena.kv.lengths[:, 0]
@@ -116,8 +119,8 @@ class OrtCompressor:
             "compress",
             pool,
             {
-                "k": arena.kv.keys,
-                "v": arena.kv.values,
+                "k": arena.host_kv.keys,
+                "v": arena.host_kv.values,
                 "q_window": np.ascontiguousarray(arena.q_window[..., -request.window :, :]),
                 "hidden_norm": arena.hidden_norm,
                 "kv_len": arena.kv.lengths,
@@ -153,7 +156,7 @@ class OrtCompressor:
     ) -> Compressed:
         def score_window(window: int) -> NDArray[np.float32]:
             feeds: dict[str, Array] = {
-                "k": arena.kv.keys,
+                "k": arena.host_kv.keys,
                 "q_window": np.ascontiguousarray(arena.q_window[..., -window:, :]),
                 "kv_len": arena.kv.lengths,
             }
@@ -166,8 +169,8 @@ class OrtCompressor:
         _check_room(max(choice.keep), pool)
         _check_numbers(choice.scores)
         feeds: dict[str, Array] = {
-            "k": arena.kv.keys,
-            "v": arena.kv.values,
+            "k": arena.host_kv.keys,
+            "v": arena.host_kv.values,
             "row_meta": arena.kv.row_meta,
             "priorities": baselines.priorities(choice, arena.kv.capacity),
             "keep": np.array(choice.keep, np.int64)[:, None],
@@ -184,7 +187,7 @@ class OrtCompressor:
         session = self._session(graph)
         binding = session.io_binding()
         if pool is not None:
-            buffers = {"k": pool.kv.keys, "v": pool.kv.values, "meta": pool.kv.row_meta}
+            buffers = {"k": pool.host_kv.keys, "v": pool.host_kv.values, "meta": pool.kv.row_meta}
             feeds |= {f"dst_{name}": buffer for name, buffer in buffers.items()}
         for name, array in feeds.items():
             bind_array(binding.bind_input, name, array)

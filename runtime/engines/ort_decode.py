@@ -28,7 +28,7 @@ class DecodeStep:
         self._logits = np.empty((batch, text.vocab), np.float32)
         self._last = np.zeros(batch, np.int32)
         self._binding = session.io_binding()
-        bind_cache(self._binding, pool.kv, batch)
+        bind_cache(self._binding, pool.host_kv, batch)
         inputs: dict[str, NDArray[Any]] = {
             "inputs_embeds": self._embeds,
             "rope_cos": self._cos,

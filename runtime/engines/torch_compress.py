@@ -108,7 +108,7 @@ def _request(prompt: PromptRows, policy: KvPolicy, progress: StarKVProgress) -> 
 def _star_kv(
     arena: ReferenceArena, prompt: PromptRows, policy: KvPolicy, memory: StarKVMemory | None
 ) -> tuple[Kept, Compressed]:
-    layers, _, groups = arena.kv.keys.shape[:3]
+    layers, _, groups = arena.host_kv.keys.shape[:3]
     memory = memory or StarKVMemory.initial(layers, groups)
     if policy.keeps_all(prompt.length):
         kept = _all_rows(arena, prompt, STAR_KV)
@@ -153,8 +153,8 @@ def _prefill(arena: ReferenceArena, rows: PromptRows, window: int, protect: Sequ
         return torch.from_numpy(cache[:, :, :, : rows.length])
 
     return Prefill.of_prompt(
-        keys=valid(arena.kv.keys),
-        values=valid(arena.kv.values),
+        keys=valid(arena.host_kv.keys),
+        values=valid(arena.host_kv.values),
         queries=valid(arena.queries),
         rows=rows,
         window=window,
@@ -164,9 +164,11 @@ def _prefill(arena: ReferenceArena, rows: PromptRows, window: int, protect: Sequ
 
 
 def _all_rows(arena: ReferenceArena, prompt: PromptRows, method: str) -> Kept:
-    layers, _, groups = arena.kv.keys.shape[:3]
+    layers, _, groups = arena.host_kv.keys.shape[:3]
     length, copies = prompt.length, _FORMS[method].bytes_factor(arena.queries.shape[2], groups)
-    keys, values = (torch.from_numpy(cache[:, :, :, :length]) for cache in (arena.kv.keys, arena.kv.values))
+    keys, values = (
+        torch.from_numpy(cache[:, :, :, :length]) for cache in (arena.host_kv.keys, arena.host_kv.values)
+    )
     return Kept(
         keys=keys.repeat_interleave(copies, 2),
         values=values.repeat_interleave(copies, 2),

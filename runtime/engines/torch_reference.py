@@ -111,7 +111,7 @@ class TorchReferenceEngine:
             torch.from_numpy(embeds[None]),
             torch.from_numpy(rope.cos),
             torch.from_numpy(rope.sin),
-            _cache(arena.kv, 1),
+            _cache(arena.host_kv, 1),
         )
         rows, end = slice(start, start + total), start + total
         arena.queries[:, :, :, rows] = step.queries.numpy()
@@ -139,12 +139,12 @@ class TorchReferenceEngine:
         if length != prompt.length:
             raise UsageError(f"the arena holds {length} rows, the prompt {prompt.length}; prefill it whole")
         if policy.method != FULL:
-            for layer, (keys, queries) in enumerate(zip(arena.kv.keys, arena.queries, strict=True)):
+            for layer, (keys, queries) in enumerate(zip(arena.host_kv.keys, arena.queries, strict=True)):
                 if not all(np.isfinite(rows[:, :, :length]).all() for rows in (keys, queries)):
                     raise EngineError(
                         f"keys or queries of layer {layer} are not numbers; nothing can be scored"
                     )
-        return compress(arena, pool.kv, slot, prompt, policy, memory)
+        return compress(arena, pool.host_kv, slot, prompt, policy, memory)
 
     def decode(self, pool: Pool, embeds: Floats, rope: Rope) -> Floats:
         expected = (pool.active, self.manifest.text.hidden)
@@ -156,7 +156,7 @@ class TorchReferenceEngine:
             torch.from_numpy(embeds[:, None]),
             torch.from_numpy(rope.cos),
             torch.from_numpy(rope.sin),
-            _cache(pool.kv, pool.active),
+            _cache(pool.host_kv, pool.active),
         )
         logits: Floats = step.logits.numpy()
         return logits

@@ -61,7 +61,7 @@ def choose(
         score_window: pooled attention ``[L, G, S]`` of the last so many queries, mean over each KV head's
             queries.
     """
-    layers, length = len(arena.kv.keys), prompt.length
+    layers, length = len(arena.host_kv.keys), prompt.length
     keep = kept_rows_per_layer(policy, layers, length)
     if policy.method == STREAMING_LLM:
         # The last row stays even where the budget has room for the first ones alone.
@@ -97,7 +97,7 @@ def _gui_kv(scores: Floats, prompt: PromptRows, arena: Arena, window: int, kept:
     if not pruned:
         return scores
     for layer, layer_scores in enumerate(scores):
-        keys = arena.kv.keys[layer, 0]
+        keys = arena.host_kv.keys[layer, 0]
         spanning = keys[:, start : start + min(_BASIS, frame.cells)]
         basis = np.linalg.qr(spanning.transpose(0, 2, 1))[0]
         old = keys[:, history]

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KV memory on the host: the arena that is prefilled, and pools of slots that are decoded.
+"""KV memory: the arena that is prefilled, and pools of slots that are decoded.
 
 Symbols: L layers, N slots, Hkv KV heads, C capacity in rows, D head dim. Row and position of a token are
 different things: positions enter the engine as rotary tables, rows are counted here.
 """
 
+import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,48 +26,43 @@ def round_up_rows(rows: int) -> int:
 
 
 @dataclass
-class KvBuffers:
-    """Keys and values of ``N`` sequences with the same capacity."""
+class KvStore(ABC):
+    """Keys and values of ``N`` sequences with the same capacity, wherever their memory lies.
 
-    keys: NDArray[np.float32]
-    """``[L, N, Hkv, C, D]``; layer i is the contiguous tensor ``past_k.i`` of the decoder."""
-    values: NDArray[np.float32]
-    """``[L, N, Hkv, C, D]``."""
+    What is known of the rows lies on the host.
+    """
+
     lengths: NDArray[np.int32]
     """``[L, N]``: valid rows; layers may differ after compaction."""
     row_meta: NDArray[np.int32]
     """``[L, N, C, 4]``: what is known of each row, see ``starkv.methods.rows``; −1 where nothing is."""
 
-    @classmethod
-    def allocate(cls, text: TextShape, slots: int, rows: int, heads: int | None = None) -> "KvBuffers":
-        """Zeroed buffers for ``slots`` sequences of up to ``rows`` rows (rounded up to ``ROW_STEP``).
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """``[L, N, Hkv, C, D]`` of the keys and of the values."""
 
-        Args:
-            text: sizes of the decoder.
-            slots: N.
-            rows: least capacity.
-            heads: heads that rows are stored for; the KV heads by default.
-        """
-        shape = (text.layers, slots, heads or text.kv_heads, round_up_rows(rows), text.head_dim)
-        return cls(
-            np.zeros(shape, np.float32),
-            np.zeros(shape, np.float32),
-            np.zeros((text.layers, slots), np.int32),
-            np.full((text.layers, slots, shape[3], ROW_COLUMNS), -1, np.int32),
-        )
+    @property
+    @abstractmethod
+    def itemsize(self) -> int:
+        """Bytes of one number."""
+
+    @abstractmethod
+    def copy_rows(self, source: int, target: int, rows: int) -> None:
+        """Copy the first ``rows`` keys and values of slot ``source`` to slot ``target``, in all layers."""
 
     @property
     def slots(self) -> int:
-        return int(self.keys.shape[1])
+        return self.shape[1]
 
     @property
     def capacity(self) -> int:
-        return int(self.keys.shape[3])
+        return self.shape[3]
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row of one layer: its key and its value for all KV heads."""
-        return 2 * int(self.keys.shape[2]) * int(self.keys.shape[4]) * self.keys.itemsize
+        return 2 * self.shape[2] * self.shape[4] * self.itemsize
 
     @property
     def bytes_held(self) -> int:
@@ -75,14 +72,76 @@ class KvBuffers:
     @property
     def bytes_reserved(self) -> int:
         """Bytes that are allocated."""
-        return int(self.keys.nbytes + self.values.nbytes)
+        return 2 * math.prod(self.shape) * self.itemsize
+
+
+def cache_shape(text: TextShape, slots: int, rows: int, heads: int | None = None) -> tuple[int, ...]:
+    """``[L, N, Hkv, C, D]`` for ``slots`` sequences of up to ``rows`` rows (rounded up to ``ROW_STEP``).
+
+    Args:
+        text: sizes of the decoder.
+        slots: N.
+        rows: least capacity.
+        heads: heads that rows are stored for; the KV heads by default.
+    """
+    return (text.layers, slots, heads or text.kv_heads, round_up_rows(rows), text.head_dim)
+
+
+def empty_rows(shape: tuple[int, ...]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """``lengths`` and ``row_meta`` of a cache of that shape without any row."""
+    layers, slots, _, capacity, _ = shape
+    return (
+        np.zeros((layers, slots), np.int32),
+        np.full((layers, slots, capacity, ROW_COLUMNS), -1, np.int32),
+    )
+
+
+@dataclass
+class KvBuffers(KvStore):
+    """A cache in host memory."""
+
+    keys: NDArray[np.float32]
+    """``[L, N, Hkv, C, D]``; layer i is the contiguous tensor ``past_k.i`` of the decoder."""
+    values: NDArray[np.float32]
+    """``[L, N, Hkv, C, D]``."""
+
+    @classmethod
+    def allocate(cls, text: TextShape, slots: int, rows: int, heads: int | None = None) -> "KvBuffers":
+        """Zeroed buffers, see :func:`cache_shape`."""
+        shape = cache_shape(text, slots, rows, heads)
+        return cls(*empty_rows(shape), np.zeros(shape, np.float32), np.zeros(shape, np.float32))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.keys.shape
+
+    @property
+    def itemsize(self) -> int:
+        return self.keys.itemsize
+
+    def copy_rows(self, source: int, target: int, rows: int) -> None:
+        for buffer in (self.keys, self.values):
+            buffer[:, target, :, :rows] = buffer[:, source, :, :rows]
+
+
+def host_buffers(store: KvStore) -> KvBuffers:
+    """The store, which must be one in host memory.
+
+    Raises:
+        UsageError: it is another engine's.
+    """
+    if not isinstance(store, KvBuffers):
+        raise UsageError(
+            "this KV cache is another engine's; make it with this engine's new_arena or new_pool"
+        )
+    return store
 
 
 @dataclass
 class Arena:
     """Holds the one sequence that is being prefilled, and what its prefill left for the scoring methods."""
 
-    kv: KvBuffers
+    kv: KvStore
     q_window: NDArray[np.float32]
     """``[L, 1, Hq, w, D]``: the last ``w ≤ observation_window`` queries after rotation."""
     hidden_norm: NDArray[np.float32]
@@ -93,6 +152,11 @@ class Arena:
         kv = KvBuffers.allocate(text, 1, rows)
         q_window = np.zeros((text.layers, 1, text.heads, 0, text.head_dim), np.float32)
         return cls(kv, q_window, np.zeros((text.layers, 1, kv.capacity), np.float32))
+
+    @property
+    def host_kv(self) -> KvBuffers:
+        """``kv`` in host memory, see :func:`host_buffers`."""
+        return host_buffers(self.kv)
 
     def reset(self) -> None:
         """Forget the sequence; the memory stays."""
@@ -107,10 +171,15 @@ class Pool:
     sequence leaves.
     """
 
-    kv: KvBuffers
+    kv: KvStore
     handles: list[int] = field(default_factory=list)
     """Handle of the sequence in each used slot."""
     _next_handle: int = 0
+
+    @property
+    def host_kv(self) -> KvBuffers:
+        """``kv`` in host memory, see :func:`host_buffers`."""
+        return host_buffers(self.kv)
 
     @property
     def active(self) -> int:
@@ -145,8 +214,7 @@ class Pool:
         slot, last = self.slot_of(handle), self.active - 1
         if slot != last:
             longest = int(self.kv.lengths[:, last].max())
-            for buffer in (self.kv.keys, self.kv.values):
-                buffer[:, slot, :, :longest] = buffer[:, last, :, :longest]
+            self.kv.copy_rows(last, slot, longest)
             self.kv.row_meta[:, slot, :longest] = self.kv.row_meta[:, last, :longest]
             self.kv.lengths[:, slot] = self.kv.lengths[:, last]
             self.handles[slot] = self.handles[last]
