@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from starkv.errors import StarkvError, UsageError
+from starkv.errors import UsageError
 from starkv.export.staging import check_replaceable, replace_directory
 
 NOTES = ".notes"
@@ -27,7 +27,8 @@ def resumable_directory(out: Path, marker: str, fingerprint: str) -> Iterator[Pa
     """Yield a directory beside ``out`` that replaces ``out`` when the block ends well.
 
     It holds what an earlier run of the same fingerprint left, or nothing. It stays when the block is
-    interrupted or fails for lack of disk space, and vanishes when bad input makes going on pointless.
+    interrupted or the system fails (no disk space, no such file), and vanishes when the block refuses its
+    input, which makes going on pointless.
 
     Args:
         out: final place; its parents are made.
@@ -45,9 +46,6 @@ def resumable_directory(out: Path, marker: str, fingerprint: str) -> Iterator[Pa
         _start_over_unless(partial, fingerprint)
         try:
             yield partial
-        except StarkvError:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -55,6 +53,9 @@ def resumable_directory(out: Path, marker: str, fingerprint: str) -> Iterator[Pa
                 f"the disk of {out.parent} is full; free some space and give the same command again, it goes "
                 f"on where it stopped (or delete {partial})"
             ) from None
+        except Exception:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         check_replaceable(out, marker)
         shutil.rmtree(partial / NOTES)
         replace_directory(partial, out)

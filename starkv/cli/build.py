@@ -8,7 +8,16 @@ import typer
 
 from starkv.cli.console import note, progress
 from starkv.cli.engines import build_engine, choose_backend, engine_directory, made_parents
-from starkv.cli.options import Calibration, Output, Quantization
+from starkv.cli.options import (
+    Calibration,
+    Checkpoint,
+    Layers,
+    Output,
+    Quantization,
+    RandomDtype,
+    RandomWeights,
+)
+from starkv.cli.sources import SourceOptions
 from starkv.errors import UsageError
 
 
@@ -25,11 +34,17 @@ def build(
             "--prepack", help="Also store the graphs compiled for this processor: loads faster here."
         ),
     ] = False,
+    checkpoint: Checkpoint = None,
+    random_weights: RandomWeights = False,
+    random_dtype: RandomDtype = None,
+    layers: Layers = None,
     calibration: Calibration = None,
 ) -> None:
     """Build an engine directory that `run`, `bench` and other machines can load.
 
     Example: [bold]starkv build gui-tiny --quant int4[/]
+
+    Example: [bold]starkv build ui-tars-1.5-7b --random-weights[/] to see what the real size costs here
     """
     from starkv.export.build.ort import build_ort_engine
     from starkv.export.record import RECORD_NAME, read_record
@@ -47,5 +62,6 @@ def build(
         with made_parents(target), progress() as stages:
             build_ort_engine(Path(model), target, stages, prepack)
     else:
-        target, _ = build_engine(model, quant, out, prepack, calibration)
+        options = SourceOptions(checkpoint, random_weights, random_dtype, layers, calibration)
+        target, _ = build_engine(model, quant, out, prepack, options)
     print(target)

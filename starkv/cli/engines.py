@@ -1,23 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find the engine that a user names, and build it where there is none yet."""
 
-import importlib
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from starkv.cli.console import note, progress
-from starkv.cli.licence import note_licence
+from starkv.cli.sources import SourceOptions, find_source
 from starkv.errors import UsageError
 from starkv.manifest import MANIFEST_NAME, Manifest
 
-if TYPE_CHECKING:
-    from starkv.calibration.sequences import PromptCalibration
-    from starkv.export.cards import ModelCard
-    from starkv.export.quantize.presets import Preset
+NO_OPTIONS = SourceOptions()
 
 
 def engines_home() -> Path:
@@ -70,7 +65,7 @@ def build_engine(
     quantization: str | None,
     out: Path | None,
     prepack: bool = False,
-    calibration: Path | None = None,
+    options: SourceOptions = NO_OPTIONS,
 ) -> tuple[Path, Manifest]:
     """Export the model beside the engine and build the engine from it.
 
@@ -79,76 +74,41 @@ def build_engine(
         quantization: preset; the card's if None.
         out: where to; among the engines that are found by name if None.
         prepack: also store the form compiled for this processor.
-        calibration: folder of calibration prompts; drawn ones if None.
+        options: what the user says about weights.
 
     Raises:
-        StarkvError: see ``export_model`` and ``build_ort_engine``.
+        StarkvError: see ``find_source``, ``export_model`` and ``build_ort_engine``.
     """
     from starkv.export.build.ort import build_ort_engine
-    from starkv.export.cards import resolve_model
-    from starkv.export.checkpoint import Checkpoint
     from starkv.export.export_model import export_model
-    from starkv.export.quantize.presets import load_preset, preset_for
     from starkv.export.resume import partial_directory
     from starkv.export.staging import check_replaceable
 
-    resolved = resolve_model(model)
-    note_licence(resolved.card)
-    with Checkpoint(resolved.folder) as checkpoint:
-        preset = preset_for(load_preset(quantization or resolved.card.quantization), checkpoint.quantization)
-    target = out or engine_directory(resolved.card.name, "ort", preset.name)
+    source = find_source(model, quantization, options)
+    target = out or engine_directory(source.card.name, "ort", source.preset.name)
     # The build checks it too, but that is minutes later for a large model.
     check_replaceable(target, MANIFEST_NAME)
     # Beside the engine, on the same file system; what was finished before an interruption is found again.
     exported = target.absolute().with_name(f".{target.name}.export")
     if exported.exists() or partial_directory(exported).exists():
         note(f"going on with an earlier run that was interrupted, see {exported.parent}")
-    with made_parents(target), progress() as stages:
+    with (
+        made_parents(target),
+        progress() as stages,
+        source.checkpoint(target, stages) as folder,
+    ):
         export_model(
-            resolved.folder,
-            resolved.card,
+            folder,
+            source.card,
             exported,
-            preset,
+            source.preset,
             stages,
-            calibration=calibration_for(preset, resolved.card, calibration),
+            calibration=source.calibration,
             reuse=True,
         )
         manifest = build_ort_engine(exported, target, stages, prepack, link=True)
         shutil.rmtree(exported)
     return target, manifest
-
-
-def calibration_for(preset: "Preset", card: "ModelCard", folder: Path | None) -> "PromptCalibration | None":
-    """Calibration prompts for a preset that needs them.
-
-    Raises:
-        UsageError: there is a folder of prompts and nothing to calibrate, or a prompt is wrong.
-        ImageError: an image can't be read.
-    """
-    if not preset.calibrated:
-        if folder is not None:
-            raise UsageError(f"--calibration is for --quant int4-awq; {preset.name} takes no prompts")
-        return None
-    _check_calibration_packages(preset.name)
-    from starkv.calibration.prompts import prompts_from
-    from starkv.calibration.sequences import PromptCalibration
-
-    return PromptCalibration(card, prompts_from(folder, card.max_pixels))
-
-
-def _check_calibration_packages(preset: str) -> None:
-    """Refuse at once what would fail only after the vision tower is exported.
-
-    Raises:
-        UsageError: a package is missing.
-    """
-    for package in ("torch", "onnxruntime"):
-        try:
-            importlib.import_module(package)
-        except ImportError:
-            raise UsageError(
-                f"{preset} is calibrated with {package}; pip install 'starkv[calibrate]'"
-            ) from None
 
 
 def find_engine(name: str, quantization: str | None = None) -> Path:

@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from starkv.cli.console import progress
-from starkv.cli.engines import calibration_for, made_parents
-from starkv.cli.licence import note_licence
+from starkv.cli.engines import made_parents
 from starkv.cli.options import (
     Calibration,
     Checkpoint,
@@ -19,7 +18,7 @@ from starkv.cli.options import (
     RandomDtype,
     RandomWeights,
 )
-from starkv.errors import UsageError
+from starkv.cli.sources import SourceOptions, find_source
 
 
 def export(
@@ -44,34 +43,15 @@ def export(
 
     Example: [bold]starkv export ui-tars-1.5-7b --random-weights --layers 2 --out exports/sizes[/]
     """
-    from starkv.cli.random_weights import card_for_random_weights, random_checkpoint
-    from starkv.export.cards import resolve_model
     from starkv.export.export_model import export_model
-    from starkv.export.quantize.presets import load_preset
     from starkv.export.record import RECORD_NAME, parse_route
     from starkv.export.staging import check_replaceable
 
     chosen_route = parse_route(route)
-    if random_weights:
-        card, config = card_for_random_weights(model)
-        preset = load_preset(quant or card.quantization)
-        target = out or Path("exports") / f"{card.name}-{preset.name}"
-        check_replaceable(target, RECORD_NAME)
-        prompts = calibration_for(preset, card, calibration)
-        with (
-            made_parents(target),
-            progress() as stages,
-            random_checkpoint(card, config, target, checkpoint, random_dtype, layers, stages) as folder,
-        ):
-            export_model(folder, card, target, preset, stages, chosen_route, prompts)
-    else:
-        if random_dtype is not None or layers is not None:
-            raise UsageError("--random-dtype and --layers are about random weights; add --random-weights")
-        resolved = resolve_model(model, checkpoint)
-        preset = load_preset(quant or resolved.card.quantization)
-        target = out or Path("exports") / f"{resolved.card.name}-{preset.name}"
-        note_licence(resolved.card)
-        prompts = calibration_for(preset, resolved.card, calibration)
-        with made_parents(target), progress() as stages:
-            export_model(resolved.folder, resolved.card, target, preset, stages, chosen_route, prompts)
+    options = SourceOptions(checkpoint, random_weights, random_dtype, layers, calibration)
+    source = find_source(model, quant, options)
+    target = out or Path("exports") / f"{source.card.name}-{source.preset.name}"
+    check_replaceable(target, RECORD_NAME)
+    with made_parents(target), progress() as stages, source.checkpoint(target, stages) as folder:
+        export_model(folder, source.card, target, source.preset, stages, chosen_route, source.calibration)
     print(target)
