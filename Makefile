@@ -4,7 +4,12 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STARKV := $(BIN)/starkv
 MODEL  ?= gui-tiny
+# fp32, int8, int4, int4-awq or int4-small; the model card's choice if empty.
 QUANT  ?=
+# Folder with the weights of MODEL, instead of the Hugging Face cache or Hub.
+CHECKPOINT ?=
+# Not empty: weights of the model's true sizes are made up, to measure with.
+RANDOM_WEIGHTS ?=
 BACKEND ?= auto
 # Share of a prompt's KV rows to keep, such as 0.2; all of them if empty.
 BUDGET ?=
@@ -60,8 +65,9 @@ demo: $(VENV)/run-ready  ## Export, quantize, build and run the embedded model o
 	$(STARKV) build exports/demo --backend ort --out engines/demo
 	$(STARKV) run --engine engines/demo --image "$$IMAGE" --prompt "$$PROMPT" --draw demo.png
 
-engine: $(VENV)/run-ready  ## Build an engine: MODEL=… [QUANT=fp32|int8|int4] [BACKEND=auto|ort].
-	$(STARKV) build '$(MODEL)' --backend $(BACKEND) $(if $(QUANT),--quant $(QUANT))
+engine: $(VENV)/run-ready  ## Build an engine: MODEL=… [QUANT=…] [CHECKPOINT=folder] [RANDOM_WEIGHTS=1].
+	$(STARKV) build '$(MODEL)' --backend $(BACKEND) $(if $(QUANT),--quant $(QUANT)) \
+		$(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') $(if $(RANDOM_WEIGHTS),--random-weights)
 
 run: $(VENV)/run-ready  ## Ask an engine: [MODEL=…] [IMAGE=…] [PROMPT=…] [BUDGET=0.2].
 	$(STARKV) run --engine '$(MODEL)' --image "$$IMAGE" --prompt "$$PROMPT" $(KV)
