@@ -165,7 +165,7 @@ def test_the_graph_puts_out_what_an_unscaled_one_does(
         assert np.abs(actual - expected).max() <= 1e-5 * np.abs(expected).max(), field
 
 
-class Interrupted(Exception):
+class KilledError(Exception):
     """Stands for a process that was killed."""
 
 
@@ -181,7 +181,7 @@ class CountingSource:
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         if stop - start > 1 and len(self.shape(name)) > 1:
             if self.stop_at and self.stop_at in name:
-                raise Interrupted
+                raise KilledError
             self.whole.add(name)
         return self.source.rows(name, start, stop)
 
@@ -202,7 +202,7 @@ def test_an_interrupted_search_goes_on(tiny: TinyModel, tmp_path: Path) -> None:
     with Checkpoint(tiny.checkpoint) as checkpoint:
         config = config_of(tiny, checkpoint)
         whole = search_scales(checkpoint, config, prompts, AWQ)
-        with pytest.raises(Interrupted):
+        with pytest.raises(KilledError):
             search_scales(
                 CountingSource(checkpoint, "layers.1.mlp"), config, prompts, AWQ, folder=tmp_path / "plan"
             )
