@@ -21,8 +21,8 @@ CoordinateConvention = Literal["absolute", "relative_1000"]
 """``absolute``: pixels of the smart-resized image. ``relative_1000``: thousandths of width and height."""
 
 PromptDialect = Literal["plain", "ui_tars_computer", "ui_tars_mobile", "ui_tars_grounding", "opencua"]
-"""How an instruction becomes a prompt. ``plain``: the instruction itself is the user's text; the others are the
-prompts that the models of that name were trained on."""
+"""How an instruction becomes a prompt. ``plain``: the instruction itself is the user's text; the others ask
+as the models of that name expect it."""
 
 ComputeDtype = Literal["float32", "float16", "bfloat16"]
 

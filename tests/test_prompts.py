@@ -11,7 +11,7 @@ import pytest
 from starkv.errors import UsageError
 from starkv.manifest import PromptDialect
 from starkv.runtime.preprocess.tokenizer import ChatTokenizer, Message
-from starkv.runtime.prompts import opencua, ui_tars
+from starkv.runtime.prompts import ui_tars
 from starkv.runtime.prompts.dialects import opening, parse_dialect
 
 GUI_TINY = Path(__file__).parent.parent / "models" / "gui-tiny"
@@ -23,8 +23,6 @@ GUI_TINY = Path(__file__).parent.parent / "models" / "gui-tiny"
         (ui_tars.COMPUTER_USE, "0fd4d14c3890f672de26132b5a8dccf602f413a6187e92b9b182333c7e6bd49b"),
         (ui_tars.MOBILE_USE, "4c6da47a4608edb035dbbf35a6562fc9d18afdd41aeb374089e30ac4d0a6c47f"),
         (ui_tars.GROUNDING, "e0fda4eb0b91efda10238a7441ba86278c4edf0c00e465b79bcc18f13abe5b3f"),
-        (opencua.SYSTEM, "2df3ec939b1f95c9f0eae31639cd48685c751ca6d62a5c498587a2c459261031"),
-        (opencua.INSTRUCTION, "8a83d89c4f15877b496c5f96af5de685249fb984743f4755f4f39bf20c65ab19"),
     ],
 )
 def test_words_are_the_official_ones(prompt: str, digest: str) -> None:

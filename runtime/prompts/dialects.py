@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From an instruction and screenshots to the turns that a model was trained on."""
+"""From an instruction and screenshots to the turns that a model expects."""
 
 from collections.abc import Callable
 from typing import get_args
