@@ -37,6 +37,13 @@ class EngineInfo:
     """``portable``, or ``prepacked`` where weights packed for this processor were used."""
 
 
+def kv_bytes_per_row(manifest: Manifest) -> int:
+    """Bytes of one token's keys and values over all layers, in the dtype that the engine computes in."""
+    text = manifest.text
+    bytes_each = 4 if manifest.compute_dtype == "float32" else 2
+    return 2 * text.layers * text.kv_heads * text.head_dim * bytes_each
+
+
 def check_kv_method(info: EngineInfo, method: str) -> None:
     """Refuse a compression method that an engine doesn't have.
 

@@ -94,7 +94,7 @@ class OrtCompressor:
 
     def _copy(self, arena: Arena, pool: Pool, slot: int, memory: StarKVMemory | None) -> Compressed:
         rows = int(arena.kv.lengths.max())
-        _check_room(rows, pool)
+        check_room(rows, pool)
         for source, target in (
             (arena.host_kv.keys, pool.host_kv.keys),
             (arena.host_kv.values, pool.host_kv.values),
@@ -108,13 +108,7 @@ class OrtCompressor:
     def _star_kv(
         self, arena: Arena, pool: Pool, slot: int, prompt: PromptRows, policy: KvPolicy, memory: StarKVMemory
     ) -> Compressed:
-        request = self._request(prompt, policy, memory.progress)
-        _check_room(request.most_rows, pool)
-        arena.kv.row_meta[:, 0, : prompt.length] = request.prompt.marked(request.protected)
-        pattern = memory.pattern_ema
-        missing = max(1, request.frame.cells) - pattern.shape[-1]
-        if missing > 0:
-            pattern = np.pad(pattern, ((0, 0), (0, 0), (0, 0), (0, missing)))
+        request, pattern = self._prepare_star_kv(arena, pool, prompt, policy, memory)
         outputs = self._run(
             "compress",
             pool,
@@ -129,21 +123,29 @@ class OrtCompressor:
                 "parameters": request.plan.as_array(),
                 "limits": request.limits.as_array(),
                 "mi_ema": memory.mi_ema,
-                "pattern_ema": np.ascontiguousarray(pattern),
+                "pattern_ema": pattern,
                 "temperature": memory.temperature,
                 "slot": np.array([slot], np.int32),
             },
             ("new_len", "rows", "scores", "stages", "new_mi_ema", "new_pattern_ema", "new_temperature"),
         )
-        length = prompt.length
-        # [L,B,C] with B = 1: the one sequence stands for the one index set per layer.
-        scores = outputs["scores"][..., :length]
-        _check_numbers(scores)
+        result = star_kv_result(request, outputs, prompt.length)
         pool.kv.lengths[:, slot] = outputs["new_len"][:, 0]
-        after = StarKVMemory(
-            request.progress, outputs["new_mi_ema"], outputs["new_pattern_ema"], outputs["new_temperature"]
-        )
-        return Compressed(outputs["rows"][:, 0], scores, outputs["stages"][:, 0, :, :length], after)
+        return result
+
+    def _prepare_star_kv(
+        self, arena: Arena, pool: Pool, prompt: PromptRows, policy: KvPolicy, memory: StarKVMemory
+    ) -> tuple[StarKVRequest, NDArray[np.float32]]:
+        """The request, and the pattern ``[L, 1, G, V]`` with room for the newest screenshot; marks the rows
+        that are protected."""
+        request = self._request(prompt, policy, memory.progress)
+        check_room(request.most_rows, pool)
+        arena.kv.row_meta[:, 0, : prompt.length] = request.prompt.marked(request.protected)
+        pattern = memory.pattern_ema
+        missing = max(1, request.frame.cells) - pattern.shape[-1]
+        if missing > 0:
+            pattern = np.pad(pattern, ((0, 0), (0, 0), (0, 0), (0, missing)))
+        return request, np.ascontiguousarray(pattern)
 
     def _baseline(
         self,
@@ -166,8 +168,8 @@ class OrtCompressor:
             return scores[:, 0, :, : prompt.length]
 
         choice = baselines.choose(policy, prompt, arena, score_window)
-        _check_room(max(choice.keep), pool)
-        _check_numbers(choice.scores)
+        check_room(max(choice.keep), pool)
+        check_numbers(choice.scores)
         feeds: dict[str, Array] = {
             "k": arena.host_kv.keys,
             "v": arena.host_kv.values,
@@ -200,12 +202,27 @@ class OrtCompressor:
         return {name: value.numpy() for name, value in zip(wanted, binding.get_outputs(), strict=False)}
 
 
-def _check_room(rows: int, pool: Pool) -> None:
+def star_kv_result(request: StarKVRequest, outputs: dict[str, Array], length: int) -> Compressed:
+    """What the operator ``Compress`` put out for one sequence of so many rows.
+
+    Raises:
+        EngineError: scores are not numbers.
+    """
+    # [L,B,C] with B = 1: the one sequence stands for the one index set per layer.
+    scores = outputs["scores"][..., :length]
+    check_numbers(scores)
+    after = StarKVMemory(
+        request.progress, outputs["new_mi_ema"], outputs["new_pattern_ema"], outputs["new_temperature"]
+    )
+    return Compressed(outputs["rows"][:, 0], scores, outputs["stages"][:, 0, :, :length], after)
+
+
+def check_room(rows: int, pool: Pool) -> None:
     if rows > pool.kv.capacity:
         raise UsageError(f"{rows} kept rows do not fit a slot of {pool.kv.capacity}")
 
 
-def _check_numbers(scores: NDArray[np.float32]) -> None:
+def check_numbers(scores: NDArray[np.float32]) -> None:
     bad = np.isnan(scores).any(axis=tuple(range(1, scores.ndim)))
     if bad.any():
         layer = int(np.flatnonzero(bad)[0])

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ONNX Runtime engine on a GPU: keys, values and activations in 16 bits stay in its memory.
+
+Only embeddings and lengths go there and logits come back in a decode step. With ``device="cpu"`` the same
+code runs on the processor, for tests; for use there is the engine of ``ort.py``.
+"""
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from starkv.errors import EngineError
+from starkv.host import cpu_model
+from starkv.manifest import Manifest
+from starkv.methods.names import ENGINE_METHODS, FULL
+from starkv.methods.rows import PromptRows
+from starkv.runtime.engines.base import EngineInfo, Floats, Rope, check_kv_method, kv_bytes_per_row
+from starkv.runtime.engines.cuda_driver import CudaDevice, Gpu, find_gpu
+from starkv.runtime.engines.ort_base import CPU_PROVIDER, OrtBase, Providers, store_norms
+from starkv.runtime.engines.ort_compress import OrtCompressor
+from starkv.runtime.engines.ort_cuda_compress import DeviceCompressor, find_kernels
+from starkv.runtime.engines.ort_cuda_decode import DeviceDecodeStep, bind_device_cache
+from starkv.runtime.engines.ort_cuda_memory import (
+    Device,
+    DeviceArena,
+    DeviceKv,
+    DeviceTensor,
+    HostDevice,
+    device_arena,
+    device_kv,
+    numpy_dtype,
+)
+from starkv.runtime.kv.buffers import Arena, Pool
+from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
+
+CUDA_PROVIDER = "CUDAExecutionProvider"
+PREFILL_CHUNK = 2048
+"""Rows per prefill call: enough to fill a GPU, and a bound for the memory of activations."""
+POOL_STEP = 512
+"""Capacities of pools are multiples of this, so that their memory, and a CUDA graph on it, is used again."""
+SPARE_POOLS = 2
+"""Pools whose memory is kept for the next of the same size."""
+MOST_GRAPHS = 32
+"""ONNX Runtime keeps a CUDA graph as long as its session; further steps run without."""
+_UNCAPTURED = "-1"
+
+
+class OrtDeviceEngine(OrtBase):
+    """Runs an engine directory that ``starkv build --device cuda`` made."""
+
+    def __init__(
+        self, directory: Path, verify: bool = True, threads: int | None = None, device: str = "cuda"
+    ) -> None:
+        """Open an engine directory.
+
+        Args:
+            directory: the engine.
+            verify: compare every file with its recorded hash first.
+            threads: intra-op threads of what runs on the processor.
+            device: ``cuda``, or ``cpu`` for tests.
+
+        Raises:
+            EngineError: the directory is damaged or built for something else, there is no GPU or it lacks the
+                engine's dtype, or onnxruntime-gpu is missing or can't use it.
+        """
+        super().__init__(directory, verify, threads)
+        self._gpu = _usable_gpu(self._manifest, directory, self._ort) if device == "cuda" else None
+        self._device: Device = CudaDevice() if self._gpu else HostDevice()
+        self._dtype = numpy_dtype(self._manifest.compute_dtype)
+        self._vision_session = self._open("vision")
+        self._graphs = self._gpu is not None
+        self._decoder = self._open_decoder()
+        self._captured = 0
+        self._spare: list[DeviceKv] = []
+        self._plain = self._run_options(gpu_graph_id=_UNCAPTURED)
+        shrink = "gpu:0" if self._gpu else "cpu:0"
+        self._shrinking = self._run_options(memory__enable_memory_arena_shrinkage=shrink)
+        self._device_compressor = DeviceCompressor(
+            self._manifest,
+            self._open_host_graph,
+            self._ort,
+            self._device,
+            find_kernels(self._device.name),
+        )
+
+    def _open(self, graph: str, **options: str) -> Any:
+        providers: Providers = (CPU_PROVIDER,)
+        if self._gpu:
+            # Memory in the sizes that are asked for: doubling arenas would waste gigabytes.
+            cuda = {"device_id": "0", "arena_extend_strategy": "kSameAsRequested", **options}
+            providers = ((CUDA_PROVIDER, cuda), CPU_PROVIDER)
+        entries = {"session.use_device_allocator_for_initializers": "1"}
+        session = self._load(f"{graph}.onnx", providers, entries)
+        if self._gpu and CUDA_PROVIDER not in session.get_providers():
+            raise EngineError(
+                f"onnxruntime-gpu {self._ort.__version__} can't use {self._gpu.name}: its CUDA libraries "
+                "don't load; pip install 'starkv[cuda]' brings them"
+            )
+        return session
+
+    def _open_decoder(self) -> Any:
+        if self._graphs:
+            try:
+                return self._check_decoder(self._open("decoder", enable_cuda_graph="1"))
+            except EngineError:
+                # Some node can't be captured. Without graphs a step costs a launch for each of its kernels.
+                self._graphs = False
+        return self._check_decoder(self._open("decoder"))
+
+    @property
+    def info(self) -> EngineInfo:
+        dtype = self._manifest.compute_dtype
+        return EngineInfo(
+            backend=f"ort-{self._device.name}",
+            device=self._gpu.name if self._gpu else cpu_model(),
+            compute_dtype=dtype,
+            kv_dtype=dtype,
+            kv_bytes_per_row=kv_bytes_per_row(self._manifest),
+            kv_methods=ENGINE_METHODS,
+            threads=self._threads,
+            loaded_form="portable",
+        )
+
+    @property
+    def captures_graphs(self) -> bool:
+        """Whether decode steps are CUDA graphs."""
+        return self._graphs
+
+    @property
+    def compresses_on_device(self) -> bool:
+        """Whether STaR-KV runs where the cache lies, and not on the processor."""
+        return self._device_compressor.on_device
+
+    @property
+    def _vision(self) -> Any:
+        return self._vision_session
+
+    @property
+    def _vision_run(self) -> Any:
+        return self._shrinking
+
+    @property
+    def _last_run(self) -> Any:
+        # A CUDA graph goes on using the memory that it was captured with, which shrinking would give back.
+        return self._plain if self._graphs else self._shrinking
+
+    @property
+    def _chunk(self) -> int:
+        return PREFILL_CHUNK
+
+    @property
+    def _compressor(self) -> OrtCompressor:
+        return self._device_compressor
+
+    def new_arena(self, rows: int) -> Arena:
+        self._check_rows(rows)
+        kv = DeviceKv.allocate(self._ort, self._device, self._manifest.text, 1, rows, self._dtype)
+        return DeviceArena.around(kv, self._manifest.text)
+
+    def new_pool(self, slots: int, rows: int, method: str = FULL) -> Pool:
+        check_kv_method(self.info, method)
+        self._check_rows(rows)
+        rows = -(-rows // POOL_STEP) * POOL_STEP
+        fitting = [kv for kv in self._spare if (kv.slots, kv.capacity) == (slots, rows)]
+        if fitting:
+            kv = fitting[0]
+            self._spare = [other for other in self._spare if other is not kv]
+        else:
+            kv = DeviceKv.allocate(self._ort, self._device, self._manifest.text, slots, rows, self._dtype)
+        pool = Pool(kv)
+        # A pool that nobody uses any more leaves its memory, and what is bound to it, to the next.
+        weakref.finalize(pool, _recycle, weakref.ref(self), kv)
+        return pool
+
+    def keep_spare(self, kv: DeviceKv) -> None:
+        """Keep memory for the next pool of its size; the oldest of too many is given up."""
+        kv.forget()
+        self._spare = [*self._spare, kv][-SPARE_POOLS:]
+
+    def _prefill_chunk(
+        self, arena: Arena, embeds: Floats, rope: Rope, logits: Floats, options: Any | None
+    ) -> None:
+        own = device_arena(arena)
+        lengths, rows = arena.kv.lengths, embeds.shape[1]
+        last_rows = lengths + np.int32(rows - 1)
+        binding = self._decoder.io_binding()
+        bind_device_cache(binding, own.device_kv, batch=1)
+        inputs = {
+            "inputs_embeds": embeds,
+            "rope_cos": rope.cos,
+            "rope_sin": rope.sin,
+            "last_rows": last_rows.reshape(-1),
+            "last_index": np.full(1, rows - 1, np.int32),
+        }
+        tensors = {name: DeviceTensor.of(self._ort, self._device, array) for name, array in inputs.items()}
+        for name, tensor in tensors.items():
+            binding.bind_ortvalue_input(name, tensor.value)
+        longest = np.array([last_rows.max() + 1], np.int32)
+        binding.bind_ortvalue_input("longest", self._ort.OrtValue.ortvalue_from_numpy(longest))
+        text = self._manifest.text
+        window = min(rows, self._manifest.observation_window)
+        shape = (text.layers, 1, text.heads, window, text.head_dim)
+        own.queries = DeviceTensor.empty(self._ort, self._device, shape, self._dtype)
+        binding.bind_ortvalue_output("q_window", own.queries.value)
+        norms = DeviceTensor.empty(self._ort, self._device, (text.layers, 1, rows), np.float32)
+        binding.bind_ortvalue_output("hidden_norm", norms.value)
+        result = DeviceTensor.empty(self._ort, self._device, logits.shape, np.float32)
+        binding.bind_ortvalue_output("logits", result.value)
+        self._decoder.run_with_iobinding(binding, options or self._plain)
+        logits[:] = result.read()
+        store_norms(arena, norms.read(), rows)
+        lengths += rows
+
+    def compress(
+        self,
+        arena: Arena,
+        pool: Pool,
+        handle: int,
+        prompt: PromptRows,
+        policy: KvPolicy,
+        memory: StarKVMemory | None = None,
+    ) -> Compressed:
+        check_kv_method(self.info, policy.method)
+        return self._compressor.compress(arena, pool, pool.slot_of(handle), prompt, policy, memory)
+
+    def decode(self, pool: Pool, embeds: Floats, rope: Rope) -> Floats:
+        self._check_decode(pool, embeds)
+        kv, batch = device_kv(pool.kv), pool.active
+        step = self._step(kv, batch)
+        try:
+            return step.run(kv, embeds, rope)
+        except Exception:
+            if step.runs or not self._graphs:
+                raise
+        # The step's first run captures its graph. What can't be captured is launched kernel by kernel.
+        self._graphs = False
+        self._decoder = self._open_decoder()
+        return self._step(kv, batch).run(kv, embeds, rope)
+
+    def _step(self, kv: DeviceKv, batch: int) -> DeviceDecodeStep:
+        step = kv.steps.get(batch)
+        if step is None or step.session is not self._decoder:
+            options = self._plain
+            if self._graphs and self._captured < MOST_GRAPHS:
+                self._captured += 1
+                options = self._run_options(gpu_graph_id=str(self._captured))
+            step = DeviceDecodeStep(
+                self._ort, self._decoder, self._device, kv, batch, self._manifest, options
+            )
+            kv.steps[batch] = step
+        return step
+
+
+def _recycle(engine: "weakref.ref[OrtDeviceEngine]", kv: DeviceKv) -> None:
+    """Keep the memory of a pool that is gone, if its engine is not."""
+    if owner := engine():
+        owner.keep_spare(kv)
+
+
+def _usable_gpu(manifest: Manifest, directory: Path, ort: Any) -> Gpu:
+    """The GPU that an engine is to run on.
+
+    Raises:
+        EngineError: it can't.
+    """
+    dtype = manifest.compute_dtype
+    if dtype == "float32":
+        raise EngineError(
+            f"{directory} computes in float32, for processors; build one for a GPU with "
+            "`starkv build --device cuda`"
+        )
+    if CUDA_PROVIDER not in ort.get_available_providers():
+        raise EngineError(
+            f"ONNX Runtime {ort.__version__} is the one for processors; pip uninstall onnxruntime, then pip "
+            "install 'starkv[cuda]'"
+        )
+    gpu = find_gpu()
+    if gpu is None:
+        raise EngineError("no NVIDIA GPU here: the driver is missing or sees none; check nvidia-smi")
+    if dtype == "bfloat16" and gpu.capability < (8, 0):
+        raise EngineError(
+            f"{gpu.name} has no bfloat16; build an engine with `starkv build --device cuda --compute-dtype "
+            "float16`"
+        )
+    return gpu
