@@ -163,7 +163,7 @@ def _calibrated_source(job: _Export, calibration: Calibration) -> WeightSource:
     # Needs torch, which no other preset does.
     from starkv.export.quantize.awq import ScaledSource, search_scales
 
-    sequences = calibration.sequences(job.directory)
+    sequences = calibration.sequences(job.directory, job.progress)
     plan = search_scales(
         job.checkpoint, job.config, sequences, job.preset, job.progress, job.directory / NOTES
     )

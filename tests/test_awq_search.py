@@ -16,6 +16,7 @@ from tiny_model import tiny_card
 from starkv.export.checkpoint import Checkpoint
 from starkv.export.export_model import export_model
 from starkv.export.models.config import ModelConfig
+from starkv.export.progress import Progress
 from starkv.export.quantize.awq import ScaledSource, search_scales, value_channels
 from starkv.export.quantize.awq_plan import CLIP_RATIOS, LayerScales, ScalePlan
 from starkv.export.quantize.calibration import CalibrationSequence
@@ -142,7 +143,7 @@ def test_the_graph_puts_out_what_an_unscaled_one_does(
     class NoPrompts:
         digest = "none"
 
-        def sequences(self, directory: Path) -> list[CalibrationSequence]:
+        def sequences(self, directory: Path, progress: Progress) -> list[CalibrationSequence]:
             assert {"vision.onnx", "embedding.safetensors", "tokenizer.json"} <= {
                 path.name for path in directory.iterdir()
             }

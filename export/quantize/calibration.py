@@ -10,6 +10,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from starkv.export.progress import Progress
+
 
 @dataclass(frozen=True)
 class CalibrationSequence:
@@ -33,8 +35,13 @@ class Calibration(Protocol):
     def digest(self) -> str:
         """Names the prompts: others have another digest."""
 
-    def sequences(self, directory: Path) -> Sequence[CalibrationSequence]:
-        """The prompts, given a directory with the model's tokenizer, ``vision.onnx`` and embedding table."""
+    def sequences(self, directory: Path, progress: Progress) -> Sequence[CalibrationSequence]:
+        """Make the prompts.
+
+        Args:
+            directory: with the model's ``config.json``, tokenizer, ``vision.onnx`` and embedding table.
+            progress: told of every prompt: encoding a screen takes a large tower half a minute on a CPU.
+        """
 
 
 def digest(parts: Iterable[npt.NDArray[np.generic] | str]) -> str:

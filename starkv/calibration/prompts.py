@@ -14,7 +14,7 @@ from starkv.errors import UsageError
 from starkv.runtime.preprocess.image import load_image
 
 PROMPTS_FILE = "prompts.jsonl"
-IMAGE_TOKENS = 320
+IMAGE_TOKENS = 256
 """Most tokens of a drawn screen: enough for legible text, few enough for many screens."""
 CALIBRATION_SCREENS = 48
 """Drawn for a calibration, which takes as many of them as its budget of tokens allows."""

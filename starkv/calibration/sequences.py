@@ -16,8 +16,10 @@ from starkv.calibration.replies import click_in, model_point
 from starkv.errors import UsageError
 from starkv.export.cards import ModelCard
 from starkv.export.models.families import family_of
+from starkv.export.progress import NoProgress, Progress
 from starkv.export.quantize.calibration import CalibrationSequence, digest
 from starkv.export.side_files import image_limits, special_tokens
+from starkv.host import usable_processors
 from starkv.manifest import ImageLimits, SpecialTokens, TextShape, VisionShape
 from starkv.runtime.actions.coordinates import Size
 from starkv.runtime.engines.embedding import EmbeddingTable
@@ -27,7 +29,7 @@ from starkv.runtime.preprocess.tokenizer import ChatTokenizer, expand_image_toke
 from starkv.runtime.preprocess.vision_plan import plan_vision
 from starkv.runtime.prompts.dialects import opening
 
-MOST_TOKENS = 6144
+MOST_TOKENS = 4096
 """Of all prompts together: what one layer of a 7B model is run over. Prompts beyond are left out."""
 _MERGED_PATCH = 28
 
@@ -51,7 +53,7 @@ class PromptCalibration:
             ]
         return digest(parts)
 
-    def sequences(self, directory: Path) -> list[CalibrationSequence]:
+    def sequences(self, directory: Path, progress: Progress | None = None) -> list[CalibrationSequence]:
         """Prompts with their replies, until ``MOST_TOKENS`` are reached.
 
         Raises:
@@ -75,7 +77,13 @@ class PromptCalibration:
             )
         encode = _open_vision(directory / "vision.onnx")
         embedding = EmbeddingTable(directory / "embedding.safetensors")
-        return [model.embed(image, ids, embedding, encode) for image, ids in laid_out]
+        progress = progress or NoProgress()
+        progress.start("prompts", len(laid_out))
+        found = []
+        for number, (image, ids) in enumerate(laid_out):
+            found.append(model.embed(image, ids, embedding, encode))
+            progress.advance(f"prompt {number}")
+        return found
 
 
 @dataclass(frozen=True)
@@ -148,6 +156,7 @@ def _open_vision(path: Path) -> Any:
         ) from None
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = usable_processors()
     # Packed weights would be a second copy of a large tower, for a few images.
     options.add_session_config_entry("session.disable_prepacking", "1")
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
