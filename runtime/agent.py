@@ -16,7 +16,7 @@ from starkv.runtime.actions.parser import ActionParseError, parse_response
 from starkv.runtime.actions.pyautogui_code import parse_pyautogui
 from starkv.runtime.actions.types import Action
 from starkv.runtime.engines.base import Engine
-from starkv.runtime.engines.ort import OrtEngine
+from starkv.runtime.engines.opening import open_engine
 from starkv.runtime.generation import SamplingParameters
 from starkv.runtime.kv.policy import KvPolicy
 from starkv.runtime.preprocess.image import load_image
@@ -82,13 +82,19 @@ class Agent:
         self.engine, self.tokenizer = engine, tokenizer
 
     @classmethod
-    def load(cls, directory: str | Path, verify: bool = True, threads: int | None = None) -> "Agent":
-        """Open an engine directory.
+    def load(
+        cls,
+        directory: str | Path,
+        verify: bool = True,
+        threads: int | None = None,
+        device: str = "auto",
+    ) -> "Agent":
+        """Open an engine directory; see ``open_engine``.
 
         Raises:
             EngineError: it is missing, damaged, or this machine can't run it.
         """
-        engine = OrtEngine(Path(directory), verify, threads)
+        engine = open_engine(Path(directory), verify, threads, device)
         return cls(engine, ChatTokenizer.from_directory(Path(directory)))
 
     def act(

@@ -5,6 +5,7 @@ In float32 both compute the same bits; what only a GPU can show is in ``benchmar
 """
 
 import gc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,13 @@ from starkv.errors import EngineError, UsageError
 from starkv.export.build.ort import build_ort_engine
 from starkv.methods.budget import Budget
 from starkv.methods.names import ENGINE_METHODS, FULL, STAR_KV
-from starkv.methods.rows import PromptRows, prompt_rows
+from starkv.methods.rows import prompt_rows
 from starkv.runtime.engines.base import Engine, Rope
 from starkv.runtime.engines.ort import OrtEngine
 from starkv.runtime.engines.ort_cuda import POOL_STEP, OrtDeviceEngine
 from starkv.runtime.engines.ort_cuda_memory import DeviceKv, device_kv
 from starkv.runtime.kv.buffers import Arena, Pool
-from starkv.runtime.kv.policy import Compressed, KvPolicy
+from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
 from starkv.runtime.preprocess.positions import rope_tables, text_positions
 
 PROMPT = prompt_rows(90, [(10, 46)], [(6, 6)], (0, 1, 2, 3))
@@ -59,11 +60,18 @@ def prefilled(engine: Engine, rows: int, seed: int = 0) -> tuple[Arena, np.ndarr
     return arena, engine.prefill(arena, embeds(rows, seed), rope(engine, rows))
 
 
-def compressed(engine: Engine, policy: KvPolicy, prompt: PromptRows = PROMPT) -> tuple[Pool, Compressed]:
-    arena, _ = prefilled(engine, prompt.length)
+def compressed(
+    engine: Engine,
+    policy: KvPolicy,
+    memory: StarKVMemory | None = None,
+    spoil: Callable[[Arena], None] = lambda _: None,
+) -> tuple[Pool, Compressed]:
+    """Prefill PROMPT, do ``spoil`` to it, and compress it into the second slot of a pool."""
+    arena, _ = prefilled(engine, PROMPT.length)
+    spoil(arena)
     pool = engine.new_pool(2, 100, policy.method)
     pool.acquire()
-    return pool, engine.compress(arena, pool, pool.acquire(), prompt, policy)
+    return pool, engine.compress(arena, pool, pool.acquire(), PROMPT, policy, memory)
 
 
 def cache_of(pool: Pool) -> list[np.ndarray]:

@@ -5,7 +5,9 @@ Only embeddings and lengths go there and logits come back in a decode step. With
 code runs on the processor, for tests; for use there is the engine of ``ort.py``.
 """
 
+import sys
 import weakref
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,10 @@ class OrtDeviceEngine(OrtBase):
         """
         super().__init__(directory, verify, threads)
         self._gpu = _usable_gpu(self._manifest, directory, self._ort) if device == "cuda" else None
+        if self._gpu:
+            # CUDA's libraries from their Python packages; what it says about missing ones is no result.
+            with redirect_stdout(sys.stderr):
+                self._ort.preload_dlls()
         self._device: Device = CudaDevice() if self._gpu else HostDevice()
         self._dtype = numpy_dtype(self._manifest.compute_dtype)
         self._vision_session = self._open("vision")

@@ -11,7 +11,7 @@ import typer
 
 from starkv.cli.console import errors, note
 from starkv.cli.kv import KvBudget, KvCapacity, KvMethod, KvMode, kv_policy
-from starkv.cli.options import Engine, NoVerify, Threads
+from starkv.cli.options import Device, Engine, NoVerify, Threads
 from starkv.errors import UsageError
 from starkv.methods.names import FULL
 
@@ -61,6 +61,7 @@ def bench(
     kv_mode: KvMode = "native",
     output: Annotated[str, typer.Option("-o", "--output", help="md, json or csv.")] = "md",
     threads: Threads = None,
+    device: Device = "auto",
     no_verify: NoVerify = False,
 ) -> None:
     """Measure prefill, decode and vision; mean ± standard deviation, as llama-bench prints it.
@@ -80,8 +81,8 @@ def bench(
         raise UsageError(f"unknown output {output!r}; known: md, json, csv")
     size = _parse_screen(screen)
     policy = kv_policy(kv_method, kv_budget, kv_capacity, kv_mode)
-    directory = find_engine(engine)
-    agent = Agent.load(directory, not no_verify, threads)
+    directory = find_engine(engine, device=device)
+    agent = Agent.load(directory, not no_verify, threads, device)
     runner = Benchmark(agent.engine, decoder_bytes(directory), repetitions, policy)
     measurements = []
     with errors.status("measuring") as status:

@@ -7,7 +7,13 @@ from typing import Annotated
 import typer
 
 from starkv.cli.console import note, progress
-from starkv.cli.engines import build_engine, choose_backend, engine_directory, made_parents
+from starkv.cli.engines import (
+    build_engine,
+    choose_backend,
+    engine_directory,
+    made_parents,
+    settle_dtype,
+)
 from starkv.cli.options import (
     Calibration,
     Checkpoint,
@@ -39,6 +45,14 @@ def build(
     random_dtype: RandomDtype = None,
     layers: Layers = None,
     calibration: Calibration = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda for an NVIDIA GPU.")] = "cpu",
+    compute_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="With --device cuda: bfloat16 or float16, in which Qwen2.5-VL may overflow. [bfloat16]",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Build an engine directory that `run`, `bench` and other machines can load.
 
@@ -50,6 +64,7 @@ def build(
     from starkv.export.record import RECORD_NAME, read_record
 
     chosen, reason = choose_backend(backend)
+    dtype = settle_dtype(device, compute_dtype)
     note(f"backend {chosen}: {reason}")
     if (Path(model) / RECORD_NAME).is_file():
         record = read_record(Path(model))
@@ -58,10 +73,10 @@ def build(
                 f"{model} was exported as {record.quantization.preset}, not {quant}; "
                 "leave --quant out, or export again"
             )
-        target = out or engine_directory(record.name, chosen, record.quantization.preset)
+        target = out or engine_directory(record.name, chosen, record.quantization.preset, device)
         with made_parents(target), progress() as stages:
-            build_ort_engine(Path(model), target, stages, prepack)
+            build_ort_engine(Path(model), target, stages, prepack, compute_dtype=dtype)
     else:
         options = SourceOptions(checkpoint, random_weights, random_dtype, layers, calibration)
-        target, _ = build_engine(model, quant, out, prepack, options)
+        target, _ = build_engine(model, quant, out, prepack, options, dtype)
     print(target)

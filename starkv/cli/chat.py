@@ -11,7 +11,18 @@ import typer
 
 from starkv.cli.console import fail, note, print_actions
 from starkv.cli.kv import KvBudget, KvCapacity, KvMethod, KvMode, KvOptions, kept_rows
-from starkv.cli.options import Dialect, Engine, MaxNewTokens, NoVerify, Seed, Stop, Temperature, Threads, TopP
+from starkv.cli.options import (
+    Device,
+    Dialect,
+    Engine,
+    MaxNewTokens,
+    NoVerify,
+    Seed,
+    Stop,
+    Temperature,
+    Threads,
+    TopP,
+)
 from starkv.errors import StarkvError
 
 if TYPE_CHECKING:
@@ -49,6 +60,7 @@ def chat(
     seed: Seed = None,
     stop: Stop = None,
     threads: Threads = None,
+    device: Device = "auto",
     no_verify: NoVerify = False,
 ) -> None:
     """Talk to an engine: one line of input is one message; /help lists the commands.
@@ -67,7 +79,7 @@ def chat(
     kv_options = KvOptions(kv_method, kv_budget, kv_capacity, kv_mode)
     words = parse_dialect(dialect) if dialect else None
     images = [load_image(path) for path in image or []]
-    agent = Agent.load(find_engine(engine), not no_verify, threads)
+    agent = Agent.load(find_engine(engine, device=device), not no_verify, threads, device)
     policy = kv_options.policy(agent.engine.manifest)
     conversation = Conversation(agent, policy, parameters, words or agent.engine.manifest.prompt)
     for screenshot in images:

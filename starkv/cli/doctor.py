@@ -147,6 +147,26 @@ def _cuda() -> Finding:
     return Finding("CUDA", True, f"{count.value} x {name.value.decode()}, driver for CUDA {api_version}")
 
 
+def _gpu_engines() -> Finding:
+    from starkv.runtime.engines.cuda_driver import find_gpu
+    from starkv.runtime.engines.ort_cuda import CUDA_PROVIDER
+
+    subject, gpu = "engines on GPU", find_gpu()
+    if gpu is None:
+        return Finding(subject, False, "no NVIDIA GPU", "engines run on the processor")
+    major, minor = gpu.capability
+    found = f"{gpu.name}, compute capability {major}.{minor}, {gpu.memory / GIB:.0f} GiB"
+    advice = "pip uninstall onnxruntime, then pip install 'starkv[cuda]'"
+    try:
+        import onnxruntime
+    except ImportError:
+        return Finding(subject, False, found, advice)
+    if CUDA_PROVIDER not in onnxruntime.get_available_providers():
+        return Finding(subject, False, found, advice)
+    dtype = "" if gpu.capability >= (8, 0) else " --compute-dtype float16"
+    return Finding(subject, True, found, f"build one: starkv build MODEL --device cuda{dtype}")
+
+
 def _tensorrt() -> Finding:
     for package in ("tensorrt", "tensorrt-lean", "tensorrt-dispatch"):
         if found := installed(package):
@@ -191,6 +211,7 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     _export,
     _trace,
     _cuda,
+    _gpu_engines,
     _tensorrt,
     _kernels,
     _nvcc,

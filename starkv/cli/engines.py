@@ -10,7 +10,7 @@ from pathlib import Path
 from starkv.cli.console import note, progress
 from starkv.cli.sources import SourceOptions, find_source
 from starkv.errors import UsageError
-from starkv.manifest import MANIFEST_NAME, Manifest
+from starkv.manifest import MANIFEST_NAME, ComputeDtype, Manifest
 
 NO_OPTIONS = SourceOptions()
 
@@ -20,9 +20,10 @@ def engines_home() -> Path:
     return Path(os.environ.get("STARKV_ENGINES", "engines"))
 
 
-def engine_directory(name: str, backend: str, quantization: str) -> Path:
+def engine_directory(name: str, backend: str, quantization: str, device: str = "cpu") -> Path:
     """Where the engine of a model is kept."""
-    return engines_home() / f"{name}-{backend}-{quantization}"
+    place = backend if device == "cpu" else f"{backend}-{device}"
+    return engines_home() / f"{name}-{place}-{quantization}"
 
 
 @contextmanager
@@ -66,6 +67,7 @@ def build_engine(
     out: Path | None,
     prepack: bool = False,
     options: SourceOptions = NO_OPTIONS,
+    compute_dtype: ComputeDtype = "float32",
 ) -> tuple[Path, Manifest]:
     """Export the model beside the engine and build the engine from it.
 
@@ -75,6 +77,7 @@ def build_engine(
         out: where to; among the engines that are found by name if None.
         prepack: also store the form compiled for this processor.
         options: what the user says about weights.
+        compute_dtype: of activations and KV cache; one of 16 bits makes an engine for GPUs.
 
     Raises:
         StarkvError: see ``find_source``, ``export_model`` and ``build_ort_engine``.
@@ -85,7 +88,9 @@ def build_engine(
     from starkv.export.staging import check_replaceable
 
     source = find_source(model, quantization, options)
-    target = out or engine_directory(source.card.name, "ort", source.preset.name)
+    target = out or engine_directory(
+        source.card.name, "ort", source.preset.name, "cpu" if compute_dtype == "float32" else "cuda"
+    )
     # The build checks it too, but that is minutes later for a large model.
     check_replaceable(target, MANIFEST_NAME)
     # Beside the engine, on the same file system; what was finished before an interruption is found again.
@@ -106,16 +111,40 @@ def build_engine(
             calibration=source.calibration,
             reuse=True,
         )
-        manifest = build_ort_engine(exported, target, stages, prepack, link=True)
+        manifest = build_ort_engine(exported, target, stages, prepack, link=True, compute_dtype=compute_dtype)
         shutil.rmtree(exported)
     return target, manifest
 
 
-def find_engine(name: str, quantization: str | None = None) -> Path:
-    """Directory of the engine called ``name``; a model's engine that doesn't exist yet is built.
+def settle_dtype(device: str, compute_dtype: str | None) -> ComputeDtype:
+    """Dtype of an engine for ``cpu`` or ``cuda``: the one asked for, or the device's own.
 
     Raises:
-        UsageError: ``name`` is neither a directory nor a model.
+        UsageError: there is no such device or dtype, or they don't go together.
+    """
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"unknown device {device!r}; an engine is built for cpu or cuda")
+    if device == "cpu" and compute_dtype in (None, "float32"):
+        return "float32"
+    if device == "cuda" and compute_dtype in (None, "bfloat16"):
+        return "bfloat16"
+    if device == "cuda" and compute_dtype == "float16":
+        return "float16"
+    known = "float32" if device == "cpu" else "bfloat16 or float16"
+    raise UsageError(f"an engine for {device} computes in {known}, not in {compute_dtype}")
+
+
+def find_engine(name: str, quantization: str | None = None, device: str = "auto") -> Path:
+    """Directory of the engine called ``name``; a model's engine that doesn't exist yet is built.
+
+    Args:
+        name: directory, or a model.
+        quantization: of a model's engine; the card's by default.
+        device: that a model's engine is for; with ``auto`` the GPU if ONNX Runtime can use one, unless only
+            the processor's engine is there already.
+
+    Raises:
+        UsageError: ``name`` is neither a directory nor a model, or there is no such device.
     """
     if (Path(name) / MANIFEST_NAME).is_file():
         return Path(name)
@@ -124,10 +153,14 @@ def find_engine(name: str, quantization: str | None = None) -> Path:
             f"{name} is no engine directory (it has no {MANIFEST_NAME}); build one with `starkv build`"
         )
     from starkv.export.cards import load_card
+    from starkv.runtime.engines.opening import parse_device, ready_gpu
 
     card = load_card(name)
-    directory = engine_directory(name, "ort", quantization or card.quantization)
-    if (directory / MANIFEST_NAME).is_file():
-        return directory
-    note(f"no engine at {directory} yet: building it once")
-    return build_engine(name, quantization, None)[0]
+    chosen = parse_device(device)
+    devices = [chosen] if chosen else ["cuda", "cpu"] if ready_gpu() else ["cpu"]
+    places = [engine_directory(name, "ort", quantization or card.quantization, each) for each in devices]
+    for directory in places:
+        if (directory / MANIFEST_NAME).is_file():
+            return directory
+    note(f"no engine at {places[0]} yet: building it once")
+    return build_engine(name, quantization, None, compute_dtype=settle_dtype(devices[0], None))[0]

@@ -98,8 +98,10 @@ def inspect(
 
 
 def _facts(manifest: Manifest) -> Table:
+    from starkv.runtime.engines.base import kv_bytes_per_row
+
     text, vision, image, quant = manifest.text, manifest.vision, manifest.image, manifest.quantization
-    row_bytes = 2 * text.layers * text.kv_heads * text.head_dim * 4
+    device = "processors" if manifest.compute_dtype == "float32" else "GPUs"
     rotary = f"M-RoPE {text.mrope_section}" if text.mrope_section else "1-D RoPE"
     block = f", blocks of {quant.block_size}" if quant.block_size else ""
     pixels = vision.patch_size * vision.spatial_merge_size
@@ -133,7 +135,12 @@ def _facts(manifest: Manifest) -> Table:
         ),
         ("image", f"{image.min_pixels:,} to {image.max_pixels:,} pixels, one token per {pixels}x{pixels} px"),
         ("coordinates", f"{manifest.coordinates}, prompt dialect {manifest.prompt}"),
-        ("KV cache", f"{row_bytes:,} bytes per token (fp32), up to {manifest.max_context:,} rows"),
+        ("computes in", f"{manifest.compute_dtype}, for {device}"),
+        (
+            "KV cache",
+            f"{kv_bytes_per_row(manifest):,} bytes per token ({manifest.compute_dtype}), "
+            f"up to {manifest.max_context:,} rows",
+        ),
         ("built with", ", ".join(f"{tool} {version}" for tool, version in manifest.tool_versions.items())),
     ):
         table.add_row(name, Text(value))

@@ -70,6 +70,13 @@ Dialect = Annotated[
     ),
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads. All usable processors by default.", min=1)]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="auto, cpu or cuda. By default what the engine was built for; of a model's engines the "
+        "GPU's where ONNX Runtime can use one."
+    ),
+]
 NoVerify = Annotated[
     bool, typer.Option("--no-verify", help="Skip comparing the engine's files with their hashes.")
 ]

@@ -10,6 +10,7 @@ import typer
 from starkv.cli.console import note, print_actions
 from starkv.cli.kv import KvBudget, KvCapacity, KvMethod, KvMode, KvOptions, kept_rows
 from starkv.cli.options import (
+    Device,
     Dialect,
     Engine,
     Json,
@@ -43,6 +44,7 @@ def run(
     seed: Seed = None,
     stop: Stop = None,
     threads: Threads = None,
+    device: Device = "auto",
     no_verify: NoVerify = False,
     json: Json = False,
 ) -> None:
@@ -64,7 +66,7 @@ def run(
     kv_options = KvOptions(kv_method, kv_budget, kv_capacity, kv_mode)
     words = parse_dialect(dialect) if dialect else None
     *earlier, screenshot = [load_image(path) for path in image]
-    agent = Agent.load(find_engine(engine), not no_verify, threads)
+    agent = Agent.load(find_engine(engine, device=device), not no_verify, threads, device)
     reply = agent.act(
         screenshot,
         prompt,
