@@ -4,9 +4,10 @@
     python benchmarks/gpu_check.py [--official path/to/STaR-KV] [--skip sanitizer]
 
 Needs Python with PyTorch, Triton and pytest, and nvcc with CMake unless ``STARKV_KERNELS`` names a library;
-installs nothing. Steps: build, tests, compute-sanitizer, agreement of all implementations, benchmarks. A step
-that fails is reported and the others go on. Writes ``benchmarks/results/<gpu>-<date>.json`` and ``.md``, and
-ends with code 1 if any step failed, 77 if there is no GPU.
+installs nothing. Steps: build, tests, compute-sanitizer, agreement of all implementations, benchmarks, and
+ONNX Runtime's engine where onnxruntime-gpu is installed. A step that fails is reported and the others go on.
+Writes ``benchmarks/results/<gpu>-<date>.json`` and ``.md``, and ends with code 1 if any step failed, 77 if
+there is no GPU.
 """
 
 import argparse
@@ -33,7 +34,7 @@ SANITIZED_CASES = (
 """Tests that compute-sanitizer watches: between them they launch every kernel."""
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 MEASURES = ("error", "kept_agreement", "seconds", "reference_seconds")
-STEPS = ("build", "tests", "sanitizer", "validate", "compress", "attention", "plugin")
+STEPS = ("build", "tests", "sanitizer", "validate", "compress", "attention", "plugin", "engine")
 
 
 def build() -> Result:
@@ -137,6 +138,23 @@ def plugin() -> Result:
     return output.strip().splitlines()[-1], "", {}
 
 
+def engine() -> Result:
+    """ONNX Runtime's engine on the GPU: agreement with the processor's, speed, memory."""
+    try:
+        import onnx_ir  # noqa: F401
+        from engine_gpu import run
+
+        from starkv.runtime.engines.opening import ready_gpu
+    except ImportError as error:
+        raise SkippedError(f"{error.name} is not installed; pip install 'starkv[cuda,export]'") from None
+    if ready_gpu() is None:
+        raise SkippedError(
+            "onnxruntime-gpu is not installed, or can't use this GPU: pip install 'starkv[cuda]'"
+        )
+    table, figures = run()
+    return "says what the processor's engine says", table, figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -161,6 +179,7 @@ def main() -> None:
         "compress": lambda: compress(device, args.official),
         "attention": lambda: attention(device),
         "plugin": plugin,
+        "engine": engine,
     }
     steps: list[Step] = []
     for name in STEPS:

@@ -16,10 +16,13 @@ from starkv.host import usable_processors
 from starkv.methods.names import FULL
 from starkv.methods.rows import prompt_rows
 from starkv.runtime.engines.base import Engine, Rope
+from starkv.runtime.engines.cuda_driver import CudaDevice
 from starkv.runtime.kv.policy import KvPolicy
 from starkv.runtime.preprocess.image import preprocess
 from starkv.runtime.preprocess.positions import rope_tables, text_positions
 
+ON_GPU = "ort-cuda"
+"""Backend of engines whose weights and cache lie in a GPU's memory."""
 _TEXT_ROWS = 40
 """Rows of text around the screenshot of a compressed prompt."""
 
@@ -35,7 +38,8 @@ class Measurement:
     kv_mib: float
     """KV memory of the valid rows at the end."""
     peak_mib: float
-    """Highest resident memory of the process so far."""
+    """Highest resident memory of the process so far; with an engine on a GPU, what of the card's memory is in
+    use."""
     bytes_per_token: float | None
     """Weights and KV rows that a decode step has to read; None for tests bound by compute."""
 
@@ -80,6 +84,16 @@ def peak_mib() -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def bandwidth_of(engine: Engine) -> float:
+    """Bytes per second that bound decode where the engine runs."""
+    return CudaDevice().copy_bandwidth() if engine.info.backend == ON_GPU else memory_bandwidth()
+
+
+def peak_of(engine: Engine) -> float:
+    """``Measurement.peak_mib``."""
+    return CudaDevice().memory_in_use() / 2**20 if engine.info.backend == ON_GPU else peak_mib()
 
 
 def decoder_bytes(engine_directory: Path) -> int:
@@ -176,7 +190,7 @@ class Benchmark:
         self, test: str, depth: int, rates: tuple[float, ...], kv_bytes: int, bytes_per_token: float | None
     ) -> Measurement:
         name = f"{test} @ d{depth}" if depth else test
-        return Measurement(name, rates, kv_bytes / 2**20, peak_mib(), bytes_per_token)
+        return Measurement(name, rates, kv_bytes / 2**20, peak_of(self._engine), bytes_per_token)
 
     def run(
         self, prompts: list[int], generated: list[int], depths: list[int], screen: tuple[int, int] | None

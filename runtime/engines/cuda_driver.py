@@ -5,6 +5,7 @@ The driver comes with the card; nothing else needs to be installed.
 """
 
 import ctypes
+import time
 from ctypes import byref, c_int, c_size_t, c_uint, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -111,6 +112,30 @@ class CudaDevice:
     def synchronize(self) -> None:
         self._check("cuCtxSetCurrent", self._context)
         self._check("cuCtxSynchronize")
+
+    def memory_in_use(self) -> int:
+        """Bytes of the card that any process holds."""
+        free, total = c_size_t(), c_size_t()
+        self._call("cuMemGetInfo_v2", byref(free), byref(total))
+        return total.value - free.value
+
+    def copy_bandwidth(self, size: int = 1 << 30, rounds: int = 10) -> float:
+        """Bytes per second that the card reads and writes together in a large copy; the best of some."""
+        blocks = [c_void_p(), c_void_p()]
+        best = float("inf")
+        try:
+            for block in blocks:
+                self._call("cuMemAlloc_v2", byref(block), c_size_t(size))
+            target, source = (int(block.value or 0) for block in blocks)
+            for _ in range(rounds):
+                started = time.perf_counter()
+                self.copy(target, size >> 10, source, size >> 10, size >> 10, 1 << 10)
+                best = min(best, time.perf_counter() - started)
+        finally:
+            for block in blocks:
+                if block.value:
+                    self._call("cuMemFree_v2", block)
+        return 2 * size / best
 
     def clear(self, target: int, size: int) -> None:
         self._call("cuMemsetD8_v2", c_void_p(target), 0, c_size_t(size))

@@ -134,6 +134,10 @@ class OrtDeviceEngine(OrtBase):
         """Whether decode steps are CUDA graphs."""
         return self._graphs
 
+    def stop_capturing(self) -> None:
+        """Run the steps of new pools without CUDA graphs, to compare."""
+        self._captured, self._spare = MOST_GRAPHS, []
+
     @property
     def compresses_on_device(self) -> bool:
         """Whether STaR-KV runs where the cache lies, and not on the processor."""

@@ -75,7 +75,7 @@ def bench(
     """
     from starkv.cli.engines import find_engine
     from starkv.runtime.agent import Agent
-    from starkv.runtime.benchmark import Benchmark, decoder_bytes, memory_bandwidth
+    from starkv.runtime.benchmark import Benchmark, bandwidth_of, decoder_bytes
 
     if output not in ("md", "json", "csv"):
         raise UsageError(f"unknown output {output!r}; known: md, json, csv")
@@ -90,7 +90,7 @@ def bench(
             measurements.append(row)
             status.update(f"measuring; {row.test} done")
         # Last, because its gigabyte would show as the engine's peak memory.
-        bandwidth = memory_bandwidth()
+        bandwidth = bandwidth_of(agent.engine)
     _print(output, agent, directory, policy, measurements, bandwidth)
     note(f"memory bandwidth {bandwidth / 1e9:.1f} GB/s; {agent.engine.info.device}")
 
