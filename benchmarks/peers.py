@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from peers_machine import describe_machine, load_average, memory_mib
-from peers_models import STARKV, SYSTEMS, prepare_model, weight_bytes
+from peers_models import GENAI, STARKV, SYSTEMS, prepare_model, weight_bytes
 from peers_report import Test, figures, markdown, plan_tests
 from peers_run import DISTURBED, Run, note
 from peers_shapes import SIZES
@@ -80,6 +80,7 @@ def compare(size: str, args: argparse.Namespace) -> dict[str, Any]:
     before = load_average()
 
     run = Run(size, models, args.peers_python, args.threads, max(deepest, args.prefill), args.rounds)
+    run.most_rows[GENAI] = args.genai_rows
     (run.together if together else run.apart)(tests)
     measured = figures(tests, run.samples)
     print("\n".join(markdown(size, measured)))
@@ -122,6 +123,12 @@ def main() -> None:
         "--budget", type=float, default=0.2, help="share of the rows that our compacted cache holds"
     )
     parser.add_argument("--threads", type=int, default=usable_processors())
+    parser.add_argument(
+        "--genai-rows",
+        type=int,
+        default=1 << 31,
+        help="measure ORT GenAI behind so many cached rows at most: it really prefills them, once",
+    )
     parser.add_argument("--apart", action="store_true", help="one system in memory at a time")
     parser.add_argument("--out", type=Path, help="JSON file of the figures")
     args = parser.parse_args()

@@ -40,6 +40,8 @@ class Run:
         self.failures: dict[str, str] = {}
         self.samples: dict[str, dict[str, list[float]]] = {}
         """Test → system → seconds of each round."""
+        self.most_rows: dict[str, int] = {}
+        """System → most cached rows that it is measured behind."""
         self.others: dict[str, dict[str, list[float]]] = {}
         """Share of the processors that other processes used meanwhile."""
         self.agreement: dict[str, float] = {}
@@ -90,6 +92,8 @@ class Run:
     def _measure(self, worker: Worker, test: Test, counted: bool) -> None:
         if worker.name in self.failures or (test.kept != test.rows and worker.name != STARKV):
             return  # nobody else compacts: their measurements with the full cache serve
+        if test.rows > self.most_rows.get(worker.name, test.rows):
+            return
         tries = []
         try:
             for _ in range(_TRIES if counted else 1):
