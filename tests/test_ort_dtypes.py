@@ -9,11 +9,14 @@ import onnx_ir as ir
 import pytest
 from conftest import TinyModel
 from decoder_runner import DecoderRunner, open_session
-from tiny_model import HIDDEN
+from tiny_families import make_tiny_qwen2_vl
+from tiny_model import HIDDEN, tiny_card
 
 from starkv.errors import UsageError
 from starkv.export.build.ort import build_ort_engine
+from starkv.export.export_model import export_model
 from starkv.export.lower.compute_dtype import ISLANDS, MOVES
+from starkv.export.quantize.presets import load_preset
 from starkv.manifest import Manifest, read_manifest, verify_files
 from starkv.runtime.preprocess.vision_plan import plan_vision
 
@@ -163,3 +166,18 @@ def test_prepacking_is_for_processors(tiny: TinyModel, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--prepack is for processors, not for an engine in bfloat16"):
         build_ort_engine(tiny.exports["fp32"], tmp_path / "out", prepack=True, compute_dtype="bfloat16")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tower_without_windows_computes_in_16_bits(tmp_path: Path) -> None:
+    """Qwen2-VL's: layer norms and another activation; against transformers."""
+    reference = make_tiny_qwen2_vl(tmp_path / "checkpoint")
+    card = tiny_card(family="qwen2_vl")
+    export_model(tmp_path / "checkpoint", card, tmp_path / "export", load_preset("fp32"))
+    for dtype in ("float16", "bfloat16"):
+        build_ort_engine(tmp_path / "export", tmp_path / dtype, compute_dtype=dtype)
+        onnx.checker.check_model(tmp_path / dtype / "vision.onnx", full_check=True)
+    plan = plan_vision(4, 6, read_manifest(tmp_path / "float16").vision)
+    pixels = np.random.default_rng(0).standard_normal((24, 1176)).astype(np.float32)
+    session = open_session(tmp_path / "float16" / "vision.onnx")
+    embeds = session.run(["image_embeds"], {"pixel_values": pixels, **plan.inputs()})[0]
+    assert_close(embeds, reference.image_embeds(pixels, (4, 6)))
