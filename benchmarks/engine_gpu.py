@@ -35,8 +35,8 @@ from starkv.runtime.agent import Agent
 from starkv.runtime.benchmark import Benchmark, decoder_bytes
 from starkv.runtime.engines.base import Rope
 from starkv.runtime.engines.cuda_driver import CudaDevice, find_gpu
-from starkv.runtime.engines.opening import ready_gpu
 from starkv.runtime.engines.ort_cuda import OrtDeviceEngine
+from starkv.runtime.engines.ort_cuda_gpu import ready_gpu
 from starkv.runtime.generation import SamplingParameters
 from starkv.runtime.kv.policy import KvPolicy
 from starkv.runtime.preprocess.positions import rope_tables, text_positions

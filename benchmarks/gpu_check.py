@@ -144,7 +144,7 @@ def engine() -> Result:
         import onnx_ir  # noqa: F401
         from engine_gpu import run
 
-        from starkv.runtime.engines.opening import ready_gpu
+        from starkv.runtime.engines.ort_cuda_gpu import ready_gpu
     except ImportError as error:
         raise SkippedError(f"{error.name} is not installed; pip install 'starkv[cuda,export]'") from None
     if ready_gpu() is None:

@@ -11,7 +11,7 @@ from starkv.cli import doctor as doctor_module
 from starkv.cli.engines import engine_directory, find_engine, settle_dtype
 from starkv.errors import EngineError, UsageError
 from starkv.manifest import MANIFEST_NAME, read_manifest
-from starkv.runtime.engines import cuda_driver, opening
+from starkv.runtime.engines import cuda_driver, opening, ort_cuda_gpu
 from starkv.runtime.engines.cuda_driver import Gpu
 from starkv.runtime.engines.opening import open_engine
 from starkv.runtime.engines.ort import OrtEngine
@@ -103,7 +103,7 @@ def test_a_models_engine_is_the_devices(
     expected: str,
 ) -> None:
     """Built where there is none yet."""
-    monkeypatch.setattr(opening, "ready_gpu", lambda: gpu)
+    monkeypatch.setattr(ort_cuda_gpu, "ready_gpu", lambda: gpu)
     made = []
 
     def build(*_: object, compute_dtype: str, **__: object) -> tuple[Path, None]:

@@ -7,9 +7,8 @@ from typing import Literal
 from starkv.errors import UsageError
 from starkv.manifest import read_manifest
 from starkv.runtime.engines.base import Engine
-from starkv.runtime.engines.cuda_driver import Gpu, find_gpu
 from starkv.runtime.engines.ort import OrtEngine
-from starkv.runtime.engines.ort_cuda import CUDA_PROVIDER, OrtDeviceEngine
+from starkv.runtime.engines.ort_cuda import OrtDeviceEngine
 
 DeviceName = Literal["cpu", "cuda"]
 
@@ -27,15 +26,6 @@ def parse_device(name: str) -> DeviceName | None:
     if name == "cuda":
         return "cuda"
     raise UsageError(f"unknown device {name!r}; known: auto, cpu, cuda")
-
-
-def ready_gpu() -> Gpu | None:
-    """The GPU, if ONNX Runtime is the one for GPUs and the driver finds any."""
-    try:
-        import onnxruntime
-    except ImportError:
-        return None
-    return find_gpu() if CUDA_PROVIDER in onnxruntime.get_available_providers() else None
 
 
 def open_engine(

@@ -15,29 +15,20 @@ import numpy as np
 
 from starkv.errors import EngineError
 from starkv.host import cpu_model
-from starkv.manifest import Manifest
 from starkv.methods.names import ENGINE_METHODS, FULL
 from starkv.methods.rows import PromptRows
 from starkv.runtime.engines.base import EngineInfo, Floats, Rope, check_kv_method, kv_bytes_per_row
-from starkv.runtime.engines.cuda_driver import CudaDevice, Gpu, find_gpu
+from starkv.runtime.engines.cuda_driver import CudaDevice
 from starkv.runtime.engines.ort_base import CPU_PROVIDER, OrtBase, Providers, store_norms
 from starkv.runtime.engines.ort_compress import OrtCompressor
 from starkv.runtime.engines.ort_cuda_compress import DeviceCompressor, find_kernels
 from starkv.runtime.engines.ort_cuda_decode import DeviceDecodeStep, bind_device_cache
-from starkv.runtime.engines.ort_cuda_memory import (
-    Device,
-    DeviceArena,
-    DeviceKv,
-    DeviceTensor,
-    HostDevice,
-    device_arena,
-    device_kv,
-    numpy_dtype,
-)
+from starkv.runtime.engines.ort_cuda_gpu import CUDA_PROVIDER, usable_gpu
+from starkv.runtime.engines.ort_cuda_memory import DeviceArena, DeviceKv, device_arena, device_kv
+from starkv.runtime.engines.ort_cuda_tensor import Device, DeviceTensor, HostDevice, numpy_dtype
 from starkv.runtime.kv.buffers import Arena, Pool
 from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
 
-CUDA_PROVIDER = "CUDAExecutionProvider"
 PREFILL_CHUNK = 2048
 """Rows per prefill call: enough to fill a GPU, and a bound for the memory of activations."""
 POOL_STEP = 512
@@ -68,7 +59,7 @@ class OrtDeviceEngine(OrtBase):
                 engine's dtype, or onnxruntime-gpu is missing or can't use it.
         """
         super().__init__(directory, verify, threads)
-        self._gpu = _usable_gpu(self._manifest, directory, self._ort) if device == "cuda" else None
+        self._gpu = usable_gpu(self._manifest, directory, self._ort) if device == "cuda" else None
         if self._gpu:
             # CUDA's libraries from their Python packages; what it says about missing ones is no result.
             with redirect_stdout(sys.stderr):
@@ -267,31 +258,3 @@ def _recycle(engine: "weakref.ref[OrtDeviceEngine]", kv: DeviceKv) -> None:
     """Keep the memory of a pool that is gone, if its engine is not."""
     if owner := engine():
         owner.keep_spare(kv)
-
-
-def _usable_gpu(manifest: Manifest, directory: Path, ort: Any) -> Gpu:
-    """The GPU that an engine is to run on.
-
-    Raises:
-        EngineError: it can't.
-    """
-    dtype = manifest.compute_dtype
-    if dtype == "float32":
-        raise EngineError(
-            f"{directory} computes in float32, for processors; build one for a GPU with "
-            "`starkv build --device cuda`"
-        )
-    if CUDA_PROVIDER not in ort.get_available_providers():
-        raise EngineError(
-            f"ONNX Runtime {ort.__version__} is the one for processors; pip uninstall onnxruntime, then pip "
-            "install 'starkv[cuda]'"
-        )
-    gpu = find_gpu()
-    if gpu is None:
-        raise EngineError("no NVIDIA GPU here: the driver is missing or sees none; check nvidia-smi")
-    if dtype == "bfloat16" and gpu.capability < (8, 0):
-        raise EngineError(
-            f"{gpu.name} has no bfloat16; build an engine with `starkv build --device cuda --compute-dtype "
-            "float16`"
-        )
-    return gpu

@@ -30,15 +30,8 @@ from starkv.manifest import ComputeDtype, Manifest
 from starkv.methods.rows import PromptRows
 from starkv.methods.star_kv_request import StarKVRequest
 from starkv.runtime.engines.ort_compress import OrtCompressor, check_room, star_kv_result
-from starkv.runtime.engines.ort_cuda_memory import (
-    Device,
-    DeviceArena,
-    DeviceKv,
-    DeviceTensor,
-    copy_rows,
-    device_arena,
-    device_kv,
-)
+from starkv.runtime.engines.ort_cuda_memory import DeviceArena, DeviceKv, copy_rows, device_arena, device_kv
+from starkv.runtime.engines.ort_cuda_tensor import Device, DeviceTensor
 from starkv.runtime.kv.buffers import Arena, KvBuffers, Pool
 from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from starkv.manifest import Manifest
 from starkv.runtime.engines.base import Floats, Rope
-from starkv.runtime.engines.ort_cuda_memory import Device, DeviceKv, DeviceTensor
+from starkv.runtime.engines.ort_cuda_memory import DeviceKv
+from starkv.runtime.engines.ort_cuda_tensor import Device, DeviceTensor
 from starkv.runtime.kv.buffers import KvStore
 
 

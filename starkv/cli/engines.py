@@ -153,7 +153,8 @@ def find_engine(name: str, quantization: str | None = None, device: str = "auto"
             f"{name} is no engine directory (it has no {MANIFEST_NAME}); build one with `starkv build`"
         )
     from starkv.export.cards import load_card
-    from starkv.runtime.engines.opening import parse_device, ready_gpu
+    from starkv.runtime.engines.opening import parse_device
+    from starkv.runtime.engines.ort_cuda_gpu import ready_gpu
 
     card = load_card(name)
     chosen = parse_device(device)
