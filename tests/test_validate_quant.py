@@ -73,20 +73,23 @@ def test_clicks_are_not_judged_where_no_box_is_known() -> None:
 
 
 @pytest.mark.parametrize(
-    ("divergence", "lost", "won", "reason"),
+    ("divergence", "lost", "won", "kept", "reason"),
     [
-        (0.09, 0, 0, ""),
-        (0.11, 0, 0, "mean KL divergence 0.11 is above 0.1"),
-        (float("nan"), 0, 0, "mean KL divergence nan is above 0.1"),
+        (0.09, 0, 0, 20, ""),
+        (0.11, 0, 0, 20, "mean KL divergence 0.11 is above 0.1"),
+        (float("nan"), 0, 0, 20, "mean KL divergence nan is above 0.1"),
         # Four losses of four are likelier than one in twenty, five are not.
-        (0.0, 4, 0, ""),
-        (0.0, 5, 0, "5 right clicks lost and 0 won"),
-        (0.0, 9, 4, ""),
-        (0.0, 4, 9, ""),
+        (0.0, 4, 0, 20, ""),
+        (0.0, 5, 0, 20, "5 right clicks lost and 0 won"),
+        (0.0, 9, 4, 20, ""),
+        (0.0, 4, 9, 20, ""),
+        # Certain, but too few of all prompts to matter.
+        (0.0, 8, 0, 800, ""),
+        (0.0, 8, 0, 700, "8 right clicks lost and 0 won"),
     ],
 )
-def test_what_fails(divergence: float, lost: int, won: int, reason: str) -> None:
-    both = [(True, False)] * lost + [(False, True)] * won + [(True, True)] * 20
+def test_what_fails(divergence: float, lost: int, won: int, kept: int, reason: str) -> None:
+    both = [(True, False)] * lost + [(False, True)] * won + [(True, True)] * kept
     reference = [answer([0.0], (0, 0), before) for before, _ in both]
     answers = [answer([divergence], (0, 0), after) for _, after in both]
     judged = judge(CHECK, measure(reference, answers))

@@ -16,6 +16,8 @@ from starkv.validation.report import Check
 MOST_KL = {"int8": 0.01, "int4": 0.1}
 """Largest mean divergence in nats that passes, by the storage of the decoder's layers; docs/quantization.md
 says why."""
+MOST_LOST = 0.01
+"""Largest share of prompts whose right click may be lost, net of those won."""
 SIGNIFICANCE = 0.05
 """How unlikely a loss of clicks must be by chance before it counts."""
 
@@ -98,15 +100,15 @@ def measure(reference: Sequence[Answer], answers: Sequence[Answer]) -> dict[str,
 def judge(check: Check, measures: dict[str, float]) -> Check:
     """The check with its outcome.
 
-    It fails where the mean divergence is above ``MOST_KL`` of the check's dtype, or where so many more clicks
-    are lost than won that chance explains it with less than ``SIGNIFICANCE``. Clicks that land elsewhere in
-    the right box are no failure, and neither is a tie of losses and wins.
+    It fails where the mean divergence is above ``MOST_KL`` of the check's dtype, or where more right clicks are
+    lost than won, by more than ``MOST_LOST`` of the prompts and by more than chance explains with a probability
+    of ``SIGNIFICANCE``. Clicks that land elsewhere in the right box are no failure.
     """
     failures = []
     limit = MOST_KL.get(check.dtype)
     if limit is not None and not measures["kl_mean"] <= limit:
         failures.append(f"mean KL divergence {measures['kl_mean']:.3g} is above {limit}")
     lost, won = int(measures.get("clicks_lost", 0)), int(measures.get("clicks_won", 0))
-    if sign_test(lost, won) < SIGNIFICANCE:
+    if lost - won > MOST_LOST * measures["prompts"] and sign_test(lost, won) < SIGNIFICANCE:
         failures.append(f"{lost} right clicks lost and {won} won")
     return check.finished(failures, measures)
