@@ -100,9 +100,9 @@ def measure(reference: Sequence[Answer], answers: Sequence[Answer]) -> dict[str,
 def judge(check: Check, measures: dict[str, float]) -> Check:
     """The check with its outcome.
 
-    It fails where the mean divergence is above ``MOST_KL`` of the check's dtype, or where more right clicks are
-    lost than won, by more than ``MOST_LOST`` of the prompts and by more than chance explains with a probability
-    of ``SIGNIFICANCE``. Clicks that land elsewhere in the right box are no failure.
+    It fails where the mean divergence is above ``MOST_KL`` of the check's dtype, or where more right clicks
+    are lost than won, by more than ``MOST_LOST`` of the prompts and by more than chance explains with a
+    probability of ``SIGNIFICANCE``. Clicks that land elsewhere in the right box are no failure.
     """
     failures = []
     limit = MOST_KL.get(check.dtype)
