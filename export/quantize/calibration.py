@@ -40,7 +40,7 @@ class Calibration(Protocol):
 
         Args:
             directory: with the model's ``config.json``, tokenizer, ``vision.onnx`` and embedding table.
-            progress: told of every prompt: encoding a screen takes a large tower half a minute on a CPU.
+            progress: told of every prompt: encoding a screen takes a large tower some 20 s on a CPU.
         """
 
 
