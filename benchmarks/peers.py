@@ -117,7 +117,7 @@ def main() -> None:
     )
     parser.add_argument("--depths", nargs="+", type=int, default=[0, 2048, 13312], help="rows cached before")
     parser.add_argument("--prefill", type=int, default=512, help="tokens")
-    parser.add_argument("--tokens", type=int, default=16, help="decoded in one measurement")
+    parser.add_argument("--tokens", type=int, default=32, help="decoded in one measurement")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--budget", type=float, default=0.2, help="share of the rows that our compacted cache holds"
