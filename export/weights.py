@@ -310,8 +310,8 @@ def _put(rooms: Sequence[Room], first: int, columns: QuantizedColumns, bits: Bit
 def _check_finite(values: npt.NDArray[Any], name: str, origin: object) -> None:
     if not np.isfinite(values).all():
         raise CheckpointError(
-            f"{origin}: tensor {name} holds values that are not finite numbers; the checkpoint is damaged, download it "
-            "again"
+            f"{origin}: tensor {name} holds values that are not finite numbers; the checkpoint is damaged, "
+            "download it again"
         )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Widths that no quantization block divides are filled with zeros, and the result stays that of the weights."""
+"""Widths that no quantization block divides are filled with zeros, which changes no result."""
 
 from pathlib import Path
 

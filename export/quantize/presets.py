@@ -96,8 +96,8 @@ def preset_for(preset: Preset, imported: ImportedQuantization | None) -> Preset:
     if preset.name not in ("int8", "int4", "int4-small"):
         raise UsageError(
             f"the checkpoint is quantized already ({imported.method}, {imported.bits} bits), which "
-            f"{preset.name} would do again; choose int8 or int4-small for the layers that it left out, or fp32 "
-            "to undo it"
+            f"{preset.name} would do again; choose int8 or int4-small for the layers that it left out, or "
+            "fp32 to undo it"
         )
     return replace(
         preset,

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A prompt for OpenCUA in our own words.
 
-OpenCUA was trained to answer a task and a screenshot with a thought, an action in words, and PyAutoGUI code. The
-prompt asks for just that; it is not the one of the project's own agent, whose text is not part of starkv. For
-figures that are to be compared with OpenCUA's publications take its prompt from the project.
+OpenCUA was trained to answer a task and a screenshot with a thought, an action in words, and PyAutoGUI code.
+The prompt asks for just that; it is not the one of the project's own agent, whose text is not part of starkv.
+For figures that are to be compared with OpenCUA's publications take its prompt from the project.
 """
 
 SYSTEM = """\
