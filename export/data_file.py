@@ -120,3 +120,11 @@ class DataFile:
             name=spec.name,
             base_dir=self._path.parent,
         )
+
+
+def move_weights(model: ir.Model, data: DataFile) -> None:
+    """Move a model's initializers of at least 1 KiB to a data file, in the order of the graph."""
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tensor.nbytes >= 1024:
+            value.const_value = data.write(str(value.name), tensor.numpy())

@@ -13,7 +13,7 @@ from starkv.errors import UsageError
 from starkv.export.cards import ModelCard
 from starkv.export.checkpoint import Checkpoint
 from starkv.export.compress import write_compress_graphs
-from starkv.export.data_file import DataFile
+from starkv.export.data_file import DataFile, move_weights
 from starkv.export.disk_space import check_disk_space, export_bytes
 from starkv.export.embedding import write_embedding
 from starkv.export.fingerprint import export_fingerprint
@@ -28,7 +28,8 @@ from starkv.export.quantize.presets import Preset, preset_for
 from starkv.export.record import RECORD_NAME, SCHEMA_VERSION, ExportRecord, Route, read_record, write_record
 from starkv.export.resume import NOTES, partial_directory, resumable_directory
 from starkv.export.side_files import copy_side_files, image_limits, special_tokens
-from starkv.export.weights import WeightSource, WeightWriter, move_weights
+from starkv.export.weight_source import WeightSource
+from starkv.export.weights import WeightWriter
 
 VISION = "vision"
 DECODER = "decoder"

@@ -10,7 +10,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from starkv.export.quantize.presets import Storage
-from starkv.export.weights import NO_PADDING, Padding, WeightWriter
+from starkv.export.weight_source import NO_PADDING, Padding
+from starkv.export.weights import WeightWriter
 from starkv.onnx_ops import DOMAIN, DOMAIN_VERSION, FULL_ATTENTION, KV_ATTENTION, OPSET, standard_functions
 
 # Oldest IR with 4-bit tensors; old readers refuse newer ones.

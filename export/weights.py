@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,53 +16,15 @@ import onnx_ir as ir
 from starkv.errors import CheckpointError, UsageError
 from starkv.export.data_file import DataFile, Room, TensorSpec
 from starkv.export.progress import Progress
-from starkv.export.quantize.blockwise import choose_block_size, pack_int4, quantize_rows
+from starkv.export.quantize.blockwise import choose_block_size, quantize_rows
 from starkv.export.quantize.columns import Bits, PackedWeight, QuantizedColumns
 from starkv.export.quantize.presets import Storage
+from starkv.export.quantized_storage import put_columns, quantized_specs
+from starkv.export.weight_source import NO_PADDING, LinearWeight, Padding, WeightSource
 
 # A chunk and what is computed from it stay in the processor's cache.
 _CHUNK_BYTES = 2 << 20
 _THREADS = min(4, os.cpu_count() or 1)
-
-
-class WeightSource(Protocol):
-    """Where weights come from; a :class:`~starkv.export.checkpoint.Checkpoint` is one."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor; [N, K] of a linear layer's weight, however it is stored."""
-
-    def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Rows ``start … stop-1`` of a tensor."""
-
-    def packed(self, name: str) -> PackedWeight | None:
-        """The weight as integers, if the checkpoint stores it so."""
-
-    def input_divisors(self, norm: str) -> npt.NDArray[np.float32] | None:
-        """[K]: what calibration has divided the outputs of the weight ``norm`` by; None if nothing."""
-
-
-@dataclass(frozen=True)
-class LinearWeight:
-    """A stored weight [K,N]: float32, or integer codes with scales [K/block_size,N]."""
-
-    values: ir.ExternalTensor
-    scales: ir.ExternalTensor | None = None
-    zero_points: ir.ExternalTensor | None = None
-    block_size: int | None = None
-    input_order: ir.ExternalTensor | None = None
-    """[K] int64: row k belongs to this input; None where they are in order."""
-
-
-@dataclass(frozen=True)
-class Padding:
-    """Sizes up to which a weight is filled with zeros; None leaves a side as it is."""
-
-    outputs: int | None = None
-    """Of each of the layers that are fused."""
-    inputs: int | None = None
-
-
-NO_PADDING = Padding()
 
 
 @dataclass(frozen=True)
@@ -217,18 +179,18 @@ class WeightWriter:
                 codes, scales = quantize_rows(chunk, bits, block_size)
                 _check_finite(scales, part.name, self._origin)
                 columns = QuantizedColumns(np.ascontiguousarray(codes.T), scales.T)
-                _put(rooms, part.first + start, columns, bits)
+                put_columns(rooms, part.first + start, columns, bits)
 
             self._run(parts, features, store)
 
-        stored = self._store(parts, _quantized_specs(name, bits, rows, columns, block_size), fill)
+        stored = self._store(parts, quantized_specs(name, bits, rows, columns, block_size), fill)
         return LinearWeight(stored[0], stored[1], block_size=block_size)
 
     def _store_packed(
         self, parts: Sequence[_Part], name: str, packed: PackedWeight, features: int, columns: int
     ) -> LinearWeight:
         bits, block_size = packed.bits, packed.block_size
-        specs = _quantized_specs(name, bits, features, columns, block_size)
+        specs = quantized_specs(name, bits, features, columns, block_size)
         if packed.has_zero_points:
             dtype = specs[0].dtype
             specs.append(TensorSpec(f"{name}.zero_points", dtype, (features // block_size, columns)))
@@ -241,7 +203,7 @@ class WeightWriter:
                 assert weight is not None  # fused_groups puts packed layers among themselves
                 chunk = weight.columns(start, stop)
                 _check_finite(chunk.scales, part.name, self._origin)
-                _put(rooms, part.first + start, chunk, bits)
+                put_columns(rooms, part.first + start, chunk, bits)
 
             self._run(parts, features, store)
 
@@ -285,39 +247,9 @@ def _chunks(parts: Sequence[_Part], step: int) -> Iterator[tuple[_Part, int, int
             yield part, start, min(start + step, part.outputs)
 
 
-def _quantized_specs(name: str, bits: Bits, rows: int, columns: int, block_size: int) -> list[TensorSpec]:
-    dtype = ir.DataType.INT4 if bits == 4 else ir.DataType.INT8
-    return [
-        TensorSpec(f"{name}.codes", dtype, (rows, columns)),
-        TensorSpec(f"{name}.scales", ir.DataType.FLOAT, (rows // block_size, columns)),
-    ]
-
-
-def _put(rooms: Sequence[Room], first: int, columns: QuantizedColumns, bits: Bits) -> None:
-    """Write columns into the rooms of codes, scales and perhaps zero points."""
-    end = first + columns.codes.shape[1]
-    rooms[1][:, first:end] = columns.scales
-    integers = [(rooms[0], columns.codes)]
-    if columns.zero_points is not None:
-        integers.append((rooms[2], columns.zero_points))
-    for room, codes in integers:
-        if bits == 4:
-            room[:, first // 2 : end // 2] = pack_int4(codes)
-        else:
-            room[:, first:end] = codes
-
-
 def _check_finite(values: npt.NDArray[Any], name: str, origin: object) -> None:
     if not np.isfinite(values).all():
         raise CheckpointError(
             f"{origin}: tensor {name} holds values that are not finite numbers; the checkpoint is damaged, "
             "download it again"
         )
-
-
-def move_weights(model: ir.Model, data: DataFile) -> None:
-    """Move a model's initializers of at least 1 KiB to a data file, in the order of the graph."""
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if tensor is not None and tensor.nbytes >= 1024:
-            value.const_value = data.write(str(value.name), tensor.numpy())

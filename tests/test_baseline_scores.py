@@ -149,7 +149,7 @@ def test_engines_keep_the_same_rows(name: str, ratio: float) -> None:
     assert kept is not None
     assert prefill.hidden_norm is not None
     kv = SimpleNamespace(keys=prefill.keys.numpy(), capacity=LENGTH)
-    arena: Any = SimpleNamespace(kv=kv, hidden_norm=prefill.hidden_norm.numpy())
+    arena: Any = SimpleNamespace(kv=kv, host_kv=kv, hidden_norm=prefill.hidden_norm.numpy())
 
     def score_window(window: int) -> np.ndarray:
         return SnapKV().score(random_prefill(window), rows)[:, 0].numpy()

@@ -195,6 +195,32 @@ def test_doctor_looks_at_everything(starkv: Command) -> None:
 
 
 @pytest.mark.parametrize(
+    ("setting", "tunables", "usable", "advised"),
+    [
+        ("always madvise [never]", "", False, False),
+        ("always [madvise] never", "", False, True),
+        ("always [madvise] never", "a.b=2:glibc.malloc.hugetlb=1", True, False),
+        ("[always] madvise never", "", True, False),
+    ],
+)
+def test_doctor_advises_huge_pages_where_they_are_to_be_had(
+    starkv: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    setting: str,
+    tunables: str,
+    usable: bool,
+    advised: bool,
+) -> None:
+    (tmp_path / "enabled").write_text(setting)
+    monkeypatch.setattr(doctor_module, "_HUGE_PAGES", tmp_path / "enabled")
+    monkeypatch.setenv("GLIBC_TUNABLES", tunables)
+    findings = json.loads(starkv("doctor", "--json").out)
+    pages = next(finding for finding in findings if finding["subject"] == "huge pages")
+    assert (pages["usable"], "GLIBC_TUNABLES" in pages["advice"]) == (usable, advised)
+
+
+@pytest.mark.parametrize(
     ("present", "advice"),
     [
         ({}, "pip install 'starkv[cpu]'"),

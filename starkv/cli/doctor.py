@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
+from pathlib import Path
 
 import typer
 from rich.table import Table
@@ -26,6 +27,8 @@ from starkv.kernels.library_paths import KERNELS, PLUGINS, kernel_libraries, plu
 
 GIB = 2**30
 _SMALL_DISK = 20 * GIB  # a 7B model: 5 GiB of engine, 16 GiB of checkpoint
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_HUGE_PAGES_OF_MALLOC = "glibc.malloc.hugetlb=1"
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,20 @@ def _disk() -> Finding:
         else "a 7B model needs about 20 GiB; free some, or set STARKV_ENGINES elsewhere"
     )
     return Finding("disk", free > _SMALL_DISK, f"{free / GIB:.0f} GiB free for engines in {home}", advice)
+
+
+def _huge_pages() -> Finding:
+    """Large models read gigabytes for each token, and finding out where a page lies takes time as well."""
+    if not _HUGE_PAGES.is_file():
+        return Finding("huge pages", False, "not known here")
+    setting = _HUGE_PAGES.read_text().partition("[")[2].partition("]")[0]
+    used = setting == "always" or (
+        setting == "madvise" and _HUGE_PAGES_OF_MALLOC in os.environ.get("GLIBC_TUNABLES", "")
+    )
+    advice = ""
+    if not used and setting == "madvise":
+        advice = f"large models decode faster with GLIBC_TUNABLES={_HUGE_PAGES_OF_MALLOC}"
+    return Finding("huge pages", used, f"transparent_hugepage is {setting}", advice)
 
 
 def _onnx_runtime() -> Finding:
@@ -207,6 +224,7 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     _python,
     _processor,
     _disk,
+    _huge_pages,
     _onnx_runtime,
     _export,
     _trace,
