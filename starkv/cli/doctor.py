@@ -104,7 +104,7 @@ def _huge_pages() -> Finding:
     )
     advice = ""
     if not used and setting == "madvise":
-        advice = f"large models decode faster with GLIBC_TUNABLES={_HUGE_PAGES_OF_MALLOC}"
+        advice = f"GLIBC_TUNABLES={_HUGE_PAGES_OF_MALLOC} may speed up decode of large models; try bench"
     return Finding("huge pages", used, f"transparent_hugepage is {setting}", advice)
 
 
