@@ -8,9 +8,9 @@ from pathlib import Path
 from starkv.errors import UsageError
 from starkv.export.checkpoint import Checkpoint
 from starkv.export.quantize.presets import Preset, Storage
+from starkv.export.safetensors_header import DTYPES
 
 GIB = 2**30
-_STORED = {"BF16": 2.0, "F16": 2.0, "F32": 4.0}
 
 
 def export_bytes(checkpoint: Checkpoint, preset: Preset) -> int:
@@ -20,7 +20,7 @@ def export_bytes(checkpoint: Checkpoint, preset: Preset) -> int:
         shape = checkpoint.shape(name)
         size = math.prod(shape)
         if ".embed_tokens." in name:
-            total += size * _STORED[checkpoint.stored_dtype(name)]
+            total += size * DTYPES[checkpoint.stored_dtype(name)].itemsize
             if not any(head.startswith("lm_head.") for head in checkpoint.names()):
                 total += size * _bytes_per_weight(preset.head, preset.block_size)
             continue
@@ -39,6 +39,12 @@ def _bytes_per_weight(storage: Storage, block_size: int) -> float:
     return (0.5 if storage == "int4" else 1.0) + 4.0 / block_size
 
 
+def free_space(out: Path) -> tuple[Path, int]:
+    """The folder whose file system ``out`` will lie in, and its free bytes; ``out`` need not exist."""
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    return above, shutil.disk_usage(above).free
+
+
 def check_disk_space(out: Path, needed: int, partial: Path | None = None) -> None:
     """Refuse to begin what can't be finished.
 
@@ -50,11 +56,10 @@ def check_disk_space(out: Path, needed: int, partial: Path | None = None) -> Non
     Raises:
         UsageError: there is less space.
     """
-    above = next(folder for folder in out.absolute().parents if folder.exists())
+    above, free = free_space(out)
     written = 0
     if partial is not None and partial.is_dir():
         written = sum(path.stat().st_size for path in partial.iterdir() if path.is_file())
-    free = shutil.disk_usage(above).free
     if free + written < needed:
         raise UsageError(
             f"{out} needs about {needed / GIB:.1f} GiB of disk space, {above} has {free / GIB:.1f} GiB free; "

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from starkv.export.data_file import Room, TensorSpec
 from starkv.export.quantize.blockwise import pack_int4
 from starkv.export.quantize.columns import Bits, QuantizedColumns
+from starkv.export.tensor_file import Room, TensorSpec
 
 
 def quantized_specs(name: str, bits: Bits, rows: int, columns: int, block_size: int) -> list[TensorSpec]:

@@ -7,7 +7,6 @@ nothing.
 
 import json
 import math
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from starkv.errors import CheckpointError, UsageError
+from starkv.export.disk_space import free_space
 from starkv.export.models.families import tensor_shapes
 from starkv.export.progress import NoProgress, Progress
 from starkv.export.random_checkpoint_tokenizer import end_of_text, special_token_ids, write_tokenizer
 from starkv.export.random_checkpoint_values import DTYPES, RandomDtype, RandomValues
-from starkv.export.safetensors_header import INDEX_NAME, SINGLE_NAME
+from starkv.export.safetensors_header import INDEX_NAME, SINGLE_NAME, header_bytes
 from starkv.export.staging import check_replaceable, staged_directory
 
 STAMP_NAME = "random_weights.json"
@@ -82,7 +82,10 @@ def write_random_checkpoint(
     special_token_ids(config)
     shapes = tensor_shapes(config)
     files = _plan_files(shapes, DTYPES[dtype].itemsize, shard_bytes)
-    headers = {name: _header(names, shapes, dtype) for name, names in files.items()}
+    headers = {
+        name: header_bytes({tensor: (_STORED[dtype][0], shapes[tensor]) for tensor in names})
+        for name, names in files.items()
+    }
     sizes = {
         name: len(headers[name]) + sum(_bytes(shapes[tensor], dtype) for tensor in names)
         for name, names in files.items()
@@ -154,23 +157,6 @@ def _plan_files(shapes: Shapes, item_size: int, shard_bytes: int) -> dict[str, l
     }
 
 
-def _header(names: Iterable[str], shapes: Shapes, dtype: RandomDtype) -> bytes:
-    """Length and header of a safetensors file with these tensors one after the other."""
-    fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name in names:
-        end = offset + _bytes(shapes[name], dtype)
-        fields[name] = {
-            "dtype": _STORED[dtype][0],
-            "shape": list(shapes[name]),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    header = json.dumps(fields).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header
-
-
 def _write_file(
     path: Path, header: bytes, names: Iterable[str], shapes: Shapes, values: RandomValues, progress: Progress
 ) -> None:
@@ -223,8 +209,7 @@ def _is_complete(folder: Path, stamp: _Stamp) -> bool:
 
 def _check_space(folder: Path, needed: int) -> None:
     """Refuse to begin what the disk can't hold."""
-    place = next(parent for parent in folder.absolute().parents if parent.is_dir())
-    free = shutil.disk_usage(place).free
+    place, free = free_space(folder)
     if free < needed + needed // 100:
         raise UsageError(
             f"the random checkpoint {folder} needs {needed / 1e9:.1f} GB, but {place} has "

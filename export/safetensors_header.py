@@ -3,6 +3,7 @@
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,25 @@ def read_header(path: Path) -> tuple[dict[str, TensorHeader], int]:
     for name, tensor in tensors.items():
         _check_tensor(path, name, tensor, 8 + length, size)
     return tensors, 8 + length
+
+
+def header_bytes(tensors: Mapping[str, tuple[str, Sequence[int]]], alignment: int = 8) -> bytes:
+    """The beginning of a file whose tensors lie one behind the other.
+
+    Args:
+        tensors: dtype, as safetensors spells it, and shape of each, in order.
+        alignment: the first tensor begins at a multiple of so many bytes.
+    """
+    fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        end = offset + math.prod(shape) * DTYPES[dtype].itemsize
+        fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    header = json.dumps(fields).encode()
+    # Filling up with spaces is part of the format.
+    header += b" " * (-(8 + len(header)) % alignment)
+    return len(header).to_bytes(8, "little") + header
 
 
 def _check_tensor(path: Path, name: str, tensor: TensorHeader, start: int, size: int) -> None:

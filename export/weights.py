@@ -14,12 +14,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from starkv.errors import CheckpointError, UsageError
-from starkv.export.data_file import DataFile, Room, TensorSpec
+from starkv.export.data_file import DataFile
 from starkv.export.progress import Progress
-from starkv.export.quantize.blockwise import choose_block_size, quantize_rows
+from starkv.export.quantize.blockwise import choose_block_size, fitting_block_size, quantize_rows
 from starkv.export.quantize.columns import Bits, PackedWeight, QuantizedColumns
 from starkv.export.quantize.presets import Storage
 from starkv.export.quantized_storage import put_columns, quantized_specs
+from starkv.export.tensor_file import Room, TensorSpec
 from starkv.export.weight_source import NO_PADDING, LinearWeight, Padding, WeightSource
 
 # A chunk and what is computed from it stay in the processor's cache.
@@ -115,11 +116,9 @@ class WeightWriter:
         """Smallest number of features from ``features`` that blocks of a quantized storage divide."""
         if storage == "fp32" or any(self._packed(name) for name in names):
             return features
-        try:
-            choose_block_size(features, self._block_size, "")
-        except UsageError:
-            return -(-features // self._block_size) * self._block_size
-        return features
+        if fitting_block_size(features, self._block_size) is not None:
+            return features
+        return -(-features // self._block_size) * self._block_size
 
     def linear(
         self, names: Sequence[str], name: str, storage: Storage, padding: Padding = NO_PADDING

@@ -17,8 +17,8 @@ from tiny_model import HIDDEN
 from starkv.export.build.ort import build_ort_engine
 from starkv.export.lower import ort_weights
 from starkv.export.lower.ort import lower_to_ort
-from starkv.export.lower.tensor_file import TensorFile
 from starkv.export.record import read_record
+from starkv.export.tensor_file import TensorFile
 
 FEATURES, OUTPUTS, BLOCK = 96, 10, 32
 

@@ -175,7 +175,7 @@ def test_real_weights_are_never_overwritten(tmp_path: Path) -> None:
 def test_a_small_disk_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda place: SimpleNamespace(free=100_000))
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=100_000))
     with pytest.raises(UsageError, match=r"needs 0\.0 GB, but .* has 0\.0 GB free"):
         write_random_checkpoint(small_config(), tmp_path / "deep" / "model")
     assert os.listdir(tmp_path) == []

@@ -19,12 +19,13 @@ from tiny_model import tiny_card
 
 from starkv.errors import CheckpointError, UsageError
 from starkv.export import export_model as export_module
-from starkv.export.data_file import DataFile, TensorSpec
+from starkv.export.data_file import DataFile
 from starkv.export.export_model import export_model
 from starkv.export.journal import JOURNAL_NAME, Journal
 from starkv.export.quantize import blockwise
 from starkv.export.quantize.presets import PRESETS
 from starkv.export.resume import NOTES, partial_directory, resumable_directory
+from starkv.export.tensor_file import TensorSpec
 from starkv.export.weights import WeightWriter
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from starkv.errors import UsageError
 from starkv.export.build.manifest import write_manifest
+from starkv.export.disk_space import free_space
 from starkv.export.lower.ort import lower_to_ort
 from starkv.export.progress import NoProgress, Progress
 from starkv.export.record import read_record
@@ -92,7 +93,7 @@ def _enough_space(export_dir: Path, staging: Path, names: list[str], link: bool)
     """
     # Hard links need no room, but which data files are only linked is not known before.
     new = [name for name in names if not link or name.endswith((".data", ".onnx"))]
-    needed, free = sum((export_dir / name).stat().st_size for name in new), shutil.disk_usage(staging).free
+    needed, (_, free) = sum((export_dir / name).stat().st_size for name in new), free_space(staging)
     message = (
         f"no room for the engine: it needs {needed / _GIB:.2f} GiB in {staging.parent}, and "
         f"{free / _GIB:.2f} GiB are free; free some, or choose another --out"

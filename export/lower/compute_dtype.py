@@ -8,7 +8,7 @@ come in as float32 and are rounded once, as PyTorch does it.
 
 import onnx_ir as ir
 
-from starkv.export.lower.tensor_file import TensorFile
+from starkv.export.tensor_file import TensorFile
 
 ISLANDS = frozenset(
     ("RMSNormalization", "SkipSimplifiedLayerNormalization", "LayerNormalization", "ReduceL2", "Where")

@@ -19,7 +19,7 @@ from starkv.export.lower.ort_attention import (
 )
 from starkv.export.lower.ort_matmul import lower_quantized_linears, quantized_linears
 from starkv.export.lower.ort_norm import fuse_residual_norms
-from starkv.export.lower.tensor_file import TensorFile
+from starkv.export.tensor_file import TensorFile
 from starkv.manifest import ComputeDtype
 
 _DTYPES: dict[ComputeDtype, ir.DataType] = {

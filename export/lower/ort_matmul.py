@@ -13,8 +13,8 @@ import onnx_ir as ir
 
 from starkv.export.lower.ort_attention import MICROSOFT, replace_node
 from starkv.export.lower.ort_weights import transposed_scales, unsigned_codes, unsigned_zero_points
-from starkv.export.lower.tensor_file import TensorFile
 from starkv.export.quantize.columns import Bits
+from starkv.export.tensor_file import TensorFile
 from starkv.host import usable_processors
 
 _ACCURACY_LEVEL = 4

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from starkv.export.lower.tensor_file import Bytes, TensorFile, stored_bytes, stored_values
 from starkv.export.quantize.columns import Bits
+from starkv.export.tensor_file import Bytes, TensorFile, stored_bytes, stored_values
 
 _STRIPE_BYTES = 16 << 20
 _LEAST_COLUMNS = 64

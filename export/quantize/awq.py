@@ -17,14 +17,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from starkv.errors import UsageError
 from starkv.export.models.config import ModelConfig
 from starkv.export.progress import NoProgress, Progress
 from starkv.export.quantize.awq_clip import search_clips
 from starkv.export.quantize.awq_plan import GroupName, GroupResult, LayerScales, ScalePlan
 from starkv.export.quantize.awq_scales import Rounding, search_group
 from starkv.export.quantize.awq_source import LAYERS, Rows, ScaledSource
-from starkv.export.quantize.blockwise import choose_block_size
+from starkv.export.quantize.blockwise import fitting_block_size
 from starkv.export.quantize.calibration import CalibrationSequence, digest
 from starkv.export.quantize.presets import Preset
 from starkv.export.quantize.torch_layer import (
@@ -158,11 +157,8 @@ class _Search:
         }
 
     def _rounding(self, features: int) -> Rounding:
-        try:
-            block_size = choose_block_size(features, self.preset.block_size, "")
-        except UsageError:
-            # Such widths are filled up with zeros when they are stored.
-            block_size = self.preset.block_size
+        # Widths that no block divides are filled up with zeros when they are stored.
+        block_size = fitting_block_size(features, self.preset.block_size) or self.preset.block_size
         return Rounding(4 if self.preset.decoder == "int4" else 8, block_size)
 
 

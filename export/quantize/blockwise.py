@@ -11,15 +11,20 @@ BLOCK_SIZES = (128, 64, 32)
 """Block sizes in the order in which they are tried; runtimes have fast kernels for these."""
 
 
+def fitting_block_size(features: int, preferred: int) -> int | None:
+    """Largest block size up to ``preferred`` that divides ``features``, or None."""
+    return next((size for size in BLOCK_SIZES if size <= preferred and features % size == 0), None)
+
+
 def choose_block_size(features: int, preferred: int, name: str) -> int:
     """Return the largest block size up to ``preferred`` that divides the ``features`` of layer ``name``.
 
     Raises:
         UsageError: none does.
     """
-    for size in BLOCK_SIZES:
-        if size <= preferred and features % size == 0:
-            return size
+    size = fitting_block_size(features, preferred)
+    if size is not None:
+        return size
     raise UsageError(
         f"{name} has {features} input features, which no block size of {BLOCK_SIZES} divides; export as fp32"
     )

@@ -93,7 +93,7 @@ def preset_for(preset: Preset, imported: ImportedQuantization | None) -> Preset:
     """
     if imported is None or preset.name == "fp32" or preset.keep_packed:
         return preset
-    if preset.name not in ("int8", "int4", "int4-small"):
+    if preset.calibrated:
         raise UsageError(
             f"the checkpoint is quantized already ({imported.method}, {imported.bits} bits), which "
             f"{preset.name} would do again; choose int8 or int4-small for the layers that it left out, or "
