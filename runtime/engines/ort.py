@@ -14,13 +14,11 @@ from numpy.typing import NDArray
 from starkv.errors import EngineError
 from starkv.host import cpu_model
 from starkv.methods.names import ENGINE_METHODS, FULL
-from starkv.methods.rows import PromptRows
 from starkv.runtime.engines.base import EngineInfo, Floats, Rope, check_kv_method, kv_bytes_per_row
 from starkv.runtime.engines.ort_base import CPU_PROVIDER, OrtBase, store_norms
 from starkv.runtime.engines.ort_compress import OrtCompressor
 from starkv.runtime.engines.ort_decode import DecodeStep, bind_array, bind_cache
 from starkv.runtime.kv.buffers import Arena, KvBuffers, Pool
-from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
 
 PREFILL_CHUNK = 512
 """Rows per prefill call: bounds the activations' memory; larger chunks are no faster on the CPU."""
@@ -132,18 +130,6 @@ class OrtEngine(OrtBase):
         arena.q_window = q_window.numpy()
         store_norms(arena, hidden_norm.numpy(), rows)
         lengths += rows
-
-    def compress(
-        self,
-        arena: Arena,
-        pool: Pool,
-        handle: int,
-        prompt: PromptRows,
-        policy: KvPolicy,
-        memory: StarKVMemory | None = None,
-    ) -> Compressed:
-        check_kv_method(self.info, policy.method)
-        return self._compressor.compress(arena, pool, pool.slot_of(handle), prompt, policy, memory)
 
     def decode(self, pool: Pool, embeds: Floats, rope: Rope) -> Floats:
         self._check_decode(pool, embeds)

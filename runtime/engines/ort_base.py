@@ -11,11 +11,12 @@ import numpy as np
 from starkv.errors import EngineError, UsageError
 from starkv.host import usable_processors
 from starkv.manifest import Manifest, read_manifest, verify_files
+from starkv.methods.rows import PromptRows
 from starkv.runtime.engines.base import EngineInfo, Floats, Rope, check_kv_method
 from starkv.runtime.engines.embedding import EmbeddingTable
 from starkv.runtime.engines.ort_compress import OrtCompressor
 from starkv.runtime.kv.buffers import Arena, Pool
-from starkv.runtime.kv.policy import KvPolicy
+from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
 from starkv.runtime.preprocess.image import ImageInputs
 from starkv.runtime.preprocess.vision_plan import plan_vision
 
@@ -190,6 +191,18 @@ class OrtBase(ABC):
             self._prefill_chunk(arena, embeds[None, part], tables, logits, options)
         row: Floats = logits[0]
         return row
+
+    def compress(
+        self,
+        arena: Arena,
+        pool: Pool,
+        handle: int,
+        prompt: PromptRows,
+        policy: KvPolicy,
+        memory: StarKVMemory | None = None,
+    ) -> Compressed:
+        check_kv_method(self.info, policy.method)
+        return self._compressor.compress(arena, pool, pool.slot_of(handle), prompt, policy, memory)
 
     def _check_decode(self, pool: Pool, embeds: Floats) -> None:
         expected = (pool.active, self._manifest.text.hidden)

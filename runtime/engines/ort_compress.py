@@ -95,15 +95,17 @@ class OrtCompressor:
     def _copy(self, arena: Arena, pool: Pool, slot: int, memory: StarKVMemory | None) -> Compressed:
         rows = int(arena.kv.lengths.max())
         check_room(rows, pool)
-        for source, target in (
-            (arena.host_kv.keys, pool.host_kv.keys),
-            (arena.host_kv.values, pool.host_kv.values),
-        ):
-            target[:, slot, :, :rows] = source[:, 0, :, :rows]
+        self._copy_rows(arena, pool, slot, rows)
         pool.kv.row_meta[:, slot, :rows] = arena.kv.row_meta[:, 0, :rows]
         pool.kv.lengths[:, slot] = arena.kv.lengths[:, 0]
         every = np.broadcast_to(np.arange(rows), (self._text.layers, 1, rows))
         return Compressed(every, memory=memory)
+
+    def _copy_rows(self, arena: Arena, pool: Pool, slot: int, rows: int) -> None:
+        """Copy the arena's first ``rows`` keys and values into a slot."""
+        source, target = arena.host_kv, pool.host_kv
+        target.keys[:, slot, :, :rows] = source.keys[:, 0, :, :rows]
+        target.values[:, slot, :, :rows] = source.values[:, 0, :, :rows]
 
     def _star_kv(
         self, arena: Arena, pool: Pool, slot: int, prompt: PromptRows, policy: KvPolicy, memory: StarKVMemory
@@ -116,16 +118,7 @@ class OrtCompressor:
                 "k": arena.host_kv.keys,
                 "v": arena.host_kv.values,
                 "q_window": np.ascontiguousarray(arena.q_window[..., -request.window :, :]),
-                "hidden_norm": arena.hidden_norm,
-                "kv_len": arena.kv.lengths,
-                "row_meta": arena.kv.row_meta,
-                "frame": request.frame.as_array(),
-                "parameters": request.plan.as_array(),
-                "limits": request.limits.as_array(),
-                "mi_ema": memory.mi_ema,
-                "pattern_ema": pattern,
-                "temperature": memory.temperature,
-                "slot": np.array([slot], np.int32),
+                **star_kv_inputs(arena, slot, request, pattern, memory),
             },
             ("new_len", "rows", "scores", "stages", "new_mi_ema", "new_pattern_ema", "new_temperature"),
         )
@@ -200,6 +193,24 @@ class OrtCompressor:
                 bind_array(binding.bind_output, f"new_{name}", array)
         session.run_with_iobinding(binding)
         return {name: value.numpy() for name, value in zip(wanted, binding.get_outputs(), strict=False)}
+
+
+def star_kv_inputs(
+    arena: Arena, slot: int, request: StarKVRequest, pattern: NDArray[np.float32], memory: StarKVMemory
+) -> dict[str, Array]:
+    """What the operator ``Compress`` takes beside caches and queries, by its names."""
+    return {
+        "hidden_norm": arena.hidden_norm,
+        "kv_len": arena.kv.lengths,
+        "row_meta": arena.kv.row_meta,
+        "frame": request.frame.as_array(),
+        "parameters": request.plan.as_array(),
+        "limits": request.limits.as_array(),
+        "mi_ema": memory.mi_ema,
+        "pattern_ema": pattern,
+        "temperature": memory.temperature,
+        "slot": np.array([slot], np.int32),
+    }
 
 
 def star_kv_result(request: StarKVRequest, outputs: dict[str, Array], length: int) -> Compressed:

@@ -16,7 +16,6 @@ import numpy as np
 from starkv.errors import EngineError
 from starkv.host import cpu_model
 from starkv.methods.names import ENGINE_METHODS, FULL
-from starkv.methods.rows import PromptRows
 from starkv.runtime.engines.base import EngineInfo, Floats, Rope, check_kv_method, kv_bytes_per_row
 from starkv.runtime.engines.cuda_driver import CudaDevice
 from starkv.runtime.engines.ort_base import CPU_PROVIDER, OrtBase, Providers, store_norms
@@ -27,7 +26,6 @@ from starkv.runtime.engines.ort_cuda_gpu import CUDA_PROVIDER, usable_gpu
 from starkv.runtime.engines.ort_cuda_memory import DeviceArena, DeviceKv, device_arena, device_kv
 from starkv.runtime.engines.ort_cuda_tensor import Device, DeviceTensor, HostDevice, numpy_dtype
 from starkv.runtime.kv.buffers import Arena, Pool
-from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
 
 PREFILL_CHUNK = 2048
 """Rows per prefill call: enough to fill a GPU, and a bound for the memory of activations."""
@@ -213,18 +211,6 @@ class OrtDeviceEngine(OrtBase):
         logits[:] = result.read()
         store_norms(arena, norms.read(), rows)
         lengths += rows
-
-    def compress(
-        self,
-        arena: Arena,
-        pool: Pool,
-        handle: int,
-        prompt: PromptRows,
-        policy: KvPolicy,
-        memory: StarKVMemory | None = None,
-    ) -> Compressed:
-        check_kv_method(self.info, policy.method)
-        return self._compressor.compress(arena, pool, pool.slot_of(handle), prompt, policy, memory)
 
     def decode(self, pool: Pool, embeds: Floats, rope: Rope) -> Floats:
         self._check_decode(pool, embeds)

@@ -29,7 +29,12 @@ from starkv.kernels.library_paths import kernel_libraries
 from starkv.manifest import ComputeDtype, Manifest
 from starkv.methods.rows import PromptRows
 from starkv.methods.star_kv_request import StarKVRequest
-from starkv.runtime.engines.ort_compress import OrtCompressor, check_room, star_kv_result
+from starkv.runtime.engines.ort_compress import (
+    OrtCompressor,
+    check_room,
+    star_kv_inputs,
+    star_kv_result,
+)
 from starkv.runtime.engines.ort_cuda_memory import DeviceArena, DeviceKv, copy_rows, device_arena, device_kv
 from starkv.runtime.engines.ort_cuda_tensor import Device, DeviceTensor
 from starkv.runtime.kv.buffers import Arena, KvBuffers, Pool
@@ -81,23 +86,14 @@ class DeviceCompressor(OrtCompressor):
         """Whether STaR-KV runs where the cache lies."""
         return self._kernels is not None
 
-    def _copy(self, arena: Arena, pool: Pool, slot: int, memory: StarKVMemory | None) -> Compressed:
-        rows, target = int(arena.kv.lengths.max()), device_kv(pool.kv)
-        check_room(rows, pool)
-        copy_rows(device_kv(arena.kv), 0, target, slot, rows)
-        target.row_meta[:, slot, :rows] = arena.kv.row_meta[:, 0, :rows]
-        target.lengths[:, slot] = arena.kv.lengths[:, 0]
-        every = np.broadcast_to(np.arange(rows), (self._text.layers, 1, rows))
-        return Compressed(every, memory=memory)
+    def _copy_rows(self, arena: Arena, pool: Pool, slot: int, rows: int) -> None:
+        copy_rows(device_kv(arena.kv), 0, device_kv(pool.kv), slot, rows)
 
     def _star_kv(
         self, arena: Arena, pool: Pool, slot: int, prompt: PromptRows, policy: KvPolicy, memory: StarKVMemory
     ) -> Compressed:
         if self._kernels is None:
-            compress = super()._star_kv
-            return self._on_host(
-                arena, pool, slot, prompt, policy, lambda a, p: compress(a, p, 0, prompt, policy, memory)
-            )
+            return self._on_host(super()._star_kv, arena, pool, slot, prompt, policy, memory)
         request, pattern = self._prepare_star_kv(arena, pool, prompt, policy, memory)
         target = device_kv(pool.kv)
         outputs, meta = self._launch(
@@ -147,16 +143,7 @@ class DeviceCompressor(OrtCompressor):
             "dst_v": target.values,
         }
         arrays: dict[str, NDArray[Any]] = {
-            "hidden_norm": arena.hidden_norm,
-            "kv_len": arena.kv.lengths,
-            "row_meta": arena.kv.row_meta,
-            "frame": request.frame.as_array(),
-            "parameters": request.plan.as_array(),
-            "limits": request.limits.as_array(),
-            "mi_ema": memory.mi_ema,
-            "pattern_ema": pattern,
-            "temperature": memory.temperature,
-            "slot": np.array([slot], np.int32),
+            **star_kv_inputs(arena, slot, request, pattern, memory),
             "dst_meta": target.row_meta,
         }
         tensors |= {name: DeviceTensor.of(self._ort, self._device, array) for name, array in arrays.items()}
@@ -207,25 +194,24 @@ class DeviceCompressor(OrtCompressor):
         policy: KvPolicy,
         memory: StarKVMemory | None,
     ) -> Compressed:
-        compress = super()._baseline
-        return self._on_host(
-            arena, pool, slot, prompt, policy, lambda a, p: compress(a, p, 0, prompt, policy, memory)
-        )
+        return self._on_host(super()._baseline, arena, pool, slot, prompt, policy, memory)
 
     def _on_host(
         self,
+        compress: Callable[..., Compressed],
         arena: Arena,
         pool: Pool,
         slot: int,
         prompt: PromptRows,
         policy: KvPolicy,
-        compress: Callable[[Arena, Pool], Compressed],
+        memory: StarKVMemory | None,
     ) -> Compressed:
         """Compress a copy in host memory, then copy what is left of it into the slot."""
         most = self.most_rows(prompt.length, policy)
         check_room(most, pool)
         kept = Pool(KvBuffers.allocate(self._text, 1, most))
-        result = compress(device_arena(arena).on_host(self._text), kept)
+        on_host = device_arena(arena).on_host(self._text)
+        result: Compressed = compress(on_host, kept, 0, prompt, policy, memory)
         target, rows = device_kv(pool.kv), int(kept.kv.lengths.max())
         target.write_rows(slot, kept.host_kv.keys[:, 0, :, :rows], kept.host_kv.values[:, 0, :, :rows])
         target.lengths[:, slot] = kept.kv.lengths[:, 0]
