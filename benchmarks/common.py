@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the benchmarks share: the embedded model in both worlds, and how results are kept."""
 
-import datetime
 import json
 import math
-import platform
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import describe_machine
 from PIL import Image
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
@@ -21,7 +19,7 @@ from starkv.export.build.ort import build_ort_engine
 from starkv.export.cards import resolve_model
 from starkv.export.export_model import export_model
 from starkv.export.quantize.presets import load_preset
-from starkv.host import cpu_model, usable_processors
+from starkv.validation.report import installed_versions
 
 MODEL = Path(__file__).parent.parent / "models" / "gui-tiny"
 sys.path.insert(0, str(MODEL / "train"))
@@ -84,18 +82,6 @@ def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float
     return center - half, center + half
 
 
-def describe_machine() -> dict[str, Any]:
-    """Date, versions and machine of a run."""
-    packages = ("starkv", "onnxruntime", "torch", "transformers", "numpy")
-    return {
-        "date": datetime.date.today().isoformat(),
-        "processor": cpu_model(),
-        "threads": usable_processors(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-    }
-
-
 def report(table: list[tuple[str, ...]], figures: dict[str, Any], out: Path | None) -> None:
     """Print ``table`` (header first) as Markdown and write ``figures`` as JSON."""
     header, *rows = table
@@ -103,5 +89,7 @@ def report(table: list[tuple[str, ...]], figures: dict[str, Any], out: Path | No
     for row in rows:
         print(f"| {' | '.join(row)} |")
     if out:
-        out.write_text(json.dumps({**describe_machine(), **figures}, indent=2) + "\n")
+        out.write_text(
+            json.dumps({**describe_machine(), "versions": installed_versions(), **figures}, indent=2) + "\n"
+        )
         print(f"written to {out}", file=sys.stderr)

@@ -16,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,8 +141,9 @@ def plugin() -> Result:
 
 def engine() -> Result:
     """ONNX Runtime's engine on the GPU: agreement with the processor's, speed, memory."""
+    if find_spec("onnx_ir") is None:
+        raise SkippedError("onnx_ir is not installed; pip install 'starkv[cuda,export]'")
     try:
-        import onnx_ir  # noqa: F401
         from engine_gpu import run
 
         from starkv.runtime.engines.ort_cuda_gpu import ready_gpu

@@ -38,7 +38,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peers_machine import describe_machine, load_average, memory_mib
+from machine import describe_machine, load_average, memory_mib
 from peers_models import GENAI, STARKV, SYSTEMS, prepare_model, weight_bytes
 from peers_report import Test, figures, markdown, plan_tests
 from peers_run import DISTURBED, Run, note

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peers_machine import OthersShare, load_average
+from machine import OthersShare, load_average
 from peers_models import STARKV
 from peers_protocol import SystemFailedError, Worker
 from peers_report import Test

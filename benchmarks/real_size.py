@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from peers_machine import describe_machine, load_average
+from machine import describe_machine, load_average
 from peers_run import note
 from real_size_memory import StepFailedError
 from real_size_steps import MODELS, Options, Steps

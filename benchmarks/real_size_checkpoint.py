@@ -11,13 +11,15 @@ from peers_shapes import SIZES, checkpoint_config
 from real_size_steps import CARD
 
 from starkv.export.cards import config_of_card, load_card
-from starkv.export.random_checkpoint import read_config, write_random_checkpoint
+from starkv.export.json_file import read_json_object
+from starkv.export.random_checkpoint import write_random_checkpoint
 
 if __name__ == "__main__":
     model, folder = sys.argv[1], Path(sys.argv[2])
     if model == "7b":
         card = load_card(CARD)
         limits = (card.min_pixels, card.max_pixels)
-        write_random_checkpoint(read_config(config_of_card(card)), folder, pixel_limits=limits)
+        sizes = read_json_object(config_of_card(card), "it has the sizes")
+        write_random_checkpoint(sizes, folder, pixel_limits=limits)
     else:
         write_random_checkpoint(checkpoint_config(SIZES[model]), folder)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Hugging Face checkpoint folder: ``config.json`` and safetensors, mapped lazily and read in row chunks."""
 
-import json
 import math
 import mmap
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from starkv.errors import CheckpointError
+from starkv.export.json_file import read_json_object
 from starkv.export.models.families import family_of
 from starkv.export.quantize.columns import ImportedQuantization, PackedWeight
 from starkv.export.quantize.imported.common import ImportedWeight, dequantize_rows
@@ -56,7 +56,7 @@ class Checkpoint:
                 f"checkpoint folder {folder} does not exist; check the path or download the model"
             )
         self.folder = folder
-        self.config = _read_config(folder / "config.json")
+        self.config = read_json_object(folder / "config.json", "the folder is no Hugging Face checkpoint")
         self.family = family_of(self.config, folder / "config.json")
         importer = choose_importer(self.config, folder / "config.json")
         self.quantization: ImportedQuantization | None = None
@@ -154,18 +154,6 @@ class Checkpoint:
             offset = start + tensor.data_offsets[0]
             entry = StoredTensor(path, name, mapping, offset, tensor.shape, tensor.dtype)
             self._entries[canonical_name(name)] = entry
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; the folder is no Hugging Face checkpoint") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}); download it again") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds no JSON object; download it again")
-    return config
 
 
 def _check_embedding(packed: dict[str, ImportedWeight], folder: Path) -> None:

@@ -20,8 +20,8 @@ from starkv.export.fingerprint import export_fingerprint
 from starkv.export.graph import GraphBuilder
 from starkv.export.journal import Journal
 from starkv.export.models.config import ModelConfig
-from starkv.export.models.families import Family, check_tensors, family_of
-from starkv.export.models.qwen2_5_vl_decoder import EMBEDDING, HEAD, build_decoder
+from starkv.export.models.families import Family, check_tensors
+from starkv.export.models.qwen2_decoder import EMBEDDING, HEAD, build_decoder
 from starkv.export.progress import NoProgress, Progress
 from starkv.export.quantize.calibration import Calibration
 from starkv.export.quantize.presets import Preset, preset_for
@@ -101,10 +101,9 @@ def export_model(
     """
     progress = progress or NoProgress()
     with Checkpoint(folder) as checkpoint:
-        path = folder / "config.json"
-        family = family_of(checkpoint.config, path)
-        config = family.parse_config(checkpoint.config, path)
-        check_tensors(checkpoint, checkpoint.config)
+        family = checkpoint.family
+        config = family.parse_config(checkpoint.config, folder / "config.json")
+        check_tensors(checkpoint, family, config)
         preset = preset_for(preset, checkpoint.quantization)
         if route == "trace" and preset.name != "fp32":
             raise UsageError(

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from starkv.errors import CheckpointError, UsageError
+from starkv.errors import UsageError
 from starkv.export.disk_space import free_space
 from starkv.export.models.families import tensor_shapes
 from starkv.export.progress import NoProgress, Progress
@@ -215,20 +215,3 @@ def _check_space(folder: Path, needed: int) -> None:
             f"the random checkpoint {folder} needs {needed / 1e9:.1f} GB, but {place} has "
             f"{free / 1e9:.1f} GB free; free some, choose another place, or take fewer --layers"
         )
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Parse a ``config.json`` that random weights are to be made for.
-
-    Raises:
-        CheckpointError: it is missing or holds no JSON object.
-    """
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; random weights need the sizes in it") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return config

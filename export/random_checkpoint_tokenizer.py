@@ -54,52 +54,55 @@ _QWEN_NEEDED = (
     "<|image_pad|>",
 )
 
-_QWEN_TEMPLATE = """\
-{%- if messages[0]['role'] != 'system' -%}
-{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
-{%- endif -%}
-{%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\\n' -}}
-{%- if message['content'] is string -%}
-{{- message['content'] -}}
-{%- else -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'image' or part['type'] == 'image_url' -%}
-{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
-{%- elif part['type'] == 'text' -%}
-{{- part['text'] -}}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{- '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
+
+def _chat_template(default: str, begin: str, image: str, end: str) -> str:
+    """A chat template like those on the Hub.
+
+    Args:
+        default: system prompt of a conversation without one.
+        begin: of a turn, with ``ROLE`` for its role.
+        image: what stands for an image.
+        end: of a turn.
+    """
+    turn = "{{- '" + begin.replace("ROLE", "' + message['role'] + '") + "' -}}"
+    system, assistant = (begin.replace("ROLE", role) for role in ("system", "assistant"))
+    return f"""\
+{{%- if messages[0]['role'] != 'system' -%}}
+{{{{- '{system}{default}{end}' -}}}}
+{{%- endif -%}}
+{{%- for message in messages -%}}
+{turn}
+{{%- if message['content'] is string -%}}
+{{{{- message['content'] -}}}}
+{{%- else -%}}
+{{%- for part in message['content'] -%}}
+{{%- if part['type'] == 'image' or part['type'] == 'image_url' -%}}
+{{{{- '{image}' -}}}}
+{{%- elif part['type'] == 'text' -%}}
+{{{{- part['text'] -}}}}
+{{%- endif -%}}
+{{%- endfor -%}}
+{{%- endif -%}}
+{{{{- '{end}' -}}}}
+{{%- endfor -%}}
+{{%- if add_generation_prompt -%}}
+{{{{- '{assistant}' -}}}}
+{{%- endif -%}}
 """
-_OPENCUA_TEMPLATE = """\
-{%- if messages[0]['role'] != 'system' -%}
-{{- '<|im_system|>system<|im_middle|>You are a helpful assistant<|im_end|>' -}}
-{%- endif -%}
-{%- for message in messages -%}
-{{- '<|im_' + message['role'] + '|>' + message['role'] + '<|im_middle|>' -}}
-{%- if message['content'] is string -%}
-{{- message['content'] -}}
-{%- else -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'image' or part['type'] == 'image_url' -%}
-{{- '<|media_begin|>image<|media_content|><|media_placeholder|><|media_end|>' -}}
-{%- elif part['type'] == 'text' -%}
-{{- part['text'] -}}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{- '<|im_end|>' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|im_assistant|>assistant<|im_middle|>' -}}
-{%- endif -%}
-"""
+
+
+_QWEN_TEMPLATE = _chat_template(
+    "You are a helpful assistant.",
+    "<|im_start|>ROLE\\n",
+    "<|vision_start|><|image_pad|><|vision_end|>",
+    "<|im_end|>\\n",
+)
+_OPENCUA_TEMPLATE = _chat_template(
+    "You are a helpful assistant",
+    "<|im_ROLE|>ROLE<|im_middle|>",
+    "<|media_begin|>image<|media_content|><|media_placeholder|><|media_end|>",
+    "<|im_end|>",
+)
 
 
 def special_token_ids(config: Mapping[str, Any]) -> dict[str, int]:

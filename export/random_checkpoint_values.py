@@ -34,9 +34,9 @@ def parse_random_dtype(name: str) -> RandomDtype:
     Raises:
         UsageError: no such dtype.
     """
-    for known in get_args(RandomDtype):
-        if name == known:
-            return known  # type: ignore[no-any-return]
+    known: RandomDtype | None = next((dtype for dtype in get_args(RandomDtype) if dtype == name), None)
+    if known is not None:
+        return known
     raise UsageError(f"unknown dtype {name!r} for random weights; known: {', '.join(DTYPES)}")
 
 

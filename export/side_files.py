@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The small files of a checkpoint that an engine needs besides the graphs, and what they say."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from starkv.errors import CheckpointError
+from starkv.export.json_file import read_json_object
 from starkv.export.tokenizer_file import added_tokens, write_tokenizer
 from starkv.manifest import ImageLimits, SpecialTokens
 
@@ -35,7 +35,7 @@ def copy_side_files(source: Path, target: Path) -> None:
     for name in OPTIONAL:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    write_tokenizer(source, target, _read_json(source / _TOKENIZER_CONFIG))
+    write_tokenizer(source, target, read_json_object(source / _TOKENIZER_CONFIG))
     (target / CHAT_TEMPLATE).write_text(_chat_template(source))
 
 
@@ -44,7 +44,7 @@ def _chat_template(source: Path) -> str:
         return (source / CHAT_TEMPLATE).read_text()
     # Older checkpoints keep it inside a JSON file.
     for name in ("chat_template.json", "tokenizer_config.json"):
-        template = _read_json(source / name).get("chat_template")
+        template = read_json_object(source / name).get("chat_template")
         if isinstance(template, str):
             return template
     raise CheckpointError(
@@ -62,7 +62,7 @@ def special_tokens(source: Path, config: dict[str, Any]) -> SpecialTokens:
     """
     text = config.get("text_config", config)
     candidates = (
-        _read_json(source / "generation_config.json").get("eos_token_id"),
+        read_json_object(source / "generation_config.json").get("eos_token_id"),
         config.get("eos_token_id"),
         text.get("eos_token_id"),
     )
@@ -76,30 +76,17 @@ def special_tokens(source: Path, config: dict[str, Any]) -> SpecialTokens:
         )
     ends = ends if isinstance(ends, list) else [ends]
     path = source / _TOKENIZER_CONFIG
-    added = added_tokens(path, _read_json(path))
+    added = added_tokens(path, read_json_object(path))
     turn_ends = [number for number, token in added if token.content == _END_OF_TURN]
     return SpecialTokens(image_pad=image_pad, end_of_text=list(dict.fromkeys([*turn_ends, *ends])))
 
 
 def image_limits(source: Path, min_pixels: int, max_pixels: int) -> ImageLimits:
     """Join the card's pixel limits with the checkpoint's normalisation."""
-    preprocessor = _read_json(source / "preprocessor_config.json")
+    preprocessor = read_json_object(source / "preprocessor_config.json")
     return ImageLimits(
         min_pixels=min_pixels,
         max_pixels=max_pixels,
         mean=tuple(preprocessor.get("image_mean", _DEFAULT_MEAN)),
         std=tuple(preprocessor.get("image_std", _DEFAULT_STD)),
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Parse an optional JSON object; a missing file is empty."""
-    if not path.is_file():
-        return {}
-    try:
-        parsed = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}); download it again") from None
-    if not isinstance(parsed, dict):
-        raise CheckpointError(f"{path} holds no JSON object; download it again")
-    return parsed

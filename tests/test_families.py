@@ -74,6 +74,11 @@ class FakeCheckpoint:
         return self._shapes[name]
 
 
+def check(checkpoint: FakeCheckpoint, config: dict[str, Any]) -> None:
+    family = family_of(config, Path("config.json"))
+    check_tensors(checkpoint, family, family.parse_config(config, Path("config.json")))
+
+
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_tensors_are_those_of_transformers(config: dict[str, Any]) -> None:
     cut = few_layers(config)
@@ -82,7 +87,7 @@ def test_tensors_are_those_of_transformers(config: dict[str, Any]) -> None:
     assert {canonical_name(name): shape for name, shape in shapes.items()} == {
         canonical_name(name): shape for name, shape in expected.items()
     }
-    check_tensors(FakeCheckpoint(expected), cut)
+    check(FakeCheckpoint(expected), cut)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -134,7 +139,7 @@ def test_missing_tensors_are_counted_and_the_first_is_named() -> None:
     shapes = {name: shape for name, shape in tensor_shapes(config).items() if "blocks.1.attn" not in name}
     message = r"4 of \d+ tensors are missing, the first is visual\.blocks\.1\.attn\.qkv\.weight"
     with pytest.raises(CheckpointError, match=message):
-        check_tensors(FakeCheckpoint(shapes), config)
+        check(FakeCheckpoint(shapes), config)
 
 
 def test_a_tensor_of_another_shape_is_named() -> None:
@@ -143,13 +148,13 @@ def test_a_tensor_of_another_shape_is_named() -> None:
     with pytest.raises(
         CheckpointError, match=r"language_model\.model\.norm\.weight has shape \[2048\].*\[3584\]"
     ):
-        check_tensors(FakeCheckpoint(shapes), config)
+        check(FakeCheckpoint(shapes), config)
 
 
 def test_further_tensors_do_no_harm() -> None:
     config = few_layers(hub_configs.OPENCUA_7B)
     buffers = {"language_model.model.layers.0.self_attn.rotary_emb.inv_freq": (64,)}
-    check_tensors(FakeCheckpoint(tensor_shapes(config) | buffers), config)
+    check(FakeCheckpoint(tensor_shapes(config) | buffers), config)
 
 
 def test_an_unknown_architecture_is_refused() -> None:

@@ -2,6 +2,7 @@
 """Small random models of the families beside Qwen2.5-VL, as checkpoints and as transformers computes them."""
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,22 +38,22 @@ _TEXT = {
 
 
 @dataclass
-class Reference:
+class Reference(ABC):
     """A family's model in PyTorch, stepped with its own cache."""
 
     cache: Any = field(default=None, init=False)
 
+    @abstractmethod
     def image_embeds(self, pixels: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
         """Image tokens [T,hidden] of patches [N,1176] in a grid of (rows, columns)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prefill(self, ids: Sequence[int], pixels: np.ndarray, grids: Sequence[tuple[int, int]]) -> np.ndarray:
         """Logits [V] behind a prompt with images, whose patches lie one behind the other in ``pixels``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, token: int) -> np.ndarray:
         """Logits [V] behind one more token."""
-        raise NotImplementedError
 
 
 def _grid_thw(grids: Sequence[tuple[int, int]]) -> torch.Tensor:

@@ -22,7 +22,7 @@ from starkv.export.models.tensor_shapes import (
 
 @dataclass(frozen=True)
 class Family:
-    """One family; its decoder is :func:`~starkv.export.models.qwen2_5_vl_decoder.build_decoder`."""
+    """One family; its decoder is :func:`~starkv.export.models.qwen2_decoder.build_decoder`."""
 
     name: str
     architecture: str
@@ -121,15 +121,13 @@ def tensor_shapes(config: dict[str, Any]) -> Shapes:
     return {family.hub_name(name): shape for name, shape in shapes.items()}
 
 
-def check_tensors(checkpoint: Shaped, config: dict[str, Any]) -> None:
+def check_tensors(checkpoint: Shaped, family: Family, config: ModelConfig) -> None:
     """Compare a checkpoint's tensors with the sizes in its ``config.json`` before hours go into it.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape.
     """
-    path = checkpoint.folder / "config.json"
-    family = family_of(config, path)
-    expected = family.canonical_shapes(family.parse_config(config, path))
+    expected = family.canonical_shapes(config)
     stored = set(checkpoint.names())
     if missing := [name for name in expected if name not in stored]:
         raise CheckpointError(

@@ -63,10 +63,15 @@ def build(
     from starkv.export.build.ort import build_ort_engine
     from starkv.export.record import RECORD_NAME, read_record
 
+    options = SourceOptions(checkpoint, random_weights, random_dtype, layers, calibration)
     chosen, reason = choose_backend(backend)
     dtype = settle_dtype(device, compute_dtype)
     note(f"backend {chosen}: {reason}")
     if (Path(model) / RECORD_NAME).is_file():
+        if options != SourceOptions():
+            raise UsageError(
+                f"{model} is exported already; --checkpoint, --random-weights and --calibration come earlier"
+            )
         record = read_record(Path(model))
         if quant not in (None, record.quantization.preset):
             raise UsageError(
@@ -77,6 +82,5 @@ def build(
         with made_parents(target), progress() as stages:
             build_ort_engine(Path(model), target, stages, prepack, compute_dtype=dtype)
     else:
-        options = SourceOptions(checkpoint, random_weights, random_dtype, layers, calibration)
         target, _ = build_engine(model, quant, out, prepack, options, dtype)
     print(target)

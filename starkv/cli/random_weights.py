@@ -64,10 +64,12 @@ def random_checkpoint(
     Raises:
         StarkvError: see ``write_random_checkpoint``.
     """
-    from starkv.export.random_checkpoint import read_config, write_random_checkpoint
+    from starkv.export.json_file import read_json_object
+    from starkv.export.random_checkpoint import write_random_checkpoint
     from starkv.export.random_checkpoint_values import parse_random_dtype
 
-    sizes, stored = read_config(config), parse_random_dtype(dtype or "bf16")
+    sizes = read_json_object(config, "random weights need the sizes in it")
+    stored = parse_random_dtype(dtype or "bf16")
     limits = (card.min_pixels, card.max_pixels)
     if keep is not None:
         write_random_checkpoint(sizes, keep, stored, SEED, layers, limits, progress=progress)

@@ -16,7 +16,7 @@ from starkv.host import cpu_model, usable_processors
 
 SCHEMA_VERSION = 1
 Status = Literal["passed", "failed", "skipped"]
-_PACKAGES = ("torch", "triton", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy", "tensorrt")
+_PACKAGES = ("torch", "transformers", "triton", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy", "tensorrt")
 
 
 @dataclass(frozen=True)
