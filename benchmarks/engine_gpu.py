@@ -28,13 +28,14 @@ from engine_gpu_peer import transformers_rates
 from gpu_steps import run_command
 
 from starkv.errors import EngineError
+from starkv.gpu import find_gpu
 from starkv.methods.budget import Budget
 from starkv.methods.names import STAR_KV
 from starkv.methods.rows import prompt_rows
 from starkv.runtime.agent import Agent
 from starkv.runtime.benchmark import Benchmark, decoder_bytes
 from starkv.runtime.engines.base import Rope
-from starkv.runtime.engines.cuda_driver import CudaDevice, find_gpu
+from starkv.runtime.engines.cuda_driver import CudaDevice
 from starkv.runtime.engines.ort_cuda import OrtDeviceEngine
 from starkv.runtime.engines.ort_cuda_gpu import ready_gpu
 from starkv.runtime.generation import SamplingParameters

@@ -99,6 +99,43 @@ class Quantization(_Strict):
     """Rows of the reduction axis that share one scale, or None without quantized weights."""
 
 
+HardwareCompatibility = Literal["none", "same_compute_capability", "ampere_plus"]
+"""GPUs that a plan runs on: the very model it was built on, all of its compute capability, or every one since
+Ampere."""
+
+
+class TensorRTBuild(_Strict):
+    """What a TensorRT engine was built with, and so where it runs."""
+
+    version: str
+    """TensorRT, such as ``10.3.0.26``: a plan runs on the version that built it."""
+    cuda: str
+    """CUDA that the driver ran, such as ``12.6``."""
+    gpu: str
+    """Name of the GPU it was built on."""
+    compute_capability: str
+    """Such as ``8.7``."""
+    hardware_compatibility: HardwareCompatibility
+    graphs: dict[str, str]
+    """Lowered graph → sha256 of its ``.onnx`` and data together."""
+    prefill_rows: int
+    """Most rows of one prefill call."""
+    sessions: int
+    """Most sequences of one decode step, and slots of a pool."""
+    cache_rows: int
+    """Largest capacity of a cache."""
+    image_patches: int
+    """Most patches of one image."""
+    stripped: bool
+    """Plans hold no weights; they are read from the lowered graphs when the engine opens."""
+    weight_streaming: bool
+    """Weights may stay in host memory, as far as the budget of device memory asks for it."""
+    scratch_bytes: dict[str, int]
+    """Device memory for activations: ``vision``, ``decoder.prefill``, ``decoder.decode``, ``compress``."""
+    weight_bytes: dict[str, int]
+    """Weights of each plan's graph."""
+
+
 class ModelDescription(_Strict):
     """What an exported model and the engine built from it say about the model in the same words."""
 
@@ -132,6 +169,8 @@ class Manifest(ModelDescription):
     backend: Literal["ort", "trt"]
     compute_dtype: ComputeDtype
     """Of activations and KV cache."""
+    tensorrt: TensorRTBuild | None = None
+    """Of an engine for TensorRT."""
     files: dict[str, str]
     """File name → sha256 of its content; every file of the directory except the manifest."""
     manifest_sha256: str = ""

@@ -7,12 +7,13 @@ import pytest
 from command import Command
 from conftest import ChatModel, TinyModel
 
+from starkv import gpu as gpu_module
 from starkv.cli import doctor as doctor_module
 from starkv.cli.engines import engine_directory, find_engine, settle_dtype
 from starkv.errors import EngineError, UsageError
+from starkv.gpu import Gpu
 from starkv.manifest import MANIFEST_NAME, read_manifest
-from starkv.runtime.engines import cuda_driver, opening, ort_cuda_gpu
-from starkv.runtime.engines.cuda_driver import Gpu
+from starkv.runtime.engines import opening, ort_cuda_gpu
 from starkv.runtime.engines.opening import open_engine
 from starkv.runtime.engines.ort import OrtEngine
 
@@ -133,9 +134,9 @@ def test_run_on_a_gpu_that_is_not_there_is_one_clear_line(
 
 
 def test_doctor_tells_what_a_gpu_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_driver, "find_gpu", lambda: None)
+    monkeypatch.setattr(gpu_module, "find_gpu", lambda: None)
     assert not doctor_module._gpu_engines().usable
-    monkeypatch.setattr(cuda_driver, "find_gpu", lambda: GPU)
+    monkeypatch.setattr(gpu_module, "find_gpu", lambda: GPU)
     found = doctor_module._gpu_engines()
     assert found.found == "NVIDIA Test 1, compute capability 8.9, 24 GiB"
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
@@ -143,5 +144,5 @@ def test_doctor_tells_what_a_gpu_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider"])
     assert doctor_module._gpu_engines().advice == "build one: starkv build MODEL --device cuda"
     old = Gpu("NVIDIA Old", (7, 5), 8 << 30)
-    monkeypatch.setattr(cuda_driver, "find_gpu", lambda: old)
+    monkeypatch.setattr(gpu_module, "find_gpu", lambda: old)
     assert doctor_module._gpu_engines().advice.endswith("--compute-dtype float16")

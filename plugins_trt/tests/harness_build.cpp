@@ -82,7 +82,9 @@ void check_formats(const PluginHandle& plugin, const OperatorSpec& spec, bool ca
             for (int format = 0; format < nvinfer1::EnumMax<TensorFormat>(); ++format) {
                 tensor.type = static_cast<DataType>(type);
                 tensor.format = static_cast<TensorFormat>(format);
-                bool type_fits = tensor.type == right.type;
+                // Shape-only tensors are the int8 ones.
+                bool type_fits = tensor.type == right.type ||
+                                 (right.type == DataType::kINT8 && tensor.type == DataType::kINT32);
                 // The first tensor chooses among the cache's types; here `right` is one of many.
                 if (position == 0) {
                     const bool float32_allowed = spec.name == "Compress";

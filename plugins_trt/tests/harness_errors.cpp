@@ -84,8 +84,8 @@ void check_attention_errors(PluginLibrary& library) {
         check_refused(library, plugin, changed(spec, change), reason);
     };
     refused([](OperatorSpec& s) { s.inputs[5].shape = {2}; }, "kv_len must be [B]");
-    refused([](OperatorSpec& s) { s.inputs[6].type = DataType::kINT32; },
-            "past_extent must be int8, not int32");
+    refused([](OperatorSpec& s) { s.inputs[6].type = DataType::kINT64; },
+            "past_extent must be int8, not int64");
     refused([](OperatorSpec& s) { s.inputs[0].type = DataType::kFLOAT; },
             "q must be float16 or bfloat16, not float32");
     AttentionSizes other;

@@ -58,7 +58,7 @@ OperatorSpec attention_spec(const AttentionSizes& sizes, DataType cache) {
              {cache, past},
              {cache, past},
              {DataType::kINT32, {b}},
-             {DataType::kINT8, {sizes.past_extent}}},
+             {sizes.past_extent_type, {sizes.past_extent}}},
             {{cache, query}, {cache, past}, {cache, past}},
             {-1, 3, 4}};
 }

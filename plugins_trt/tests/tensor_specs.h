@@ -34,6 +34,7 @@ struct CompressSizes {
 struct AttentionSizes {
     std::int64_t sequences = 3, new_tokens = 3, query_heads = 4, kv_heads = 2, head_dim = 64, capacity = 16;
     std::int64_t past_extent = 0;
+    nvinfer1::DataType past_extent_type = nvinfer1::DataType::kINT8;
 };
 
 OperatorSpec compress_spec(const CompressSizes& sizes, nvinfer1::DataType cache_type);

@@ -23,12 +23,13 @@ enum Input { kQ, kK, kV, kPastK, kPastV, kKvLen, kPastExtent, kInputCount };
 enum Output { kOut, kPresentK, kPresentV, kOutputCount };
 
 // B sequences, S new tokens, G KV heads, C rows of capacity, D head dim; Q is query heads * D, N is G * D.
-// past_extent carries the host's count of rows in its shape and has no data, so P may be 0.
+// past_extent carries the host's count of rows in its shape and has no data, so P may be 0. An engine passes
+// kv_len a second time: TensorRT has no int8 tensors but quantized ones.
 constexpr TensorRule kInputs[kInputCount] = {
-    {"q", Element::kCache, "B S Q"},        {"k", Element::kCache, "B S N"},
-    {"v", Element::kCache, "B S N"},        {"past_k", Element::kCache, "B G C D"},
-    {"past_v", Element::kCache, "B G C D"}, {"kv_len", Element::kInt32, "B"},
-    {"past_extent", Element::kInt8, "P"},
+    {"q", Element::kCache, "B S Q"},           {"k", Element::kCache, "B S N"},
+    {"v", Element::kCache, "B S N"},           {"past_k", Element::kCache, "B G C D"},
+    {"past_v", Element::kCache, "B G C D"},    {"kv_len", Element::kInt32, "B"},
+    {"past_extent", Element::kShapeOnly, "P"},
 };
 
 constexpr TensorRule kOutputs[kOutputCount] = {

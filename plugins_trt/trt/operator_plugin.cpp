@@ -60,7 +60,7 @@ bool OperatorPlugin::supportsFormatCombination(std::int32_t position, const Dyna
     const PluginTensorDesc& tensor = tensors[position].desc;
     if (tensor.format != TensorFormat::kLINEAR) return false;
     if (position == 0) return signature_.is_cache_type(tensor.type);
-    return tensor.type == signature_.type_of(signature_.tensor(position).element, tensors[0].desc.type);
+    return signature_.takes(signature_.tensor(position).element, tensor.type, tensors[0].desc.type);
 }
 
 std::int32_t OperatorPlugin::configurePlugin(const DynamicPluginTensorDesc* inputs, std::int32_t input_count,

@@ -89,12 +89,17 @@ DataType Signature::type_of(Element element, DataType cache_type) const noexcept
             return DataType::kINT32;
         case Element::kInt64:
             return DataType::kINT64;
-        case Element::kInt8:
+        case Element::kShapeOnly:
             return DataType::kINT8;
         case Element::kCache:
             break;
     }
     return cache_type;
+}
+
+bool Signature::takes(Element element, DataType type, DataType cache_type) const noexcept {
+    if (element == Element::kShapeOnly && type == DataType::kINT32) return true;
+    return type == type_of(element, cache_type);
 }
 
 bool Signature::is_cache_type(DataType type) const noexcept {
@@ -150,9 +155,9 @@ bool Signature::bind(const PluginTensorDesc* given_inputs, const PluginTensorDes
         const TensorRule& rule = tensor(position);
         const PluginTensorDesc& given =
             position < input_count ? given_inputs[position] : given_outputs[position - input_count];
-        const DataType wanted = type_of(rule.element, cache_type);
-        if (given.type != wanted) {
-            report_error(name, "%s must be %s, not %s", rule.name, type_name(wanted), type_name(given.type));
+        if (!takes(rule.element, given.type, cache_type)) {
+            report_error(name, "%s must be %s, not %s", rule.name,
+                         type_name(type_of(rule.element, cache_type)), type_name(given.type));
             return false;
         }
         if (!bind_dims(name, rule, given.dims, sizes)) return false;

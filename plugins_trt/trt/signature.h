@@ -15,7 +15,7 @@ enum class Element {
     kFloat32,
     kInt32,
     kInt64,
-    kInt8,
+    kShapeOnly,  // int8 or int32: only the shape counts, nobody reads the numbers
 };
 
 struct TensorRule {
@@ -59,7 +59,9 @@ struct Signature {
     const TensorRule& tensor(int position) const noexcept {
         return position < input_count ? inputs[position] : outputs[position - input_count];
     }
+    // Of a shape-only tensor: the narrower of its types.
     nvinfer1::DataType type_of(Element element, nvinfer1::DataType cache_type) const noexcept;
+    bool takes(Element element, nvinfer1::DataType type, nvinfer1::DataType cache_type) const noexcept;
     bool is_cache_type(nvinfer1::DataType type) const noexcept;
 
     // Reports and returns false unless there are as many tensors as there should be.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NVIDIA's driver through ctypes: which GPUs there are, and copies from, to and within their memory.
+"""NVIDIA's driver through ctypes: copies from, to and within a GPU's memory.
 
 The driver comes with the card; nothing else needs to be installed.
 """
@@ -7,31 +7,16 @@ The driver comes with the card; nothing else needs to be installed.
 import ctypes
 import time
 from ctypes import byref, c_int, c_size_t, c_uint, c_void_p
-from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from starkv.errors import EngineError
+from starkv.gpu import cuda_driver
 
-_DRIVER = "libcuda.so.1"
-_MAJOR, _MINOR = 75, 76
-"""``CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR`` and ``_MINOR``."""
 _ON_DEVICE = 2
 """``CU_MEMORYTYPE_DEVICE``."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A card that the driver can use."""
-
-    name: str
-    capability: tuple[int, int]
-    """Compute capability; 8.0 and more have bfloat16."""
-    memory: int
-    """Bytes."""
 
 
 class _Copy2D(ctypes.Structure):
@@ -45,34 +30,6 @@ class _Copy2D(ctypes.Structure):
         *((f"dst_{name}", c_void_p) for name in ("host", "device", "array")),
         *((name, c_size_t) for name in ("dst_pitch", "width", "height")),
     ]
-
-
-@cache
-def _driver() -> Any | None:
-    """The initialised driver, or None where there is none or it sees no GPU."""
-    try:
-        driver = ctypes.CDLL(_DRIVER)
-    except OSError:
-        return None
-    count = c_int()
-    if driver.cuInit(0) or driver.cuDeviceGetCount(byref(count)) or not count.value:
-        return None
-    return driver
-
-
-def find_gpu(index: int = 0) -> Gpu | None:
-    """The card with that index, or None."""
-    driver = _driver()
-    device = c_int()
-    if driver is None or driver.cuDeviceGet(byref(device), index):
-        return None
-    name, memory = ctypes.create_string_buffer(100), c_size_t()
-    driver.cuDeviceGetName(name, len(name), device)
-    driver.cuDeviceTotalMem_v2(byref(memory), device)
-    major, minor = c_int(), c_int()
-    driver.cuDeviceGetAttribute(byref(major), _MAJOR, device)
-    driver.cuDeviceGetAttribute(byref(minor), _MINOR, device)
-    return Gpu(name.value.decode(), (major.value, minor.value), memory.value)
 
 
 class CudaDevice:
@@ -89,7 +46,7 @@ class CudaDevice:
         Raises:
             EngineError: there is no such card.
         """
-        driver = _driver()
+        driver = cuda_driver()
         if driver is None:
             raise EngineError("no NVIDIA GPU here: the driver is missing or sees none; check nvidia-smi")
         self._driver, device, self._context = driver, c_int(), c_void_p()

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from starkv.errors import EngineError
+from starkv.gpu import Gpu, find_gpu, require_gpu
 from starkv.manifest import Manifest
-from starkv.runtime.engines.cuda_driver import Gpu, find_gpu
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
 
@@ -37,9 +37,7 @@ def usable_gpu(manifest: Manifest, directory: Path, ort: Any) -> Gpu:
             f"ONNX Runtime {ort.__version__} is the one for processors; pip uninstall onnxruntime, then pip "
             "install 'starkv[cuda]'"
         )
-    gpu = find_gpu()
-    if gpu is None:
-        raise EngineError("no NVIDIA GPU here: the driver is missing or sees none; check nvidia-smi")
+    gpu = require_gpu()
     if dtype == "bfloat16" and gpu.capability < (8, 0):
         raise EngineError(
             f"{gpu.name} has no bfloat16; build an engine with `starkv build --device cuda --compute-dtype "

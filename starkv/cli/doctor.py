@@ -165,7 +165,7 @@ def _cuda() -> Finding:
 
 
 def _gpu_engines() -> Finding:
-    from starkv.runtime.engines.cuda_driver import find_gpu
+    from starkv.gpu import find_gpu
     from starkv.runtime.engines.ort_cuda_gpu import CUDA_PROVIDER
 
     subject, gpu = "engines on GPU", find_gpu()
