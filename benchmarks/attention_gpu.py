@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``KVAttention`` on a GPU: decode against the card's bandwidth, prefill against PyTorch's flash attention.
+"""Attention on a GPU: decode against the card's bandwidth, prefill and the vision tower's full attention
+against PyTorch's flash attention.
 
     python benchmarks/attention_gpu.py --out results.json
 
-28 query and 4 KV heads of 128, bfloat16, one layer. Decode reads every key and value once: its floor is those
-bytes over the bandwidth of a large copy. Calls rotate among caches that together don't fit the L2 cache.
+28 query and 4 KV heads of 128 (the tower: 16 of 80), bfloat16, one layer. Decode reads every key and value
+once: its floor is those bytes over the bandwidth of a large copy. Calls rotate among caches that together
+don't fit the L2 cache.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from starkv.kernels.attention_call import AttentionCall
 from starkv.kernels.cuda_library import KernelLibrary, find_library
+from starkv.kernels.full_attention_call import FullAttentionCall
 from starkv.validation.attention_checks import AttentionSize, make_call
 from starkv.validation.report import markdown_table, write_json
 
@@ -28,6 +31,9 @@ DECODES = ((1, 2_841), (1, 13_605), (8, 2_841), (8, 13_605))
 """Sequences and rows of each."""
 PREFILLS = ((2_841, 0), (13_605, 0), (2_701, 13_605))
 """New rows, and rows that are there already."""
+IMAGES = (2_116, 10_764)
+"""Patches: of 644 x 644 pixels, and of 1080p."""
+FLASH = "torch SDPA (flash)"
 ROTATED_BYTES = 512 << 20
 
 
@@ -56,18 +62,29 @@ def prefill_figures(
     runners: dict[str, Callable[[], object]] = {"CUDA": lambda: library.attention(call, out=out)}
     if history == 0:
         # With history PyTorch's flash attention aligns its mask at the other corner.
-        runners["torch SDPA (flash)"] = flash(call)
+        dim = call.past_k.shape[3]
+        runners[FLASH] = flash(call.q, call.k, call.v, dim, is_causal=True, enable_gqa=True)
     return {"seconds": interleaved(runners, device, rounds)}
 
 
-def flash(call: AttentionCall) -> Callable[[], object]:
-    """PyTorch's flash attention on the new rows alone."""
-    tokens, dim = call.q.shape[1], call.past_k.shape[3]
-    q, k, v = (tensor.view(1, tokens, -1, dim).transpose(1, 2) for tensor in (call.q, call.k, call.v))
+def image_figures(library: KernelLibrary, patches: int, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Times of full attention among the patches of an image, ours and PyTorch's."""
+    heads, dim = 16, 80
+    q, k, v = (torch.randn(1, patches, heads * dim, device=device, dtype=torch.bfloat16) for _ in range(3))
+    call = FullAttentionCall(q, k, v, heads)
+    runners = {"CUDA": lambda: library.full_attention(call), FLASH: flash(q, k, v, dim)}
+    return {"seconds": interleaved(runners, device, rounds)}
+
+
+def flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dim: int, **options: bool
+) -> Callable[[], object]:
+    """PyTorch's flash attention on new rows ``[1, S, heads * dim]`` alone."""
+    q, k, v = (tensor.view(1, tensor.shape[1], -1, dim).transpose(1, 2) for tensor in (q, k, v))
 
     def run() -> object:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            return F.scaled_dot_product_attention(q, k, v, **options)
 
     return run
 
@@ -92,19 +109,26 @@ def run(device: torch.device, rounds: int = 50) -> tuple[str, dict[str, Any]]:
         figures[name] = result
     for new, history in PREFILLS:
         result = prefill_figures(library, new, history, device, max(10, rounds // 2))
-        seconds, against = result["seconds"]["CUDA"], "–"
-        flops = 4 * 28 * 128 * (new * history + new * (new + 1) / 2)
-        result["flops_per_second"] = flops / statistics.median(seconds)
-        if peer := result["seconds"].get("torch SDPA (flash)"):
-            result["times_of_flash"] = ratio(seconds, peer)
-            against = f"{result['times_of_flash']:.2f} x flash ({milliseconds(peer)})"
         name = f"prefill, {new:,} after {history:,} rows"
-        table.append(
-            [name, f"{milliseconds(seconds)}, {result['flops_per_second'] / 1e12:.0f} TFLOP/s", against]
-        )
+        table.append(_against_flash(name, result, 4 * 28 * 128 * (new * history + new * (new + 1) / 2)))
+        figures[name] = result
+    for patches in IMAGES:
+        result = image_figures(library, patches, device, max(10, rounds // 2))
+        name = f"image, {patches:,} patches"
+        table.append(_against_flash(name, result, 4 * 16 * 80 * patches**2))
         figures[name] = result
     header = ("one layer", "CUDA", "against")
     return markdown_table(header, table), {"copy_bytes_per_second": bandwidth, "figures": figures}
+
+
+def _against_flash(name: str, result: dict[str, Any], flops: float) -> list[str]:
+    """A row of the table; completes the figures."""
+    seconds, against = result["seconds"]["CUDA"], "–"
+    result["flops_per_second"] = flops / statistics.median(seconds)
+    if peer := result["seconds"].get(FLASH):
+        result["times_of_flash"] = ratio(seconds, peer)
+        against = f"{result['times_of_flash']:.2f} x flash ({milliseconds(peer)})"
+    return [name, f"{milliseconds(seconds)}, {result['flops_per_second'] / 1e12:.0f} TFLOP/s", against]
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ set(STARKV_TRT_EXPORTS ${STARKV_TRT_DIR}/exports.map)
 set(STARKV_TRT_SOURCES
   ${STARKV_TRT_DIR}/compress_plugin.cpp
   ${STARKV_TRT_DIR}/creators.cpp
+  ${STARKV_TRT_DIR}/full_attention_plugin.cpp
   ${STARKV_TRT_DIR}/kv_attention_plugin.cpp
   ${STARKV_TRT_DIR}/logging.cpp
   ${STARKV_TRT_DIR}/operator_plugin.cpp

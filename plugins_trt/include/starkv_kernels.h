@@ -32,14 +32,14 @@ extern "C" {
 #endif
 
 /* Grows with every change of this file that breaks a caller. */
-#define STARKV_ABI_VERSION 1
+#define STARKV_ABI_VERSION 2
 
 typedef enum starkv_status {
     STARKV_OK = 0,
     STARKV_ERROR_NULL_POINTER = 1, /* a required pointer is null */
     STARKV_ERROR_MISALIGNED = 2,   /* a pointer is no multiple of 16 bytes */
     STARKV_ERROR_DTYPE = 3,        /* an unknown or unsupported element type */
-    STARKV_ERROR_HEAD_DIM = 4,     /* D is none of 64, 80, 96, 128, 256 */
+    STARKV_ERROR_HEAD_DIM = 4,     /* D is none of 64, 80, 96, 128, 256; FullAttention's are its own */
     STARKV_ERROR_WINDOW = 5,       /* W is not in 1 ... 64 */
     STARKV_ERROR_HEADS = 6,        /* H is no multiple of G, or a count of heads is out of range */
     STARKV_ERROR_POOLING = 7,      /* unknown pooling, or a kernel that is even or not in 1 ... 63 */
@@ -147,6 +147,23 @@ STARKV_API int starkv_attention_workspace(const starkv_attention_shape* shape, s
 
 STARKV_API int starkv_attention(const starkv_attention_shape* shape, const starkv_attention_buffers* buffers,
                                 void* workspace, size_t workspace_bytes, void* stream);
+
+/* ---- FullAttention: every token of a sequence attends to every other ---- */
+
+typedef struct starkv_full_attention_shape {
+    int32_t sequences; /* B */
+    int32_t tokens;    /* N, at most 2^21 */
+    int32_t heads;     /* H */
+    int32_t head_dim;  /* D: 32, 64, 80, 96 or 128 */
+    int32_t dtype;     /* STARKV_FLOAT16 or STARKV_BFLOAT16 */
+} starkv_full_attention_shape;
+
+/* Bytes of workspace for starkv_full_attention: 0, whatever the shape, if it is one. */
+STARKV_API int starkv_full_attention_workspace(const starkv_full_attention_shape* shape, size_t* bytes);
+
+/* q, k, v and out: [B,N,H*D]. */
+STARKV_API int starkv_full_attention(const starkv_full_attention_shape* shape, const void* q, const void* k,
+                                     const void* v, void* out, void* stream);
 
 /* ---- What decoding needs beside the engine, so that one token costs one copy of 4 bytes to the host ---- */
 

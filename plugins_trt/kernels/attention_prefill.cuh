@@ -3,6 +3,8 @@
 // along all rows that they see, a tile at a time, with a softmax that runs along.
 #pragma once
 
+#include <type_traits>
+
 #include "async_copy.h"
 #include "attention_prefill_tile.h"
 
@@ -42,6 +44,49 @@ __device__ void store_results(const PrefillShared<T, kDim>& shared, T* out, size
     }
 }
 
+// The rows that a block's queries attend to, `stride` elements apart: a number, or a type that is a constant.
+template <class T, class Stride>
+struct AttendedRows {
+    const T* keys;
+    const T* values;
+    Stride stride;
+    int count;  // of which the block's last query sees all
+    int seen;   // by the warp's last query: 0 for a warp without queries
+};
+
+// Goes along the rows, whose queries are on their way to shared memory. hide(products, row) hides what
+// queries do not see of the tile that begins with `row`.
+template <class T, int kDim, class Stride, class Hide>
+__device__ void attend_along(PrefillShared<T, kDim>& shared, const AttendedRows<T, Stride>& rows, Hide hide) {
+    using State = PrefillState<T, kDim>;
+    copy_rows<T, kDim>(shared.keys, rows.keys, rows.stride, rows.count);
+    State state;
+    for (int row = 0; row < rows.count; row += kPrefillRows) {
+        // Keys are here, and nobody uses the last tile's values any more.
+        wait_for_copies();
+        __syncthreads();
+        copy_rows<T, kDim>(shared.values, rows.values + static_cast<size_t>(row) * rows.stride, rows.stride,
+                           rows.count - row);
+        typename State::Products products;
+        // Warps whose queries see nothing of the tile only help to copy.
+        const bool takes_part = row < rows.seen;
+        if (takes_part) {
+            State::multiply_keys(shared, products);
+            hide(products, row);
+            state.weigh(products);
+        }
+        // Values are here, and nobody uses these keys any more.
+        wait_for_copies();
+        __syncthreads();
+        const int next = row + kPrefillRows;
+        if (next < rows.count)
+            copy_rows<T, kDim>(shared.keys, rows.keys + static_cast<size_t>(next) * rows.stride, rows.stride,
+                               rows.count - next);
+        if (takes_part) state.multiply_values(shared, products);
+    }
+    state.finish(shared);
+}
+
 // Grid: query heads, blocks of queries, sequences. Blocks start in this order: those with the most rows
 // first, and heads that share rows together.
 template <class T, int kDim>
@@ -68,30 +113,12 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) prefill_attention(Attent
 
     copy_rows<T, kDim>(shared.queries, static_cast<const T*>(view.buffers.q) + query_offset, query_stride,
                        queries);
-    copy_rows<T, kDim>(shared.keys, keys, kDim, rows);
-    State state;
-    for (int row = 0; row < rows; row += kPrefillRows) {
-        // Keys are here, and nobody uses the last tile's values any more.
-        wait_for_copies();
-        __syncthreads();
-        copy_rows<T, kDim>(shared.values, values + static_cast<size_t>(row) * kDim, kDim, rows - row);
-        typename State::Products products;
-        // Warps whose queries see nothing of the tile only help to copy.
-        const bool takes_part = row < warp_rows;
-        if (takes_part) {
-            State::multiply_keys(shared, products);
-            if (row + kPrefillRows > seen_by_all) State::mask(products, seen_by_all - 1 - row);
-            state.weigh(products);
-        }
-        // Values are here, and nobody uses these keys any more.
-        wait_for_copies();
-        __syncthreads();
-        const int next = row + kPrefillRows;
-        if (next < rows)
-            copy_rows<T, kDim>(shared.keys, keys + static_cast<size_t>(next) * kDim, kDim, rows - next);
-        if (takes_part) state.multiply_values(shared, products);
-    }
-    state.finish(shared);
+    using Stride = std::integral_constant<size_t, kDim>;
+    attend_along<T, kDim>(shared, AttendedRows<T, Stride>{keys, values, Stride(), rows, warp_rows},
+                          [&](typename State::Products& products, int row) {
+                              if (row + kPrefillRows > seen_by_all)
+                                  State::mask(products, seen_by_all - 1 - row);
+                          });
     store_results<T, kDim>(shared, out, query_stride, queries, true);
 }
 

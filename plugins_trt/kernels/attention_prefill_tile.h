@@ -91,6 +91,17 @@ struct PrefillState {
             }
     }
 
+    // Hides a tile's rows from `count` on, from all queries.
+    static __device__ void hide_from(Products& products, int count) {
+#pragma unroll
+        for (auto& tile : products)
+#pragma unroll
+            for (int n = 0; n < kPrefillRows / 8; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    if (n * 8 + lane_index() % 4 * 2 + i % 2 >= count) tile[n][i] = -INFINITY;
+    }
+
     // Turns products into weights and scales what was gathered before.
     __device__ void weigh(Products& products) {
         const float scale = score_scale(kDim);

@@ -23,7 +23,9 @@ Status describe(int status) {
                     "unknown element type; caches are float32, float16 or bfloat16, attention takes the last "
                     "two"};
         case STARKV_ERROR_HEAD_DIM:
-            return {"STARKV_ERROR_HEAD_DIM", "the head dimension must be 64, 80, 96, 128 or 256"};
+            return {
+                "STARKV_ERROR_HEAD_DIM",
+                "the head dimension must be 64, 80, 96, 128 or 256; FullAttention's 32, 64, 80, 96 or 128"};
         case STARKV_ERROR_WINDOW:
             return {"STARKV_ERROR_WINDOW", "the window must hold 1 to 64 queries"};
         case STARKV_ERROR_HEADS:

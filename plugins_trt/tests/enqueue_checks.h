@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Both plugins run on cases whose results are known without a reference. They prove that the right tensor
+// The plugins run on cases whose results are known without a reference. They prove that the right tensor
 // arrives at the right place; tests/test_plugins_trt.py compares random cases with PyTorch.
 #pragma once
 
@@ -8,6 +8,7 @@
 namespace starkv::tests {
 
 void check_attention_runs(PluginLibrary& library, Memory& memory);
+void check_full_attention_runs(PluginLibrary& library, Memory& memory);
 void check_compress_runs(PluginLibrary& library, Memory& memory);
 
 }  // namespace starkv::tests

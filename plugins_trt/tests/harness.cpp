@@ -26,12 +26,15 @@ void check(const std::string& path, bool enqueue) {
     PluginLibrary library(path);
     REQUIRE(library.creator("Compress") != nullptr);
     REQUIRE(library.creator("KVAttention") != nullptr);
+    REQUIRE(library.creator("FullAttention") != nullptr);
     check_fields(library);
-    check_build(*library.creator("Compress"), *library.creator("KVAttention"));
+    check_build(*library.creator("Compress"), *library.creator("KVAttention"),
+                *library.creator("FullAttention"));
     check_errors(library);
     if (!enqueue) return;
     HostMemory memory;
     check_attention_runs(library, memory);
+    check_full_attention_runs(library, memory);
     check_compress_runs(library, memory);
 }
 

@@ -11,7 +11,8 @@ namespace starkv::tests {
 void check_fields(PluginLibrary& library);
 
 // What TensorRT asks while it builds an engine, for a creator of each operator.
-void check_build(nvinfer1::IPluginCreatorV3One& compress, nvinfer1::IPluginCreatorV3One& kv_attention);
+void check_build(nvinfer1::IPluginCreatorV3One& compress, nvinfer1::IPluginCreatorV3One& kv_attention,
+                 nvinfer1::IPluginCreatorV3One& full_attention);
 
 // What plugins refuse, and how they report it. Nothing is launched, so that no GPU is needed.
 void check_errors(PluginLibrary& library);

@@ -152,11 +152,37 @@ void check_attention(nvinfer1::IPluginCreatorV3One& creator) {
     check_attention_workspace(plugin);
 }
 
+void check_full_attention(nvinfer1::IPluginCreatorV3One& creator) {
+    Fields fields = full_attention_fields({});
+    const PluginHandle plugin(
+        creator.createPlugin("layer", fields.collection(), nvinfer1::TensorRTPhase::kBUILD));
+    REQUIRE(plugin);
+    check_interfaces(plugin);
+    for (const DataType type : kCacheTypes) {
+        const OperatorSpec spec = full_attention_spec({}, type);
+        const bool supported = type != DataType::kFLOAT;
+        check_outputs(plugin, spec);
+        check_formats(plugin, spec, supported);
+        CHECK_EQUAL(configures(plugin, spec), supported);
+    }
+    FullAttentionSizes other;
+    other.head_dim = 72;
+    CHECK(!configures(plugin, full_attention_spec(other, DataType::kHALF)));
+    other.heads = 1;
+    other.head_dim = 63;
+    CHECK(!configures(plugin, full_attention_spec(other, DataType::kHALF)));
+    const OperatorSpec spec = full_attention_spec({}, DataType::kBF16);
+    const auto inputs = describe_fixed(spec.inputs), outputs = describe_fixed(spec.outputs);
+    CHECK_EQUAL(plugin.build()->getWorkspaceSize(inputs.data(), 3, outputs.data(), 1), 0U);
+}
+
 }  // namespace
 
-void check_build(nvinfer1::IPluginCreatorV3One& compress, nvinfer1::IPluginCreatorV3One& kv_attention) {
+void check_build(nvinfer1::IPluginCreatorV3One& compress, nvinfer1::IPluginCreatorV3One& kv_attention,
+                 nvinfer1::IPluginCreatorV3One& full_attention) {
     check_compress(compress);
     check_attention(kv_attention);
+    check_full_attention(full_attention);
 }
 
 }  // namespace starkv::tests

@@ -100,11 +100,38 @@ void check_attention_errors(PluginLibrary& library) {
     check_refused(library, plugin, misaligned, "STARKV_ERROR_MISALIGNED");
 }
 
+void check_full_attention_errors(PluginLibrary& library) {
+    Fields fields = full_attention_fields({});
+    const PluginHandle plugin(
+        library.creator("FullAttention")
+            ->createPlugin("layer", fields.collection(), nvinfer1::TensorRTPhase::kRUNTIME));
+    REQUIRE(plugin);
+    const OperatorSpec spec = full_attention_spec({}, DataType::kBF16);
+    const auto refused = [&](const std::function<void(OperatorSpec&)>& change, const char* reason) {
+        check_refused(library, plugin, changed(spec, change), reason);
+    };
+    refused([](OperatorSpec& s) { s.inputs[1].shape = {2, 6, 128}; }, "k must be [B N Q]");
+    refused([](OperatorSpec& s) { s.inputs[2].type = DataType::kHALF; }, "v must be bfloat16, not float16");
+    FullAttentionSizes other;
+    other.head_dim = 72;
+    check_refused(library, plugin, OperatorRun(full_attention_spec(other, DataType::kBF16)),
+                  "STARKV_ERROR_HEAD_DIM");
+    other = FullAttentionSizes();
+    other.heads = 1;
+    other.head_dim = 33;
+    check_refused(library, plugin, OperatorRun(full_attention_spec(other, DataType::kBF16)),
+                  "is no multiple of num_heads");
+    OperatorRun misaligned(spec);
+    misaligned.misalignment = 8;
+    check_refused(library, plugin, misaligned, "STARKV_ERROR_MISALIGNED");
+}
+
 }  // namespace
 
 void check_errors(PluginLibrary& library) {
     check_compress_errors(library);
     check_attention_errors(library);
+    check_full_attention_errors(library);
 }
 
 }  // namespace starkv::tests

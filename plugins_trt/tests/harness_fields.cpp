@@ -33,17 +33,18 @@ void check_refused(PluginLibrary& library, const char* operator_name, Fields fie
 }
 
 void check_creators(const PluginLibrary& library) {
-    CHECK_EQUAL(library.creator_count(), 2);
-    for (const char* name : {"Compress", "KVAttention"}) {
+    CHECK_EQUAL(library.creator_count(), 3);
+    for (const char* name : {"Compress", "KVAttention", "FullAttention"}) {
         nvinfer1::IPluginCreatorV3One* creator = library.creator(name);
         REQUIRE(creator != nullptr);
         CHECK_EQUAL(std::string(creator->getPluginVersion()), "1");
         CHECK_EQUAL(std::string(creator->getPluginNamespace()), "ai.starkv");
         CHECK_EQUAL(std::string(creator->getInterfaceInfo().kind), "PLUGIN CREATOR_V3ONE");
     }
-    const auto declares = [&](const char* name, int index, const char* field, PluginFieldType type) {
+    const auto declares = [&](const char* name, int index, const char* field, PluginFieldType type,
+                              int count = 2) {
         const nvinfer1::PluginFieldCollection* fields = library.creator(name)->getFieldNames();
-        CHECK_EQUAL(fields->nbFields, 2);
+        CHECK_EQUAL(fields->nbFields, count);
         CHECK_EQUAL(std::string(fields->fields[index].name), field);
         CHECK(fields->fields[index].type == type);
     };
@@ -51,6 +52,7 @@ void check_creators(const PluginLibrary& library) {
     declares("Compress", 1, "pooling_kernel", PluginFieldType::kINT32);
     declares("KVAttention", 0, "num_heads", PluginFieldType::kINT32);
     declares("KVAttention", 1, "kv_num_heads", PluginFieldType::kINT32);
+    declares("FullAttention", 0, "num_heads", PluginFieldType::kINT32, 1);
 }
 
 void check_compress_fields(PluginLibrary& library) {
@@ -105,6 +107,13 @@ void check_attention_fields(PluginLibrary& library) {
     CHECK(library.log().take().find("malformed collection of 2 fields") != std::string::npos);
 }
 
+void check_full_attention_fields(PluginLibrary& library) {
+    CHECK((created(library, "FullAttention", Fields().add("num_heads", 16)) == Values{{"num_heads", "16"}}));
+    check_refused(library, "FullAttention", Fields(), "must be given and at least 1; 0 is not");
+    check_refused(library, "FullAttention", Fields().add("num_heads", -1), "-1 is not");
+    check_refused(library, "FullAttention", Fields().add("heads", 4), "unknown attribute 'heads'");
+}
+
 // A plugin, what TensorRT makes of its serialised fields, its clone and its copy in an execution context.
 void check_copies(PluginLibrary& library, const char* operator_name, Fields fields) {
     nvinfer1::IPluginCreatorV3One* creator = library.creator(operator_name);
@@ -115,7 +124,7 @@ void check_copies(PluginLibrary& library, const char* operator_name, Fields fiel
     const PluginHandle cloned(plugin.get()->clone());
     const PluginHandle attached(plugin.runtime()->attachToContext(nullptr));
     const Values values = values_of(plugin.runtime()->getFieldsToSerialize());
-    CHECK_EQUAL(values.size(), 2U);
+    CHECK(!values.empty());
     for (const PluginHandle* copy : {&recreated, &cloned, &attached}) {
         REQUIRE(*copy);
         CHECK(copy->get() != plugin.get());
@@ -141,6 +150,8 @@ void check_timing_cache_ids(PluginLibrary& library) {
     const std::string average = id("Compress", Fields());
     CHECK(average != id("Compress", Fields().add("pooling", "maxpool")));
     CHECK(average != id("Compress", Fields().add("pooling_kernel", 7)));
+    CHECK(id("FullAttention", full_attention_fields({})) !=
+          id("FullAttention", Fields().add("num_heads", 9)));
     CHECK(id("KVAttention", attention_fields({})) !=
           id("KVAttention", Fields().add("num_heads", 28).add("kv_num_heads", 4)));
 }
@@ -151,8 +162,10 @@ void check_fields(PluginLibrary& library) {
     check_creators(library);
     check_compress_fields(library);
     check_attention_fields(library);
+    check_full_attention_fields(library);
     check_copies(library, "Compress", Fields().add("pooling", "maxpool").add("pooling_kernel", 9));
     check_copies(library, "KVAttention", attention_fields({}));
+    check_copies(library, "FullAttention", full_attention_fields({}));
     check_timing_cache_ids(library);
 }
 

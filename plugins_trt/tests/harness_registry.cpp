@@ -28,6 +28,7 @@ void check_registry(const std::string& plugin_library, const std::string& tensor
     };
     REQUIRE(creator("Compress", "1", "ai.starkv") != nullptr);
     REQUIRE(creator("KVAttention", "1", "ai.starkv") != nullptr);
+    REQUIRE(creator("FullAttention", "1", "ai.starkv") != nullptr);
     // Namespace and version are part of the key.
     CHECK(creator("Compress", "1", "") == nullptr);
     CHECK(creator("Compress", "2", "ai.starkv") == nullptr);
@@ -36,7 +37,8 @@ void check_registry(const std::string& plugin_library, const std::string& tensor
     fields.add("pooling_kernel", 4);
     CHECK(creator("Compress", "1", "ai.starkv")
               ->createPlugin("layer", fields.collection(), nvinfer1::TensorRTPhase::kBUILD) == nullptr);
-    check_build(*creator("Compress", "1", "ai.starkv"), *creator("KVAttention", "1", "ai.starkv"));
+    check_build(*creator("Compress", "1", "ai.starkv"), *creator("KVAttention", "1", "ai.starkv"),
+                *creator("FullAttention", "1", "ai.starkv"));
 }
 
 }  // namespace starkv::tests

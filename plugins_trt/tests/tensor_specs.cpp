@@ -70,6 +70,15 @@ Fields attention_fields(const AttentionSizes& sizes) {
     return fields;
 }
 
+OperatorSpec full_attention_spec(const FullAttentionSizes& sizes, DataType cache) {
+    const TensorSpec tokens{cache, {sizes.sequences, sizes.tokens, sizes.heads * sizes.head_dim}};
+    return {"FullAttention", {tokens, tokens, tokens}, {tokens}, {-1}};
+}
+
+Fields full_attention_fields(const FullAttentionSizes& sizes) {
+    return Fields().add("num_heads", static_cast<std::int32_t>(sizes.heads));
+}
+
 nvinfer1::PluginTensorDesc describe(const TensorSpec& tensor) {
     nvinfer1::PluginTensorDesc desc{};
     desc.type = tensor.type;

@@ -37,9 +37,15 @@ struct AttentionSizes {
     nvinfer1::DataType past_extent_type = nvinfer1::DataType::kINT8;
 };
 
+struct FullAttentionSizes {
+    std::int64_t sequences = 2, tokens = 5, heads = 2, head_dim = 64;
+};
+
 OperatorSpec compress_spec(const CompressSizes& sizes, nvinfer1::DataType cache_type);
 OperatorSpec attention_spec(const AttentionSizes& sizes, nvinfer1::DataType cache_type);
 Fields attention_fields(const AttentionSizes& sizes);
+OperatorSpec full_attention_spec(const FullAttentionSizes& sizes, nvinfer1::DataType cache_type);
+Fields full_attention_fields(const FullAttentionSizes& sizes);
 
 nvinfer1::PluginTensorDesc describe(const TensorSpec& tensor);
 std::vector<nvinfer1::PluginTensorDesc> describe(const std::vector<TensorSpec>& tensors);

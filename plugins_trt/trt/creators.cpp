@@ -7,6 +7,7 @@
 #include <NvInferRuntime.h>
 
 #include "compress_plugin.h"
+#include "full_attention_plugin.h"
 #include "kv_attention_plugin.h"
 #include "logging.h"
 
@@ -48,7 +49,8 @@ STARKV_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(std::int32_t
     using namespace starkv::trt;
     static Creator<CompressPlugin> compress;
     static Creator<KVAttentionPlugin> kv_attention;
-    static nvinfer1::IPluginCreatorInterface* const creators[] = {&compress, &kv_attention};
-    creator_count = 2;
+    static Creator<FullAttentionPlugin> full_attention;
+    static nvinfer1::IPluginCreatorInterface* const creators[] = {&compress, &kv_attention, &full_attention};
+    creator_count = 3;
     return creators;
 }

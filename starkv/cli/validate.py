@@ -41,7 +41,7 @@ def ops(
 ) -> None:
     """Compare every implementation of the operators with the PyTorch reference.
 
-    Compress and KVAttention in ONNX Runtime, Triton, CUDA and the TensorRT plugins, as far as this machine
+    Compress, KVAttention and FullAttention in ONNX Runtime, Triton, CUDA and the TensorRT plugins, as far as this machine
     can run them; the table says why not the rest. Exits with code 1 where something differs.
     """
     import torch

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from starkv.errors import StarkvError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
 """``starkv_dtype``."""
 POOLINGS = {"avgpool": 0, "maxpool": 1}
@@ -90,6 +90,12 @@ class AttentionBuffers(Structure):
     ]
 
 
+class FullAttentionShape(Structure):
+    """``starkv_full_attention_shape``: dimensions of ``FullAttention``."""
+
+    _fields_ = [(name, c_int32) for name in ("sequences", "tokens", "heads", "head_dim", "dtype")]
+
+
 class KernelAbi:
     """The functions of a kernel library. Each launches on a stream and returns at once.
 
@@ -106,14 +112,14 @@ class KernelAbi:
             raise KernelError(f"{self.path}: no such library; `make plugin` builds it")
         try:
             self._library = ctypes.CDLL(str(self.path.resolve()))
+            version = self._library.starkv_abi_version()
+            if version != ABI_VERSION:
+                raise KernelError(
+                    f"{self.path}: ABI {version}, but this starkv needs {ABI_VERSION}; build it anew"
+                )
             _declare(self._library)
         except (OSError, AttributeError) as error:
             raise KernelError(f"{self.path}: not a starkv kernel library ({error})") from error
-        version = self._library.starkv_abi_version()
-        if version != ABI_VERSION:
-            raise KernelError(
-                f"{self.path}: ABI {version}, but this starkv needs {ABI_VERSION}; build it anew"
-            )
 
     @property
     def device(self) -> str:
@@ -125,7 +131,7 @@ class KernelAbi:
         name, message = self._library.starkv_status_name(code), self._library.starkv_status_message(code)
         return KernelStatus(code, name.decode(), message.decode())
 
-    def workspace_bytes(self, shape: CompressShape | AttentionShape) -> int:
+    def workspace_bytes(self, shape: CompressShape | AttentionShape | FullAttentionShape) -> int:
         """Bytes of workspace that a call of that shape needs.
 
         Raises:
@@ -160,6 +166,17 @@ class KernelAbi:
         launch = getattr(self._library, function)
         self._check(function, launch(byref(shape), byref(buffers), workspace, workspace_bytes, stream))
 
+    def full_attention(
+        self, shape: FullAttentionShape, q: int, k: int, v: int, out: int, stream: int | None = None
+    ) -> None:
+        """Launch ``FullAttention``; arguments as in the header.
+
+        Raises:
+            KernelError: the library refused the call.
+        """
+        function = "starkv_full_attention"
+        self._check(function, getattr(self._library, function)(byref(shape), q, k, v, out, stream))
+
     def call(self, function: str, *arguments: int | None) -> None:
         """One of the functions without structures, such as ``starkv_argmax``; arguments as in the header.
 
@@ -176,7 +193,11 @@ class KernelAbi:
             raise error
 
 
-_FUNCTIONS = {CompressShape: "starkv_compress", AttentionShape: "starkv_attention"}
+_FUNCTIONS = {
+    CompressShape: "starkv_compress",
+    AttentionShape: "starkv_attention",
+    FullAttentionShape: "starkv_full_attention",
+}
 
 
 def _declare(library: ctypes.CDLL) -> None:
@@ -189,7 +210,9 @@ def _declare(library: ctypes.CDLL) -> None:
     for shape, buffers in ((CompressShape, CompressBuffers), (AttentionShape, AttentionBuffers)):
         name = _FUNCTIONS[shape]
         getattr(library, name).argtypes = [POINTER(shape), POINTER(buffers), pointer, c_size_t, pointer]
-        getattr(library, f"{name}_workspace").argtypes = [POINTER(shape), POINTER(c_size_t)]
+    for described, name in _FUNCTIONS.items():
+        getattr(library, f"{name}_workspace").argtypes = [POINTER(described), POINTER(c_size_t)]
+    library.starkv_full_attention.argtypes = [POINTER(FullAttentionShape), *[pointer] * 5]
     library.starkv_embedding_gather.argtypes = [pointer] * 3 + [integer] * 4 + [pointer]
     library.starkv_argmax.argtypes = [pointer] * 2 + [integer] * 2 + [pointer]
     library.starkv_sample_top_p.argtypes = [pointer] * 5 + [integer] * 2 + [pointer]

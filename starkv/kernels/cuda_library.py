@@ -24,9 +24,11 @@ from starkv.kernels.c_abi import (
     AttentionShape,
     CompressBuffers,
     CompressShape,
+    FullAttentionShape,
     KernelAbi,
 )
 from starkv.kernels.compress_call import CompressCall, CompressResult
+from starkv.kernels.full_attention_call import FullAttentionCall
 from starkv.kernels.library_paths import kernel_libraries
 
 _DTYPES = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
@@ -107,6 +109,31 @@ class KernelLibrary:
         outputs = {"present_k": keys, "present_v": values, "out": out}
         self._launch(shape, AttentionBuffers(**_pointers(inputs | outputs)), call.q.device)
         return out, keys, values
+
+    def full_attention(self, call: FullAttentionCall) -> Tensor:
+        """Every token attends to every other: ``[B, N, H·D]``.
+
+        Args:
+            call: tensors on :attr:`device`.
+
+        Raises:
+            UsageError: tensors don't fit each other, or lie elsewhere.
+            KernelError: the library refused the call.
+        """
+        call.check()
+        self._check_tensors(call.q)
+        out = torch.empty_like(call.q)
+        sequences, tokens, _ = call.q.shape
+        shape = FullAttentionShape(
+            sequences=sequences,
+            tokens=tokens,
+            heads=call.heads,
+            head_dim=call.head_dim,
+            dtype=_DTYPES[call.q.dtype],
+        )
+        q, k, v = (tensor.data_ptr() for tensor in (call.q, call.k, call.v))
+        self.abi.full_attention(shape, q, k, v, out.data_ptr(), _stream(call.q.device))
+        return out
 
     def embedding_gather(self, table: Tensor, ids: Tensor) -> Tensor:
         """Rows of an embedding ``[vocabulary, width]``: ``ids [N]`` i32 → ``[N, width]``.

@@ -18,6 +18,7 @@ from starkv.errors import UsageError
 from starkv.kernels.attention_call import AttentionCall
 from starkv.kernels.c_abi import KernelError
 from starkv.kernels.compress_call import CompressCall, CompressResult
+from starkv.kernels.full_attention_call import FullAttentionCall
 
 COMPRESS_INPUTS = (
     "k",
@@ -171,6 +172,17 @@ class PluginDriver:
         inputs = (call.q, call.k, call.v, call.past_k, call.past_v, call.kv_len, past_extent)
         self.run("KVAttention", fields, inputs, (out, present_k, present_v))
         return out, present_k, present_v
+
+    def full_attention(self, call: FullAttentionCall) -> Tensor:
+        """Every token attends to every other: ``[B, N, H·D]``.
+
+        Raises:
+            UsageError: a tensor lies elsewhere.
+            KernelError: the plugin refused the call.
+        """
+        out = torch.empty_like(call.q)
+        self.run("FullAttention", {"num_heads": call.heads}, (call.q, call.k, call.v), (out,))
+        return out
 
     def run(
         self,

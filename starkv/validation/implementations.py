@@ -13,10 +13,12 @@ from starkv.kernels.attention_call import AttentionCall
 from starkv.kernels.c_abi import KernelError
 from starkv.kernels.compress_call import CompressCall, CompressResult
 from starkv.kernels.cuda_library import find_library
+from starkv.kernels.full_attention_call import FullAttentionCall
 from starkv.kernels.library_paths import KERNELS, PLUGINS, plugin_libraries
 
 Compress = Callable[[CompressCall], CompressResult]
 Attention = Callable[[AttentionCall], tuple[Tensor, Tensor, Tensor]]
+FullAttention = Callable[[FullAttentionCall], Tensor]
 _BUILD = "`make plugin` builds it"
 
 
@@ -27,6 +29,7 @@ class Implementation:
     name: str
     compress: Compress | None = None
     attention: Attention | None = None
+    full_attention: FullAttention | None = None
     timed: bool = True
     """Its time means something: it runs on the hardware that it was made for."""
     missing: str = ""
@@ -61,7 +64,7 @@ def onnx_runtime() -> Implementation:
     from starkv.validation.onnx_adapter import OnnxImplementation
 
     runtime = OnnxImplementation()
-    return Implementation("ONNX", runtime.compress, runtime.attention, widest=20_000)
+    return Implementation("ONNX", runtime.compress, runtime.attention, runtime.full_attention, widest=20_000)
 
 
 def triton(device: torch.device) -> Implementation:
@@ -84,7 +87,7 @@ def cuda(device: torch.device) -> Implementation:
         return Implementation("CUDA", missing=str(error))
     if library is None:
         return Implementation("CUDA", missing=f"no {KERNELS[device.type]}; {_BUILD}")
-    return _on(device, "CUDA", "emulated", library.compress, library.attention)
+    return _on(device, "CUDA", "emulated", library.compress, library.attention, library.full_attention)
 
 
 def plugin(device: torch.device) -> Implementation:
@@ -96,13 +99,21 @@ def plugin(device: torch.device) -> Implementation:
         reason = f"no {PLUGINS[device.type]}; {_BUILD} where TensorRT's headers are"
         return Implementation("TensorRT plugin", missing=reason)
     driver = PluginDriver(*libraries)
-    return _on(device, "TensorRT plugin", "emulated", driver.compress, driver.attention)
+    return _on(
+        device, "TensorRT plugin", "emulated", driver.compress, driver.attention, driver.full_attention
+    )
 
 
 def _on(
-    device: torch.device, name: str, emulation: str, compress: Compress, attention: Attention | None = None
+    device: torch.device,
+    name: str,
+    emulation: str,
+    compress: Compress,
+    attention: Attention | None = None,
+    full_attention: FullAttention | None = None,
 ) -> Implementation:
     """A GPU implementation, on the GPU or as it is emulated on the processor."""
     if device.type == "cpu":
-        return Implementation(f"{name} ({emulation})", compress, attention, timed=False, widest=1_000)
-    return Implementation(name, compress, attention)
+        emulated = f"{name} ({emulation})"
+        return Implementation(emulated, compress, attention, full_attention, timed=False, widest=1_000)
+    return Implementation(name, compress, attention, full_attention)

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from starkv.kernels.attention_call import AttentionCall
 from starkv.kernels.compress_call import CompressCall, CompressResult
+from starkv.kernels.full_attention_call import FullAttentionCall
+from starkv.onnx_ops import FULL_ATTENTION, KV_ATTENTION
 
 Array = NDArray[Any]
 
@@ -67,14 +69,28 @@ class OnnxImplementation:
         """
         call.check()
         groups, dim = call.past_k.shape[1], call.past_k.shape[3]
-        key = ("KVAttention", call.heads, groups, dim)
+        key = (KV_ATTENTION, call.heads, groups, dim)
         if key not in self._sessions:
-            self._sessions[key] = self._open(_attention_model(call.heads, groups))
+            model = _model_of(KV_ATTENTION, num_heads=call.heads, kv_num_heads=groups)
+            self._sessions[key] = self._open(model)
         feeds = {name: _array(getattr(call, name)) for name in ("q", "k", "v", "past_k", "past_v", "kv_len")}
         feeds["past_extent"] = np.zeros(int(call.kv_len.max()), np.int8)
         outputs = self._sessions[key].run(["out", "present_k", "present_v"], feeds)
         out, keys, values = (torch.from_numpy(array).to(call.q) for array in outputs)
         return out, keys, values
+
+    def full_attention(self, call: FullAttentionCall) -> Tensor:
+        """``FullAttention`` in the call's dtype.
+
+        Raises:
+            UsageError: tensors don't fit each other.
+        """
+        call.check()
+        key = (FULL_ATTENTION, call.heads)
+        if key not in self._sessions:
+            self._sessions[key] = self._open(_model_of(FULL_ATTENTION, num_heads=call.heads))
+        feeds = {name: _array(getattr(call, name)) for name in ("q", "k", "v")}
+        return torch.from_numpy(self._sessions[key].run(["out"], feeds)[0]).to(call.q)
 
     def _open(self, model: bytes) -> Any:
         import onnxruntime
@@ -91,16 +107,14 @@ def _array(tensor: Tensor) -> Array:
     return array
 
 
-def _attention_model(heads: int, groups: int) -> bytes:
-    """A model that is one ``KVAttention`` node."""
+def _model_of(operator: str, **attributes: int) -> bytes:
+    """A model that is one node of an operator of attention."""
     import onnx
 
-    from starkv.onnx_ops import DOMAIN, DOMAIN_VERSION, KV_ATTENTION, OPSET, standard_functions
+    from starkv.onnx_ops import DOMAIN, DOMAIN_VERSION, OPSET, standard_functions
 
-    function = standard_functions()[KV_ATTENTION]
-    node = onnx.helper.make_node(
-        KV_ATTENTION, function.input, function.output, domain=DOMAIN, num_heads=heads, kv_num_heads=groups
-    )
+    function = standard_functions()[operator]
+    node = onnx.helper.make_node(operator, function.input, function.output, domain=DOMAIN, **attributes)
     types = {"kv_len": onnx.TensorProto.INT32, "past_extent": onnx.TensorProto.INT8}
     ranks = {"kv_len": 1, "past_extent": 1, "q": 3, "k": 3, "v": 3, "out": 3}
 
@@ -110,7 +124,7 @@ def _attention_model(heads: int, groups: int) -> bytes:
         return onnx.helper.make_tensor_value_info(name, element, shape)
 
     inputs, outputs = ([declare(name) for name in side] for side in (function.input, function.output))
-    graph = onnx.helper.make_graph([node], KV_ATTENTION, inputs, outputs)
+    graph = onnx.helper.make_graph([node], operator, inputs, outputs)
     opsets = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
     model = onnx.helper.make_model(graph, opset_imports=opsets, functions=[function], ir_version=10)
     return bytes(model.SerializeToString())

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from starkv.validation import attention_checks, compress_checks
+from starkv.validation import attention_checks, compress_checks, full_attention_checks
 from starkv.validation.implementations import implementations
 from starkv.validation.report import Check
 
@@ -36,3 +36,8 @@ def validate_ops(
             if DTYPES[name] in attention_checks.TOLERANCE:
                 started(f"KVAttention, {attention_size.name}, {name}")
                 yield from attention_checks.check_attention(attention_size, DTYPES[name], device, others)
+    for full_size in full_attention_checks.SIZES[device.type]:
+        for name in dtypes:
+            if DTYPES[name] in attention_checks.TOLERANCE:
+                started(f"FullAttention, {full_size.name}, {name}")
+                yield from full_attention_checks.check_full_attention(full_size, DTYPES[name], device, others)

@@ -21,6 +21,7 @@ from plugin_build import HEADERS_VARIABLE, PluginBuild, build, header_folders
 from starkv.kernels.attention_call import AttentionCall, reference_attention
 from starkv.kernels.c_abi import KernelError
 from starkv.kernels.compress_call import CompressCall, CompressResult
+from starkv.kernels.full_attention_call import FullAttentionCall, reference_full_attention
 from starkv.kernels.plugin_driver import PluginDriver
 
 pytestmark = pytest.mark.slow
@@ -119,6 +120,17 @@ def test_attention_equals_the_reference(
     assert torch.equal(present_v, expected[2])
     assert (out[2] == 0).all()
     assert torch.equal(call.past_k, expected[1] if aliased else before.past_k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_full_attention_equals_the_reference(driver: PluginDriver, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 70, 3 * 80, generator=generator).to(dtype) for _ in range(3))
+    call = FullAttentionCall(q, k, v, heads=3)
+    expected = reference_full_attention(call)
+    torch.testing.assert_close(
+        driver.full_attention(call).float(), expected, rtol=0, atol=4 * torch.finfo(dtype).eps
+    )
 
 
 def test_errors_are_reported_with_their_reason(driver: PluginDriver) -> None:
