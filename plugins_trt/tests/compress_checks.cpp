@@ -122,7 +122,7 @@ void check_compress_runs(PluginLibrary& library, Memory& memory) {
     Fields fields;
     fields.add("pooling_kernel", 1);
     const PluginHandle plugin(
-        library.creator("Compress")
+        library.creator("KVCompress")
             ->createPlugin("layer", fields.collection(), nvinfer1::TensorRTPhase::kRUNTIME));
     REQUIRE(plugin);
     for (const DataType type : {DataType::kFLOAT, DataType::kHALF, DataType::kBF16}) {

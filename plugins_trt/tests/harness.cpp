@@ -24,11 +24,11 @@ int usage() {
 void check(const std::string& path, bool enqueue) {
     using namespace starkv::tests;
     PluginLibrary library(path);
-    REQUIRE(library.creator("Compress") != nullptr);
+    REQUIRE(library.creator("KVCompress") != nullptr);
     REQUIRE(library.creator("KVAttention") != nullptr);
     REQUIRE(library.creator("FullAttention") != nullptr);
     check_fields(library);
-    check_build(*library.creator("Compress"), *library.creator("KVAttention"),
+    check_build(*library.creator("KVCompress"), *library.creator("KVAttention"),
                 *library.creator("FullAttention"));
     check_errors(library);
     if (!enqueue) return;

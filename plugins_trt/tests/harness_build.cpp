@@ -87,7 +87,7 @@ void check_formats(const PluginHandle& plugin, const OperatorSpec& spec, bool ca
                                  (right.type == DataType::kINT8 && tensor.type == DataType::kINT32);
                 // The first tensor chooses among the cache's types; here `right` is one of many.
                 if (position == 0) {
-                    const bool float32_allowed = spec.name == "Compress";
+                    const bool float32_allowed = spec.name == "KVCompress";
                     type_fits = tensor.type == DataType::kHALF || tensor.type == DataType::kBF16 ||
                                 (float32_allowed && tensor.type == DataType::kFLOAT);
                 }

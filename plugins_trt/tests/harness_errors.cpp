@@ -39,7 +39,7 @@ OperatorRun changed(const OperatorSpec& spec, const std::function<void(OperatorS
 
 void check_compress_errors(PluginLibrary& library) {
     const PluginHandle plugin(
-        library.creator("Compress")->createPlugin("layer", nullptr, nvinfer1::TensorRTPhase::kRUNTIME));
+        library.creator("KVCompress")->createPlugin("layer", nullptr, nvinfer1::TensorRTPhase::kRUNTIME));
     REQUIRE(plugin);
     const OperatorSpec spec = compress_spec({}, DataType::kHALF);
     const auto refused = [&](const std::function<void(OperatorSpec&)>& change, const char* reason) {

@@ -34,7 +34,7 @@ void check_refused(PluginLibrary& library, const char* operator_name, Fields fie
 
 void check_creators(const PluginLibrary& library) {
     CHECK_EQUAL(library.creator_count(), 3);
-    for (const char* name : {"Compress", "KVAttention", "FullAttention"}) {
+    for (const char* name : {"KVCompress", "KVAttention", "FullAttention"}) {
         nvinfer1::IPluginCreatorV3One* creator = library.creator(name);
         REQUIRE(creator != nullptr);
         CHECK_EQUAL(std::string(creator->getPluginVersion()), "1");
@@ -48,44 +48,44 @@ void check_creators(const PluginLibrary& library) {
         CHECK_EQUAL(std::string(fields->fields[index].name), field);
         CHECK(fields->fields[index].type == type);
     };
-    declares("Compress", 0, "pooling", PluginFieldType::kCHAR);
-    declares("Compress", 1, "pooling_kernel", PluginFieldType::kINT32);
+    declares("KVCompress", 0, "pooling", PluginFieldType::kCHAR);
+    declares("KVCompress", 1, "pooling_kernel", PluginFieldType::kINT32);
     declares("KVAttention", 0, "num_heads", PluginFieldType::kINT32);
     declares("KVAttention", 1, "kv_num_heads", PluginFieldType::kINT32);
     declares("FullAttention", 0, "num_heads", PluginFieldType::kINT32, 1);
 }
 
 void check_compress_fields(PluginLibrary& library) {
-    CHECK(
-        (created(library, "Compress", Fields()) == Values{{"pooling", "avgpool"}, {"pooling_kernel", "5"}}));
+    CHECK((created(library, "KVCompress", Fields()) ==
+           Values{{"pooling", "avgpool"}, {"pooling_kernel", "5"}}));
     const Values maximum{{"pooling", "maxpool"}, {"pooling_kernel", "7"}};
-    CHECK(created(library, "Compress", Fields().add("pooling", "maxpool").add("pooling_kernel", 7)) ==
+    CHECK(created(library, "KVCompress", Fields().add("pooling", "maxpool").add("pooling_kernel", 7)) ==
           maximum);
     // Some callers count the terminating zero, and ONNX nodes carry the plugin's address.
     Fields terminated;
     terminated.add_raw("pooling", "maxpool", PluginFieldType::kCHAR, 8).add("pooling_kernel", 7);
     terminated.add("plugin_namespace", "ai.starkv").add("plugin_version", "1");
-    CHECK(created(library, "Compress", terminated) == maximum);
+    CHECK(created(library, "KVCompress", terminated) == maximum);
 
-    check_refused(library, "Compress", Fields().add("pooling", "median"), "not 'median'");
-    check_refused(library, "Compress", Fields().add("pooling", 1), "pooling must be a string");
-    check_refused(library, "Compress", Fields().add("pooling", ""), "pooling must be a string");
-    check_refused(library, "Compress", Fields().add("pooling_kernel", 4), "odd and in 1 ... 63, not 4");
-    check_refused(library, "Compress", Fields().add("pooling_kernel", -1), "odd and in 1 ... 63, not -1");
-    check_refused(library, "Compress", Fields().add("pooling_kernel", 65), "odd and in 1 ... 63, not 65");
-    check_refused(library, "Compress", Fields().add("pooling_kernel", "5"), "must be one INT32");
-    check_refused(library, "Compress", Fields().add("kernel", 5), "unknown attribute 'kernel'");
+    check_refused(library, "KVCompress", Fields().add("pooling", "median"), "not 'median'");
+    check_refused(library, "KVCompress", Fields().add("pooling", 1), "pooling must be a string");
+    check_refused(library, "KVCompress", Fields().add("pooling", ""), "pooling must be a string");
+    check_refused(library, "KVCompress", Fields().add("pooling_kernel", 4), "odd and in 1 ... 63, not 4");
+    check_refused(library, "KVCompress", Fields().add("pooling_kernel", -1), "odd and in 1 ... 63, not -1");
+    check_refused(library, "KVCompress", Fields().add("pooling_kernel", 65), "odd and in 1 ... 63, not 65");
+    check_refused(library, "KVCompress", Fields().add("pooling_kernel", "5"), "must be one INT32");
+    check_refused(library, "KVCompress", Fields().add("kernel", 5), "unknown attribute 'kernel'");
     const float number = 5.0F;
     Fields wrong_type;
     wrong_type.add_raw("pooling_kernel", &number, PluginFieldType::kFLOAT32, 1);
-    check_refused(library, "Compress", wrong_type, "must be one INT32 (field type 1, length 1 given)");
+    check_refused(library, "KVCompress", wrong_type, "must be one INT32 (field type 1, length 1 given)");
     const std::int32_t two[] = {5, 7};
     Fields wrong_length;
     wrong_length.add_raw("pooling_kernel", two, PluginFieldType::kINT32, 2);
-    check_refused(library, "Compress", wrong_length, "must be one INT32 (field type 5, length 2 given)");
+    check_refused(library, "KVCompress", wrong_length, "must be one INT32 (field type 5, length 2 given)");
     Fields no_data;
     no_data.add_raw("pooling_kernel", nullptr, PluginFieldType::kINT32, 1);
-    check_refused(library, "Compress", no_data, "must be one INT32");
+    check_refused(library, "KVCompress", no_data, "must be one INT32");
 }
 
 void check_attention_fields(PluginLibrary& library) {
@@ -147,9 +147,9 @@ void check_timing_cache_ids(PluginLibrary& library) {
                                       ->createPlugin("layer", fields.collection(), TensorRTPhase::kBUILD));
         return plugin ? std::string(plugin.build()->getTimingCacheID()) : std::string();
     };
-    const std::string average = id("Compress", Fields());
-    CHECK(average != id("Compress", Fields().add("pooling", "maxpool")));
-    CHECK(average != id("Compress", Fields().add("pooling_kernel", 7)));
+    const std::string average = id("KVCompress", Fields());
+    CHECK(average != id("KVCompress", Fields().add("pooling", "maxpool")));
+    CHECK(average != id("KVCompress", Fields().add("pooling_kernel", 7)));
     CHECK(id("FullAttention", full_attention_fields({})) !=
           id("FullAttention", Fields().add("num_heads", 9)));
     CHECK(id("KVAttention", attention_fields({})) !=
@@ -163,7 +163,7 @@ void check_fields(PluginLibrary& library) {
     check_compress_fields(library);
     check_attention_fields(library);
     check_full_attention_fields(library);
-    check_copies(library, "Compress", Fields().add("pooling", "maxpool").add("pooling_kernel", 9));
+    check_copies(library, "KVCompress", Fields().add("pooling", "maxpool").add("pooling_kernel", 9));
     check_copies(library, "KVAttention", attention_fields({}));
     check_copies(library, "FullAttention", full_attention_fields({}));
     check_timing_cache_ids(library);

@@ -26,18 +26,18 @@ void check_registry(const std::string& plugin_library, const std::string& tensor
     const auto creator = [&](const char* name, const char* version, const char* space) {
         return static_cast<nvinfer1::IPluginCreatorV3One*>(registry->getCreator(name, version, space));
     };
-    REQUIRE(creator("Compress", "1", "ai.starkv") != nullptr);
+    REQUIRE(creator("KVCompress", "1", "ai.starkv") != nullptr);
     REQUIRE(creator("KVAttention", "1", "ai.starkv") != nullptr);
     REQUIRE(creator("FullAttention", "1", "ai.starkv") != nullptr);
     // Namespace and version are part of the key.
-    CHECK(creator("Compress", "1", "") == nullptr);
-    CHECK(creator("Compress", "2", "ai.starkv") == nullptr);
+    CHECK(creator("KVCompress", "1", "") == nullptr);
+    CHECK(creator("KVCompress", "2", "ai.starkv") == nullptr);
     // Errors go to whatever logger the library has by now; that they can be reported is what is checked.
     Fields fields;
     fields.add("pooling_kernel", 4);
-    CHECK(creator("Compress", "1", "ai.starkv")
+    CHECK(creator("KVCompress", "1", "ai.starkv")
               ->createPlugin("layer", fields.collection(), nvinfer1::TensorRTPhase::kBUILD) == nullptr);
-    check_build(*creator("Compress", "1", "ai.starkv"), *creator("KVAttention", "1", "ai.starkv"),
+    check_build(*creator("KVCompress", "1", "ai.starkv"), *creator("KVAttention", "1", "ai.starkv"),
                 *creator("FullAttention", "1", "ai.starkv"));
 }
 

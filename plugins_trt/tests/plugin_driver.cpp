@@ -53,7 +53,7 @@ Fields fields_of(const starkv_driver_call& call) {
 constexpr std::size_t kDeviceBytes = 8;
 
 void device(const char* plugin_library, char* name) {
-    const PluginHandle plugin = create(load(plugin_library), "Compress", Fields());
+    const PluginHandle plugin = create(load(plugin_library), "KVCompress", Fields());
     std::snprintf(name, kDeviceBytes, "%s", plugin.build()->getMetadataString());
 }
 

@@ -12,7 +12,7 @@ OperatorSpec compress_spec(const CompressSizes& sizes, DataType cache) {
     const std::int64_t l = sizes.layers, b = sizes.sequences, g = sizes.kv_heads, c = sizes.capacity;
     const std::int64_t d = sizes.head_dim, s = sizes.slots, e = sizes.slot_capacity, v = sizes.pattern;
     const DataType f32 = DataType::kFLOAT, i32 = DataType::kINT32, i64 = DataType::kINT64;
-    return {"Compress",
+    return {"KVCompress",
             {
                 {cache, {l, b, g, c, d}},
                 {cache, {l, b, g, c, d}},

@@ -18,7 +18,9 @@ namespace {
 using nvinfer1::PluginField;
 using nvinfer1::PluginFieldType;
 
-constexpr const char* kName = "Compress";
+// Not Compress, as the operator is called: TensorRT's ONNX parser looks at names without their domain, and
+// refuses ONNX's own Compress, which it does not support (onnxOpCheckers.cpp).
+constexpr const char* kName = "KVCompress";
 constexpr const char* kAveragePooling = "avgpool";
 constexpr const char* kMaximumPooling = "maxpool";
 

@@ -147,7 +147,7 @@ class PluginDriver:
             result.temperature,
         )
         fields = {"pooling": call.pooling, "pooling_kernel": call.pooling_kernel}
-        self.run("Compress", fields, [getattr(call, name) for name in COMPRESS_INPUTS], outputs)
+        self.run("KVCompress", fields, [getattr(call, name) for name in COMPRESS_INPUTS], outputs)
         if not aliased:
             for tensor, source in zip(destination, written, strict=True):
                 tensor.copy_(source)

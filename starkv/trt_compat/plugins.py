@@ -7,7 +7,7 @@ from starkv.errors import EngineError
 from starkv.trt_compat.module import TensorRT
 
 NAMESPACE, VERSION = "ai.starkv", "1"
-OPERATORS = ("KVAttention", "FullAttention", "Compress")
+OPERATORS = ("KVAttention", "FullAttention", "KVCompress")
 """Plugins of the library."""
 LIBRARY_NAME = "libstarkv_trt.so"
 

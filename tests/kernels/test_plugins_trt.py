@@ -143,8 +143,8 @@ def test_errors_are_reported_with_their_reason(driver: PluginDriver) -> None:
     misaligned = storage[1:].view(call.q.shape)
     with pytest.raises(KernelError, match="KVAttention: STARKV_ERROR_MISALIGNED: "):
         driver.attention(replace(call, q=misaligned))
-    with pytest.raises(KernelError, match="Compress: attribute pooling_kernel must be odd"):
-        driver.run("Compress", {"pooling_kernel": 2}, [call.q], [call.q])
+    with pytest.raises(KernelError, match="KVCompress: attribute pooling_kernel must be odd"):
+        driver.run("KVCompress", {"pooling_kernel": 2}, [call.q], [call.q])
     with pytest.raises(KernelError, match="no operator Expand"):
         driver.run("Expand", {}, [call.q], [call.q])
 
@@ -158,7 +158,7 @@ registry = trt.get_plugin_registry()
 assert registry.load_library(sys.argv[1]) is not None
 field = trt.PluginField("pooling_kernel", np.array([7], np.int32), trt.PluginFieldType.INT32)
 wrong = trt.PluginField("pooling_kernel", np.array([4], np.int32), trt.PluginFieldType.INT32)
-creator = registry.get_creator("Compress", "1", "ai.starkv")
+creator = registry.get_creator("KVCompress", "1", "ai.starkv")
 plugin = creator.create_plugin("layer", trt.PluginFieldCollection([field]), trt.TensorRTPhase.BUILD)
 build = plugin.get_capability_interface(trt.PluginCapabilityType.BUILD)
 assert type(build).__name__ == "IPluginV3OneBuildV2"
@@ -167,7 +167,7 @@ assert build.timing_cache_id == "avgpool 7"
 assert creator.create_plugin("layer", trt.PluginFieldCollection([wrong]), trt.TensorRTPhase.BUILD) is None
 assert [f.name for f in registry.get_creator("KVAttention", "1", "ai.starkv").field_names] == [
     "num_heads", "kv_num_heads"]
-assert registry.get_creator("Compress", "1", "") is None
+assert registry.get_creator("KVCompress", "1", "") is None
 print("ok", trt.__version__)
 """
 
