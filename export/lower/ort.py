@@ -10,12 +10,12 @@ from pathlib import Path
 import onnx_ir as ir
 
 from starkv.export.lower.compute_dtype import narrow_activations
+from starkv.export.lower.graph_edit import copy_others, remove_unused
 from starkv.export.lower.ort_attention import (
     MICROSOFT,
     lower_full_attention,
     lower_kv_attention,
     lower_masked_attention,
-    remove_unused,
 )
 from starkv.export.lower.ort_matmul import lower_quantized_linears, quantized_linears
 from starkv.export.lower.ort_norm import fuse_residual_norms
@@ -58,13 +58,5 @@ def lower_to_ort(source: Path, target: Path, compute_dtype: ComputeDtype = "floa
             lower_masked_attention(graph)
             narrow_activations(model, dtype, data)
             remove_unused(graph)
-        _copy_others(graph, data)
+        copy_others(graph, data)
     ir.save(model, target)
-
-
-def _copy_others(graph: ir.Graph, data: TensorFile) -> None:
-    """Move weights that need no change to the new data file."""
-    for value in graph.initializers.values():
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor) and Path(tensor.path) != data.path:
-            value.const_value = data.copy(tensor)

@@ -8,6 +8,7 @@ the cache's capacity. ONNX Runtime's operators tile them, and their work follows
 import numpy as np
 import onnx_ir as ir
 
+from starkv.export.lower.graph_edit import remove_unused, replace_node
 from starkv.onnx_ops import DOMAIN, FULL_ATTENTION, KV_ATTENTION
 
 MICROSOFT = "com.microsoft"
@@ -69,33 +70,17 @@ def _input(name: str, shape: list[int | str]) -> ir.Value:
 
 
 def _layer_of(kv_len: ir.Value | None) -> int:
-    """Index of the layer whose row of the input ``kv_len`` this is."""
+    """Index of the layer whose row of the input ``kv_len`` this is.
+
+    Raises:
+        ValueError: it is none.
+    """
     gather = None if kv_len is None else kv_len.producer()
     if gather is not None and gather.op_type == "Gather" and gather.inputs[0] is not None:
         index = ir.convenience.get_const_tensor(gather.inputs[1]) if gather.inputs[1] is not None else None
         if index is not None and index.size == 1 and gather.inputs[0].name == "kv_len":
             return int(index.numpy().item())
     raise ValueError(f"{kv_len} is no row of kv_len")
-
-
-def replace_node(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
-    """Put ``new`` in the place of ``old``, whose outputs are the first ones of ``new``."""
-    for before, after in zip(old.outputs, new.outputs, strict=False):
-        after.name, after.type, after.shape = before.name, before.type, before.shape
-        graph_output = before.is_graph_output()
-        ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=graph_output)
-    graph.insert_after(old, new)
-    graph.remove(old, safe=True)
-
-
-def remove_unused(graph: ir.Graph) -> None:
-    """Remove nodes and initializers that nothing reads any more."""
-    for node in reversed(list(graph)):
-        if not any(value.uses() or value.is_graph_output() for value in node.outputs):
-            graph.remove(node, safe=True)
-    for name, value in list(graph.initializers.items()):
-        if not value.uses():
-            del graph.initializers[name]
 
 
 def lower_full_attention(model: ir.Model) -> None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from starkv.export.lower.ort_attention import MICROSOFT, replace_node
+from starkv.export.lower.graph_edit import replace_node
+from starkv.export.lower.ort_attention import MICROSOFT
 from starkv.export.lower.ort_weights import transposed_scales, unsigned_codes, unsigned_zero_points
 from starkv.export.quantize.columns import Bits
 from starkv.export.tensor_file import TensorFile

@@ -15,6 +15,8 @@ from starkv.errors import StarkvError
 ABI_VERSION = 2
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
 """``starkv_dtype``."""
+FULL_ATTENTION_HEAD_DIMS = (32, 64, 80, 96, 128)
+"""That ``FullAttention``'s kernel takes."""
 POOLINGS = {"avgpool": 0, "maxpool": 1}
 """``starkv_pooling``."""
 

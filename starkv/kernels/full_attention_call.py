@@ -14,10 +14,6 @@ from starkv.errors import UsageError
 from starkv.kernels.attention_call import ATTENTION_DTYPES
 from starkv.kernels.tensor_checks import check_tensors
 
-FULL_ATTENTION_HEAD_DIMS = (32, 64, 80, 96, 128)
-"""That the kernels take."""
-
-
 @dataclass
 class FullAttentionCall:
     """Inputs of ``FullAttention``, all contiguous and on one device."""

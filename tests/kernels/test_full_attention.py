@@ -7,13 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from starkv.kernels.c_abi import FullAttentionShape, KernelError
+from starkv.kernels.c_abi import FULL_ATTENTION_HEAD_DIMS, FullAttentionShape, KernelError
 from starkv.kernels.cuda_library import KernelLibrary
-from starkv.kernels.full_attention_call import (
-    FULL_ATTENTION_HEAD_DIMS,
-    FullAttentionCall,
-    reference_full_attention,
-)
+from starkv.kernels.full_attention_call import FullAttentionCall, reference_full_attention
 
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 """Largest relative error of a number that is rounded to the type."""
