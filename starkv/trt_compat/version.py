@@ -38,7 +38,13 @@ CHECKED = (OLDEST, TensorRTVersion(10, 13), TensorRTVersion(10, 16), TensorRTVer
 """Versions whose names and rules are checked."""
 
 STREAM_READER_V2 = TensorRTVersion(10, 7)
-PLAN_TO_STREAM = TensorRTVersion(10, 12)
+"""Plans are read by ``IStreamReaderV2``, before by ``IStreamReader`` (pyCore.cpp of each tag)."""
+SAME_COMPUTE_CAPABILITY = TensorRTVersion(10, 9)
+"""Plans can be made for all GPUs of one compute capability."""
+PLAN_TO_STREAM = TensorRTVersion(10, 13)
+"""A plan can be written while it is built, instead of lying in memory as a whole."""
+ALIASED_TENSORS = TensorRTVersion(10, 15)
+"""An engine says which output must share which input's memory."""
 NATIVE_ATTENTION = TensorRTVersion(10, 14)
 """The parser knows ``Attention``."""
 NATIVE_NORMS = TensorRTVersion(10, 15)
