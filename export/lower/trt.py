@@ -17,10 +17,10 @@ import onnx_ir as ir
 
 from starkv.export.lower.compute_dtype import narrow_activations
 from starkv.export.lower.graph_edit import copy_others, remove_unused
-from starkv.export.lower.trt_plugins import lower_plugins
+from starkv.export.lower.trt_plugins import POOLING, POOLING_KERNEL, lower_plugins
 from starkv.export.lower.trt_primitives import lower_to_primitives
 from starkv.export.lower.trt_rules import require_valid
-from starkv.export.lower.trt_weights import expand_foreign_weights
+from starkv.export.lower.trt_weights import expand_foreign_weights, round_scales
 from starkv.export.progress import NoProgress, Progress
 from starkv.export.record import read_record
 from starkv.export.tensor_file import TensorFile
@@ -106,6 +106,7 @@ def _lower(
     data = TensorFile(path.with_suffix(".data"))
     lower_plugins(model)
     expanded = expand_foreign_weights(graph, dtype, data)
+    round_scales(graph, dtype, data)
     narrow_activations(model, dtype, data)
     lower_to_primitives(graph, vision_head_dim)
     remove_unused(graph)
@@ -120,7 +121,7 @@ def _lower(
 def _lower_compress(
     path: Path, target: TensorRTVersion, dtype: ir.DataType, sizes: dict[str, int]
 ) -> LoweredGraph:
-    model: ir.Model = ir.from_proto(compress_model(COMPRESS, sizes))
+    model: ir.Model = ir.from_proto(compress_model(COMPRESS, sizes, POOLING, POOLING_KERNEL))
     lower_plugins(model)
     graph = model.graph
     for value in (*graph.inputs, *graph.outputs):

@@ -19,6 +19,8 @@ _IR_VERSION = 10
 _NAME_BYTES = 4096
 _TENSOR_TYPES = frozenset(("FLOAT", "FLOAT16", "BFLOAT16", "INT32", "INT64", "BOOL"))
 _CONSTANT_TYPES = _TENSOR_TYPES | {"INT4", "INT8"}
+_DATA_KEYS = frozenset(("location", "offset", "length", "checksum"))
+"""Entries about external data that the parser takes; any other fails it."""
 _MOST_DIMS = 8
 
 
@@ -77,6 +79,10 @@ def _constants(context: RuleContext) -> Found:
         entries = {entry.key: entry.value for entry in tensor.external_data}
         if not entries:
             continue
+        if unknown := entries.keys() - _DATA_KEYS:
+            yield tensor.name, f"its data have the unknown entry {', '.join(sorted(unknown))}"
+        if "length" not in entries:
+            yield tensor.name, "its data have no length: the whole file would be read"
         location = entries.get("location", "")
         if Path(location).name != location:
             yield tensor.name, f"its data lie at {location!r}, not beside the graph"

@@ -13,7 +13,8 @@ from starkv.trt_compat.plugins import NAMESPACE, OPERATORS, VERSION
 Found = Iterator[tuple[str, str]]
 
 _ELEMENTWISE = ("Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Mod", "Sum", "Equal", "Less", "Greater")
-_ONE_TYPE = frozenset((*_ELEMENTWISE, "MatMul", "Gemm", "Concat"))
+_NORMS = ("LayerNormalization", "RMSNormalization")
+_ONE_TYPE = frozenset((*_ELEMENTWISE, *_NORMS, "MatMul", "Gemm", "Concat"))
 """Operators whose operands must have one type in a strongly typed network."""
 _ACTIVATIONS = ("Softmax", "Sigmoid", "Sqrt", "Erf", "Gelu", "Tanh", "Exp")
 _FLOAT_ONLY = frozenset((*_ACTIVATIONS, "MatMul", "ReduceMean", "ReduceL2", "LayerNormalization"))

@@ -17,12 +17,16 @@ _SINCE_10_1 = """
     ReduceSumSquare Relu Reshape Resize ReverseSequence RoiAlign Round ScaledTanh Scan Scatter
     ScatterElements ScatterND Selu Shape Shrink Sigmoid Sign Sin Sinh Size Slice Softmax Softplus
     Softsign SpaceToDepth Split Sqrt Squeeze Sub Sum Tan Tanh ThresholdedRelu Tile TopK Transpose Trilu
-    Unsqueeze Upsample Where Xor op
+    Unsqueeze Upsample Where Xor
 """
 """Importers of onnx-tensorrt 10.1 (``DEFINE_BUILTIN_OP_IMPORTER`` of onnxOpImporters.cpp). Later parsers
 only added some."""
 
 _LATER: dict[str, TensorRTVersion] = {
+    "BlackmanWindow": TensorRTVersion(10, 4),
+    "HammingWindow": TensorRTVersion(10, 4),
+    "HannWindow": TensorRTVersion(10, 4),
+    "STFT": TensorRTVersion(10, 5),
     "Attention": NATIVE_ATTENTION,
     "RMSNormalization": NATIVE_NORMS,
     "RotaryEmbedding": NATIVE_NORMS,

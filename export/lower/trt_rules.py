@@ -12,11 +12,12 @@ import onnx
 from starkv.errors import StarkvError
 from starkv.export.lower.trt_graph_rules import GRAPH_RULES
 from starkv.export.lower.trt_node_rules import NODE_RULES
+from starkv.export.lower.trt_plugin_rules import PLUGIN_RULES
 from starkv.export.lower.trt_quantization_rules import QUANTIZATION_RULES
 from starkv.export.lower.trt_rule import RuleContext, Violation
 from starkv.trt_compat.version import TensorRTVersion
 
-RULES = (*GRAPH_RULES, *NODE_RULES, *QUANTIZATION_RULES)
+RULES = (*GRAPH_RULES, *NODE_RULES, *PLUGIN_RULES, *QUANTIZATION_RULES)
 _SHOWN = 5
 
 

@@ -8,6 +8,7 @@ onnx-tensorrt's QuantDequantLinearHelper). What it doesn't take becomes 16-bit n
 
 from collections.abc import Iterator
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -32,7 +33,7 @@ def expand_foreign_weights(graph: ir.Graph, dtype: ir.DataType, data: TensorFile
         how many weights that were.
 
     Raises:
-        UsageError: 4-bit weights with zero points, as some checkpoints come; they would take four times the
+        UsageError: weights with zero points, as some checkpoints come; 4-bit ones would take four times the
             memory.
     """
     expanded = 0
@@ -56,6 +57,35 @@ def expand_foreign_weights(graph: ir.Graph, dtype: ir.DataType, data: TensorFile
         graph.remove(node, safe=True)
         expanded += 1
     return expanded
+
+
+def round_scales(graph: ir.Graph, dtype: ir.DataType, data: TensorFile) -> None:
+    """Round the scales of quantized weights to ``dtype``.
+
+    None becomes 0, which TensorRT refuses: what is too small for float16 becomes its smallest number, and
+    weights of such blocks, which were far below it, at most eight times that.
+
+    Args:
+        graph: changed; only weights that TensorRT takes are quantized in it.
+        dtype: FLOAT16 or BFLOAT16, which then is the dequantized weights'.
+        data: where the scales go.
+    """
+    least = ml_dtypes.finfo(dtype.numpy()).smallest_subnormal
+    rounded: dict[ir.ExternalTensor, ir.Value] = {}
+    for node in graph:
+        if node.op_type != "DequantizeLinear" or node.domain:
+            continue
+        scales = _external(node.inputs[1])
+        if scales not in rounded:
+            name = f"{scales.name}.{dtype.name.lower()}"
+            reference, room = data.reserve(name, dtype, scales.shape.numpy())
+            np.maximum(stored_values(scales).astype(room.dtype), least, out=room)
+            rounded[scales] = ir.Value(
+                name=name, const_value=reference, type=ir.TensorType(dtype), shape=reference.shape
+            )
+            graph.register_initializer(rounded[scales])
+        node.replace_input_with(1, rounded[scales])
+        node.outputs[0].dtype = dtype
 
 
 def _external(value: ir.Value | None) -> ir.ExternalTensor:
