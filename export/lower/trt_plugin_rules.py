@@ -52,9 +52,6 @@ def _signature(context: RuleContext) -> Found:
         if counts != (len(wanted.inputs), wanted.outputs):
             expected = f"{len(wanted.inputs)} and {wanted.outputs}"
             yield node.name, f"{counts[0]} inputs and {counts[1]} outputs, not {expected}"
-                node.name,
-                f"{counts[0]} inputs and {counts[1]} outputs, not {expected[0]} and {expected[1]}",
-            )
         if missing := wanted.attributes - attributes_of(node).keys():
             yield node.name, f"without the attribute {', '.join(sorted(missing))}"
 
