@@ -11,6 +11,7 @@ from starkv.manifest import (
     ComputeDtype,
     Manifest,
     ModelDescription,
+    TensorRTBuild,
     seal,
     sha256_of,
 )
@@ -22,6 +23,7 @@ def write_manifest(
     backend: Literal["ort", "trt"],
     compute_dtype: ComputeDtype,
     tool_versions: dict[str, str],
+    tensorrt: TensorRTBuild | None = None,
 ) -> Manifest:
     """Hash every file of ``directory`` and describe them; call it when all others are written.
 
@@ -31,10 +33,13 @@ def write_manifest(
         backend: which runtime loads the engine.
         compute_dtype: of activations and KV cache.
         tool_versions: versions the build depends on, added to those of the export.
+        tensorrt: what a TensorRT engine was built with.
     """
     described = {name: getattr(record, name) for name in ModelDescription.model_fields}
     described |= {"schema_version": SCHEMA_VERSION, "tool_versions": record.tool_versions | tool_versions}
     hashes = {path.name: sha256_of(path) for path in sorted(directory.iterdir())}
-    manifest = Manifest(**described, backend=backend, compute_dtype=compute_dtype, files=hashes)
+    manifest = Manifest(
+        **described, backend=backend, compute_dtype=compute_dtype, tensorrt=tensorrt, files=hashes
+    )
     (directory / MANIFEST_NAME).write_text(seal(manifest))
     return manifest
