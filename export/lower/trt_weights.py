@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantized weights as TensorRT takes them.
 
-TensorRT dequantizes 4-bit weights in blocks of 64 or 128 along one axis, without zero points; 8-bit ones only
-with one scale per tensor or channel ("Working with Quantized Types", TensorRT documentation; spec of
-onnx-tensorrt's QuantDequantLinearHelper). What it doesn't take becomes 16-bit numbers.
+TensorRT dequantizes 4-bit weights in blocks along one axis, without zero points; 8-bit ones only with one
+scale per tensor or channel (NvInfer.h of 10.3, IDequantizeLayer). Blocks have 64 or 128 numbers ("Working with
+Quantized Types", TensorRT documentation). What it doesn't take becomes 16-bit numbers.
 """
 
 from collections.abc import Iterator
@@ -43,8 +43,9 @@ def expand_foreign_weights(graph: ir.Graph, dtype: ir.DataType, data: TensorFile
         codes, scales = (_external(value) for value in node.inputs[:2])
         if len(node.inputs) > 2:
             raise UsageError(
-                f"{codes.name}: the checkpoint's 4-bit weights have zero points, and TensorRT takes "
-                "symmetric ones only; export with --quant int4 from the checkpoint that is not quantized"
+                f"{codes.name}: the checkpoint's quantized weights have zero points, and TensorRT takes "
+                "symmetric ones only; export with --quant int4 from the checkpoint that is not quantized, "
+                "or this one with --quant fp32, which makes 16-bit weights of them"
             )
         if _is_native(codes, scales):
             continue
