@@ -20,6 +20,17 @@ from rich.text import Text
 
 from starkv import __version__
 from starkv.cli.console import results
+from starkv.cli.doctor_plan import (
+    Plan,
+    PlanBudgets,
+    PlanOptions,
+    PlanPixels,
+    PlanPrefillRows,
+    PlanPromptRows,
+    PlanQuantization,
+    PlanSessions,
+    show_plan,
+)
 from starkv.cli.engines import engines_home
 from starkv.cli.options import Json
 from starkv.host import cpu_model, usable_processors
@@ -42,11 +53,28 @@ class Finding:
     """What to do if it is wanted and not usable."""
 
 
-def doctor(json: Json = False) -> None:
+def doctor(
+    plan: Plan = None,
+    kv_budget: PlanBudgets = None,
+    sessions: PlanSessions = None,
+    prompt_rows: PlanPromptRows = None,
+    prefill_rows: PlanPrefillRows = None,
+    quant: PlanQuantization = None,
+    max_pixels: PlanPixels = None,
+    json: Json = False,
+) -> None:
     """Show what this machine can export, build and run, and how to get what is missing.
 
     Exits with code 1 where no engine can run at all.
+
+    Example: [bold]starkv doctor --plan ui-tars-1.5-7b --kv-budget 0.2 --sessions 4[/] for the memory that a
+    TensorRT engine takes
     """
+    options = PlanOptions(kv_budget, sessions, prompt_rows, prefill_rows, quant, max_pixels)
+    if plan is not None:
+        show_plan(plan, options, json)
+        return
+    options.check_unused()
     findings = [check() for check in CHECKS]
     if json:
         print(json_module.dumps([asdict(finding) for finding in findings]))

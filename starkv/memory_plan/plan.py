@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan: what the parts of an engine take, and which budgets and sessions fit which board."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from starkv.export.build.trt_vision_bounds import most_sizes
+from starkv.manifest import ImageLimits, Manifest, Quantization, TextShape, VisionShape
+from starkv.memory_plan.buffers import decoder_buffers, vision_buffers
+from starkv.memory_plan.rows import cache_bytes, check_rows, kept_rows
+from starkv.memory_plan.scratch import Limits, Scratch, estimate_scratch
+from starkv.memory_plan.weights import WeightBytes, weight_bytes
+from starkv.runtime.kv.buffers import round_up_rows
+
+GIB = 2**30
+CONTEXT_BYTES = GIB // 2
+"""Assumed for what CUDA, its modules and TensorRT itself keep on the device; it depends on driver and card."""
+SYSTEM_BYTES = 3 * GIB // 2
+"""Assumed for the system and the process where GPU and processor share memory."""
+USABLE = 0.93
+"""Share of a board's nominal memory that is there: the rest goes to carve-outs and error correction."""
+CARDS, SHARED_BOARDS = (8, 16, 24, 32, 64, 80), (8, 16, 32, 64)
+"""Memory in GB of cards, and of boards whose GPU shares it with the processor (Jetson Orin)."""
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """What a plan needs to know of a model."""
+
+    name: str
+    text: TextShape
+    vision: VisionShape
+    image: ImageLimits
+    quantization: Quantization
+    observation_window: int
+    max_context: int
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> "PlannedModel":
+        """The model of an engine."""
+        return cls(*(getattr(manifest, name) for name in cls.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One KV budget and number of sessions."""
+
+    budget: float
+    sessions: int
+    kept_rows: int
+    """Most rows that a layer keeps of the prompt."""
+    slot_rows: int
+    """Capacity of a session's slot: those and the new tokens, rounded up."""
+    slab: int
+    """Bytes of a session's slot."""
+    scratch: Scratch
+    buffers: int
+    total: int
+    """Bytes of device memory."""
+    host: int
+    """Bytes that the process maps beside it."""
+
+    @property
+    def slabs(self) -> int:
+        """Bytes of all sessions' slots."""
+        return self.sessions * self.slab
+
+    @property
+    def smallest_card(self) -> int | None:
+        """GB of the smallest card that it fits, or None."""
+        return _smallest(CARDS, self.total)
+
+    @property
+    def smallest_shared_board(self) -> int | None:
+        """GB of the smallest board with one memory for GPU and processor that it fits, or None."""
+        return _smallest(SHARED_BOARDS, self.total + self.host + SYSTEM_BYTES)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Memory of an engine."""
+
+    model: PlannedModel
+    prompt_rows: int
+    new_tokens: int
+    prefill_rows: int
+    weights: WeightBytes
+    arena: int
+    """Bytes of keys and values of one full prompt, shared by all sessions."""
+    scenarios: tuple[Scenario, ...]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an engine is planned for."""
+
+    prompt_rows: int
+    """Rows of the longest prompt."""
+    new_tokens: int
+    """Longest reply."""
+    prefill_rows: int
+    """Most rows of one prefill call."""
+    budgets: tuple[float, ...]
+    """Shares of a prompt's rows that are kept."""
+    sessions: tuple[int, ...]
+    """How many prompts are answered at once; the engine is built for so many."""
+
+
+def plan_memory(model: PlannedModel, wanted: Wanted, measured: Scratch | None = None) -> MemoryPlan:
+    """Plan an engine's memory.
+
+    Args:
+        model: sizes and quantization.
+        wanted: what it is to do.
+        measured: TensorRT's figures for activations, after a build.
+
+    Raises:
+        UsageError: prompt and reply exceed ``max_context``, or a budget is no share or too small.
+    """
+    check_rows(wanted.prompt_rows + wanted.new_tokens, model.max_context, model.name)
+    weights = weight_bytes(model.text, model.vision, model.quantization)
+    arena = cache_bytes(model.text, 1, wanted.prompt_rows)
+    scenarios = tuple(
+        _scenario(model, wanted, budget, sessions, weights, arena, measured)
+        for budget in wanted.budgets
+        for sessions in wanted.sessions
+    )
+    return MemoryPlan(
+        model, wanted.prompt_rows, wanted.new_tokens, wanted.prefill_rows, weights, arena, scenarios
+    )
+
+
+def _scenario(
+    model: PlannedModel,
+    wanted: Wanted,
+    budget: float,
+    sessions: int,
+    weights: WeightBytes,
+    arena: int,
+    measured: Scratch | None,
+) -> Scenario:
+    text, vision = model.text, model.vision
+    kept = kept_rows(wanted.prompt_rows, budget, model.observation_window)
+    rows = kept + wanted.new_tokens
+    image = most_sizes(model.image, vision)
+    limits = Limits(
+        wanted.prefill_rows, round_up_rows(model.max_context), sessions, model.observation_window, image
+    )
+    scratch = measured or estimate_scratch(text, vision, limits)
+    buffers = sum(
+        sum(of_step.values())
+        for of_step in (
+            vision_buffers(vision, text.hidden, image),
+            decoder_buffers(text, model.observation_window, 1, wanted.prefill_rows),
+            decoder_buffers(text, model.observation_window, sessions, 1),
+        )
+    )
+    slab = cache_bytes(text, 1, rows)
+    total = weights.device + scratch.shared + arena + sessions * slab + buffers + CONTEXT_BYTES
+    return Scenario(
+        budget, sessions, kept, round_up_rows(rows), slab, scratch, buffers, total, weights.embedding
+    )
+
+
+def _smallest(boards: Sequence[int], needed: int) -> int | None:
+    return next((board for board in boards if needed <= board * GIB * USABLE), None)
