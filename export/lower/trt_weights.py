@@ -2,8 +2,8 @@
 """Quantized weights as TensorRT takes them.
 
 TensorRT dequantizes 4-bit weights in blocks along one axis, without zero points; 8-bit ones only with one
-scale per tensor or channel (NvInfer.h of 10.3, IDequantizeLayer). Blocks have 64 or 128 numbers ("Working with
-Quantized Types", TensorRT documentation). What it doesn't take becomes 16-bit numbers.
+scale per tensor or channel (NvInfer.h of 10.3, IDequantizeLayer). Blocks have 64 or 128 numbers (TensorRT
+documentation, "Working with Quantized Types"). What it does not take becomes 16-bit numbers.
 """
 
 from collections.abc import Iterator
