@@ -10,7 +10,11 @@ QUANT  ?=
 CHECKPOINT ?=
 # Not empty: weights of the model's true sizes are made up, to measure with.
 RANDOM_WEIGHTS ?=
+# auto, ort or trt.
 BACKEND ?= auto
+# With BACKEND=trt: TensorRT to plan for, such as 10.3, and not empty: plan only, on any machine.
+TARGET  ?=
+DRY_RUN ?=
 # Share of a prompt's KV rows to keep, such as 0.2; all of them if empty.
 BUDGET ?=
 DEVICE ?= auto
@@ -49,6 +53,22 @@ $(VENV)/run-ready: pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cpu,export]'
 	@touch $@
 
+# JetPack has TensorRT as a package of the system's Python: the environment looks there last.
+TENSORRT_FOLDER = $(shell $(PYTHON) -c 'import os, tensorrt; print(os.path.dirname(tensorrt.__path__[0]))' 2>&-)
+# Old ones run on new drivers, too.
+CUDA_BINDINGS   = 'cuda-bindings>=12.6.1,<13' 'polygraphy>=0.49'
+$(VENV)/trt-ready: pyproject.toml $(VENV)/run-ready
+	@if [ -n '$(TENSORRT_FOLDER)' ]; then \
+		echo "using TensorRT of $(TENSORRT_FOLDER)"; \
+		echo '$(TENSORRT_FOLDER)' \
+			> "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')/tensorrt.pth"; \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CUDA_BINDINGS); \
+	else \
+		echo "adding TensorRT (gigabytes)"; \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cpu,export,trt]'; \
+	fi
+	@touch $@
+
 $(VENV)/dev-ready: pyproject.toml $(VENV)/run-ready
 	@echo "adding PyTorch and the test tools (minutes)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0'
@@ -65,9 +85,11 @@ demo: $(VENV)/run-ready  ## Export, quantize, build and run the embedded model o
 	$(STARKV) build exports/demo --backend ort --out engines/demo
 	$(STARKV) run --engine engines/demo --image "$$IMAGE" --prompt "$$PROMPT" --draw demo.png
 
-engine: $(VENV)/run-ready  ## Build an engine: MODEL=… [QUANT=…] [CHECKPOINT=folder] [RANDOM_WEIGHTS=1].
+engine: $(VENV)/run-ready $(if $(filter trt,$(BACKEND)),$(if $(DRY_RUN),,$(VENV)/trt-ready))
+engine:  ## Build an engine: MODEL=… [QUANT=…] [BACKEND=trt [TARGET=10.3] [DRY_RUN=1]] [CHECKPOINT=folder].
 	$(STARKV) build '$(MODEL)' --backend $(BACKEND) $(if $(QUANT),--quant $(QUANT)) \
-		$(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') $(if $(RANDOM_WEIGHTS),--random-weights)
+		$(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') $(if $(RANDOM_WEIGHTS),--random-weights) \
+		$(if $(TARGET),--target-version '$(TARGET)') $(if $(DRY_RUN),--dry-run)
 
 run: $(VENV)/run-ready  ## Ask an engine: [MODEL=…] [IMAGE=…] [PROMPT=…] [BUDGET=0.2].
 	$(STARKV) run --engine '$(MODEL)' --image "$$IMAGE" --prompt "$$PROMPT" $(KV)

@@ -89,7 +89,9 @@ def build_trt_engine(
     return manifest
 
 
-def _build_plans(plan: BuildPlan, directory: Path, machine: BuildMachine, progress: Progress) -> dict[str, int]:
+def _build_plans(
+    plan: BuildPlan, directory: Path, machine: BuildMachine, progress: Progress
+) -> dict[str, int]:
     """Build each plan; returns the scratch memory of each of their profiles."""
     cache = timing_cache_path(
         plan.options.timing_directory or default_directory(), machine.tensorrt.full_version, machine.gpu

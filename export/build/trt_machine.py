@@ -31,8 +31,8 @@ def find_build_machine(options: TrtBuildOptions) -> BuildMachine:
     """Look for all that a build needs.
 
     Raises:
-        EngineError: there is no GPU, no TensorRT that starkv knows, no plugin library that fits, or they can't
-            do what the options ask for.
+        EngineError: there is no GPU, no TensorRT that starkv knows, no plugin library that fits, or they
+            can't do what the options ask for.
         UsageError: the target is another TensorRT than the installed one.
     """
     gpu = require_gpu()

@@ -17,7 +17,7 @@ from starkv.export.build.trt_options import (
     cache_rows,
     with_options,
 )
-from starkv.export.build.trt_profiles import graph_profiles, graph_sizes
+from starkv.export.build.trt_profiles import Sizes, graph_profiles, graph_sizes
 from starkv.export.build.trt_vision_bounds import most_sizes
 from starkv.export.lower.trt import LoweredGraph, lower_to_trt
 from starkv.export.progress import Progress
@@ -37,6 +37,8 @@ class PlannedEngine:
     """One graph and how it becomes a plan."""
 
     graph: LoweredGraph
+    sizes: tuple[Sizes, ...]
+    """What the symbols of the graph's inputs may be, for each profile."""
     profiles: tuple[Profile, ...]
     settings: PlanSettings
 
@@ -116,17 +118,22 @@ def plan_trt_build(
     engines = []
     for graph in graphs:
         aliased = any(node.op_type in ALIASING_PLUGINS for node in protos[graph.name].node)
-        profiles = graph_profiles(graph.path, graph_sizes(graph.name, record, options))
+        sizes = graph_sizes(graph.name, record, options)
+        profiles = graph_profiles(graph.path, sizes)
         # A graph without weights has none to leave out, or to stream.
         settings = (options if graph.weight_bytes else options.for_constants()).settings(
             aliased, debug[graph.name]
         )
-        engines.append(PlannedEngine(graph, profiles, settings))
+        engines.append(PlannedEngine(graph, sizes, profiles, settings))
     return BuildPlan(record, target, compute_dtype, options, tuple(engines))
 
 
 def _debug_tensors(graph: onnx.GraphProto, patterns: tuple[str, ...]) -> tuple[str, ...]:
-    """Results of nodes whose names fit a pattern; not the graph's own outputs, which can be seen anyway."""
+    """Results of nodes whose names fit a pattern.
+
+    Not the graph's own outputs, which can be seen anyway, and not 4-bit weights: TensorRT multiplies with
+    them as they are, unless somebody looks.
+    """
     outputs = {value.name for value in graph.output}
     types = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
     return tuple(
@@ -134,6 +141,7 @@ def _debug_tensors(graph: onnx.GraphProto, patterns: tuple[str, ...]) -> tuple[s
         for node in graph.node
         for name in node.output
         if name not in outputs
+        and node.op_type != "DequantizeLinear"
         and types.get(name, onnx.TensorProto.FLOAT) in _FLOATS
         and any(fnmatchcase(name, pattern) for pattern in patterns)
     )

@@ -71,8 +71,8 @@ def most_sizes(limits: ImageLimits, shape: VisionShape) -> VisionSizes:
 def _longest_grids(limits: ImageLimits, pixels: int) -> Iterator[tuple[int, int]]:
     """For each number of rows of blocks the most columns; the other way round is as large.
 
-    Follows ``smart_resize``. An image within the limits keeps its size, a larger one is scaled down to at most
-    the limit, unless that leaves less than one row. A smaller one is scaled up, and its sides are rounded up.
+    Follows ``smart_resize``. An image within the limits keeps its size, a larger one is scaled down to at
+    most the limit, unless that leaves less than one row. A smaller one is scaled up, its sides rounded up.
     """
     most, least = limits.max_pixels // pixels, limits.min_pixels / pixels
     one_row = int(math.sqrt(MOST_ASPECT_RATIO * limits.max_pixels / pixels))

@@ -3,11 +3,13 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from starkv.cli.console import note, progress
+from starkv.cli.backends import reason_not_to_run
+from starkv.cli.console import StageProgress, note, progress
 from starkv.cli.sources import SourceOptions, find_source
 from starkv.errors import UsageError
 from starkv.manifest import MANIFEST_NAME, ComputeDtype, Manifest
@@ -47,52 +49,65 @@ def made_parents(target: Path) -> Iterator[None]:
         raise
 
 
-def choose_backend(wanted: str) -> tuple[str, str]:
-    """Settle ``auto``; returns the backend and why.
+@dataclass(frozen=True)
+class BuildJob:
+    """An exported model on its way to an engine."""
 
-    Raises:
-        UsageError: unknown backend, or one that this version can't build for.
-    """
-    if wanted in ("auto", "ort"):
-        reason = "asked for" if wanted == "ort" else "the one backend that this version builds"
-        return "ort", reason
-    if wanted == "trt":
-        raise UsageError("this version of starkv does not build TensorRT engines yet; use --backend ort")
-    raise UsageError(f"unknown backend {wanted!r}; known: auto, ort, trt")
+    exported: Path
+    temporary: bool
+    """The export is deleted afterwards, so the engine may share its files."""
+    target: Path
+    stages: StageProgress
 
 
-def build_engine(
+@contextmanager
+def exported_model(
     model: str,
     quantization: str | None,
     out: Path | None,
-    prepack: bool = False,
-    options: SourceOptions = NO_OPTIONS,
-    compute_dtype: ComputeDtype = "float32",
-) -> tuple[Path, Manifest]:
-    """Export the model beside the engine and build the engine from it.
+    options: SourceOptions,
+    place: Callable[[str, str], Path],
+    marker: str = MANIFEST_NAME,
+) -> Iterator[BuildJob]:
+    """Export a model beside the engine that the block builds from it, or take a folder of ``export``.
 
     Args:
-        model: card's name or checkpoint folder.
-        quantization: preset; the card's if None.
-        out: where to; among the engines that are found by name if None.
-        prepack: also store the form compiled for this processor.
+        model: card's name, checkpoint folder, or a folder of ``export``.
+        quantization: preset; the card's, or the export's, if None.
+        out: where to; ``place`` says so if None.
         options: what the user says about weights.
-        compute_dtype: of activations and KV cache; one of 16 bits makes an engine for GPUs.
+        place: directory of the engine of a model (name) and preset.
+        marker: file by which what the block makes is recognised.
 
     Raises:
-        StarkvError: see ``find_source``, ``export_model`` and ``build_ort_engine``.
+        StarkvError: see ``find_source`` and ``export_model``, or an option comes too late for an export.
     """
-    from starkv.export.build.ort import build_ort_engine
-    from starkv.export.export_model import export_model
-    from starkv.export.resume import partial_directory
+    from starkv.export.record import RECORD_NAME, read_record
     from starkv.export.staging import check_replaceable
 
+    if (Path(model) / RECORD_NAME).is_file():
+        record = read_record(Path(model))
+        preset = record.quantization.preset
+        if options != NO_OPTIONS:
+            raise UsageError(
+                f"{model} is exported already; --checkpoint, --random-weights and --calibration come earlier"
+            )
+        if quantization not in (None, preset):
+            raise UsageError(
+                f"{model} was exported as {preset}, not {quantization}; leave --quant out, or export again"
+            )
+        target = out or place(record.name, preset)
+        check_replaceable(target, marker)
+        with made_parents(target), progress() as stages:
+            yield BuildJob(Path(model), False, target, stages)
+        return
+    from starkv.export.export_model import export_model
+    from starkv.export.resume import partial_directory
+
     source = find_source(model, quantization, options)
-    target = out or engine_directory(
-        source.card.name, "ort", source.preset.name, "cpu" if compute_dtype == "float32" else "cuda"
-    )
+    target = out or place(source.card.name, source.preset.name)
     # The build checks it too, but that is minutes later for a large model.
-    check_replaceable(target, MANIFEST_NAME)
+    check_replaceable(target, marker)
     # Beside the engine, on the same file system; what was finished before an interruption is found again.
     exported = target.absolute().with_name(f".{target.name}.export")
     if exported.exists() or partial_directory(exported).exists():
@@ -111,9 +126,41 @@ def build_engine(
             calibration=source.calibration,
             reuse=True,
         )
-        manifest = build_ort_engine(exported, target, stages, prepack, link=True, compute_dtype=compute_dtype)
+        yield BuildJob(exported, True, target, stages)
         shutil.rmtree(exported)
-    return target, manifest
+
+
+def build_engine(
+    model: str,
+    quantization: str | None,
+    out: Path | None,
+    prepack: bool = False,
+    options: SourceOptions = NO_OPTIONS,
+    compute_dtype: ComputeDtype = "float32",
+) -> tuple[Path, Manifest]:
+    """Build an engine for ONNX Runtime.
+
+    Args:
+        model: card's name, checkpoint folder, or a folder of ``export``.
+        quantization: preset; the card's, or the export's, if None.
+        out: where to; among the engines that are found by name if None.
+        prepack: also store the form compiled for this processor.
+        options: what the user says about weights.
+        compute_dtype: of activations and KV cache; one of 16 bits makes an engine for GPUs.
+
+    Raises:
+        StarkvError: see ``exported_model`` and ``build_ort_engine``.
+    """
+    from starkv.export.build.ort import build_ort_engine
+
+    def place(name: str, preset: str) -> Path:
+        return engine_directory(name, "ort", preset, "cpu" if compute_dtype == "float32" else "cuda")
+
+    with exported_model(model, quantization, out, options, place) as job:
+        manifest = build_ort_engine(
+            job.exported, job.target, job.stages, prepack, link=job.temporary, compute_dtype=compute_dtype
+        )
+    return job.target, manifest
 
 
 def settle_dtype(device: str, compute_dtype: str | None) -> ComputeDtype:
@@ -141,7 +188,8 @@ def find_engine(name: str, quantization: str | None = None, device: str = "auto"
         name: directory, or a model.
         quantization: of a model's engine; the card's by default.
         device: that a model's engine is for; with ``auto`` the GPU if ONNX Runtime can use one, unless only
-            the processor's engine is there already.
+            the processor's engine is there already. An engine for TensorRT that fits this machine goes first,
+            but not where the processor is asked for.
 
     Raises:
         UsageError: ``name`` is neither a directory nor a model, or there is no such device.
@@ -159,7 +207,14 @@ def find_engine(name: str, quantization: str | None = None, device: str = "auto"
     card = load_card(name)
     chosen = parse_device(device)
     devices = [chosen] if chosen else ["cuda", "cpu"] if ready_gpu() else ["cpu"]
-    places = [engine_directory(name, "ort", quantization or card.quantization, each) for each in devices]
+    preset = quantization or card.quantization
+    compiled = engine_directory(name, "trt", preset)
+    if chosen != "cpu" and (compiled / MANIFEST_NAME).is_file():
+        misfit = reason_not_to_run(compiled)
+        if misfit is None:
+            return compiled
+        note(f"not taking {compiled}: {misfit}")
+    places = [engine_directory(name, "ort", preset, each) for each in devices]
     for directory in places:
         if (directory / MANIFEST_NAME).is_file():
             return directory

@@ -107,7 +107,7 @@ def make_monitor(tensorrt: TensorRT, monitor: BuildMonitor) -> "trt.IProgressMon
 
 
 def run_stoppable(work: Callable[[], _Result], stop: Callable[[], None]) -> _Result:
-    """Run ``work`` in a thread and wait for it; Ctrl-C calls ``stop`` and is raised when the thread has ended.
+    """Run ``work`` in a thread and wait; Ctrl-C calls ``stop`` and is raised when the thread has ended.
 
     Raises:
         KeyboardInterrupt: Ctrl-C, even if the work was done by then.

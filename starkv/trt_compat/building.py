@@ -171,9 +171,7 @@ def _mark_debug(network: "trt.INetworkDefinition", names: Sequence[str]) -> None
         for output in range(layer.num_outputs):
             tensor: trt.ITensor = layer.get_output(output)
             if tensor.name in wanted and not network.mark_debug(tensor):
-                raise EngineError(
-                    f"TensorRT can't show tensor {tensor.name}; leave it out of --debug-layers"
-                )
+                raise EngineError(f"TensorRT can't show tensor {tensor.name}; leave it out of --debug-layers")
 
 
 def _configure(tensorrt: TensorRT, config: "trt.IBuilderConfig", settings: PlanSettings) -> None:
@@ -200,7 +198,7 @@ def _configure(tensorrt: TensorRT, config: "trt.IBuilderConfig", settings: PlanS
 def _make_profile(
     builder: "trt.Builder", network: "trt.INetworkDefinition", shapes: Profile
 ) -> "trt.IOptimizationProfile":
-    """A profile of all of the network's inputs; the parser leaves out those that no node reads."""
+    """A profile of all of the network's inputs."""
     profile: trt.IOptimizationProfile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         name = network.get_input(index).name

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long each kernel took, measured once: the next build of the same layers needs a fraction of the time."""
+"""How long each kernel took, measured once: the next build of the same layers is far quicker."""
 
 import os
 import re
