@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from starkv.errors import UsageError
-from starkv.manifest import ImageLimits, read_manifest
+from starkv.manifest import ImageLimits, TensorRTBuild, read_manifest
 
 if TYPE_CHECKING:
     from starkv.memory_plan.plan import MemoryPlan, PlannedModel
-    from starkv.memory_plan.scratch import Scratch
 
 BUDGETS, SESSIONS = (1.0, 0.2, 0.05), (1, 8, 32)
 PREFILL_ROWS, NEW_TOKENS = 2048, 256
@@ -137,7 +136,6 @@ def _plan_of_engine(directory: Path, options: PlanOptions) -> "MemoryPlan":
         UsageError: an option asks for what was settled when it was built.
     """
     from starkv.memory_plan.plan import PlannedModel
-    from starkv.memory_plan.scratch import Scratch
 
     manifest = read_manifest(directory)
     settled = {"--quant": options.quant, "--max-pixels": options.max_pixels}
@@ -154,32 +152,25 @@ def _plan_of_engine(directory: Path, options: PlanOptions) -> "MemoryPlan":
             f"{directory} was built for {built.sessions} sessions, not {max(options.sessions or [])}; build "
             "it again with more --sessions"
         )
-    scratch = built.scratch_bytes
-    measured = Scratch(
-        vision=scratch.get("vision", 0),
-        prefill=scratch.get("decoder.prefill", 0),
-        decode=scratch.get("decoder.decode", 0),
-        compress=scratch.get("compress", 0),
-        measured=True,
-    )
     rows = replace(options, prefill_rows=built.prefill_rows)
-    return _plan(model, rows, tuple(sorted({1, built.sessions})), measured)
+    return _plan(model, rows, tuple(sorted({1, built.sessions})), built)
 
 
 def _plan(
     model: "PlannedModel",
     options: PlanOptions,
     sessions: tuple[int, ...],
-    measured: "Scratch | None" = None,
+    built: TensorRTBuild | None = None,
 ) -> "MemoryPlan":
     from starkv.memory_plan.plan import Wanted, plan_memory
     from starkv.memory_plan.rows import usual_prompt_rows
 
+    usual = min(usual_prompt_rows(model.vision, model.image), model.max_context - NEW_TOKENS)
     wanted = Wanted(
-        prompt_rows=options.prompt_rows or usual_prompt_rows(model.vision, model.image),
+        prompt_rows=options.prompt_rows or usual,
         new_tokens=NEW_TOKENS,
         prefill_rows=options.prefill_rows or PREFILL_ROWS,
         budgets=tuple(options.kv_budget or BUDGETS),
         sessions=tuple(options.sessions or sessions),
     )
-    return plan_memory(model, wanted, measured)
+    return plan_memory(model, wanted, built)

@@ -2,19 +2,19 @@
 """The plan: what the parts of an engine take, and which budgets and sessions fit which board."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starkv.export.build.trt_vision_bounds import most_sizes
-from starkv.manifest import ImageLimits, Manifest, Quantization, TextShape, VisionShape
+from starkv.manifest import ImageLimits, Manifest, Quantization, TensorRTBuild, TextShape, VisionShape
 from starkv.memory_plan.buffers import decoder_buffers, vision_buffers
 from starkv.memory_plan.rows import cache_bytes, check_rows, kept_rows
-from starkv.memory_plan.scratch import Limits, Scratch, estimate_scratch
+from starkv.memory_plan.scratch import Limits, Scratch, estimate_scratch, measured_scratch
 from starkv.memory_plan.weights import WeightBytes, weight_bytes
 from starkv.runtime.kv.buffers import round_up_rows
 
 GIB = 2**30
 CONTEXT_BYTES = GIB // 2
-"""Assumed for what CUDA, its modules and TensorRT itself keep on the device; it depends on driver and card."""
+"""Assumed for what CUDA, its modules and TensorRT keep on the device; it depends on driver and card."""
 SYSTEM_BYTES = 3 * GIB // 2
 """Assumed for the system and the process where GPU and processor share memory."""
 USABLE = 0.93
@@ -106,22 +106,26 @@ class Wanted:
     """How many prompts are answered at once; the engine is built for so many."""
 
 
-def plan_memory(model: PlannedModel, wanted: Wanted, measured: Scratch | None = None) -> MemoryPlan:
+def plan_memory(model: PlannedModel, wanted: Wanted, built: TensorRTBuild | None = None) -> MemoryPlan:
     """Plan an engine's memory.
 
     Args:
         model: sizes and quantization.
         wanted: what it is to do.
-        measured: TensorRT's figures for activations, after a build.
+        built: what its manifest says, after the build: TensorRT's own figures for activations.
 
     Raises:
         UsageError: prompt and reply exceed ``max_context``, or a budget is no share or too small.
     """
     check_rows(wanted.prompt_rows + wanted.new_tokens, model.max_context, model.name)
     weights = weight_bytes(model.text, model.vision, model.quantization)
+    if built is not None:
+        # A checkpoint that came quantized may have forms that no formula knows.
+        vision, decoder = (built.weight_bytes[name] for name in ("vision", "decoder"))
+        weights = replace(weights, vision=vision, layers=decoder - weights.head)
     arena = cache_bytes(model.text, 1, wanted.prompt_rows)
     scenarios = tuple(
-        _scenario(model, wanted, budget, sessions, weights, arena, measured)
+        _scenario(model, wanted, budget, sessions, weights, arena, built)
         for budget in wanted.budgets
         for sessions in wanted.sessions
     )
@@ -137,7 +141,7 @@ def _scenario(
     sessions: int,
     weights: WeightBytes,
     arena: int,
-    measured: Scratch | None,
+    built: TensorRTBuild | None,
 ) -> Scenario:
     text, vision = model.text, model.vision
     kept = kept_rows(wanted.prompt_rows, budget, model.observation_window)
@@ -146,7 +150,7 @@ def _scenario(
     limits = Limits(
         wanted.prefill_rows, round_up_rows(model.max_context), sessions, model.observation_window, image
     )
-    scratch = measured or estimate_scratch(text, vision, limits)
+    scratch = measured_scratch(built) if built else estimate_scratch(text, vision, limits)
     buffers = sum(
         sum(of_step.values())
         for of_step in (

@@ -6,7 +6,7 @@ are those of an executor that fuses nothing and frees what nothing reads any mor
 lowered graph, the tensors that are alive. Everything fused makes it less. After a build the manifest has
 TensorRT's own figures (``TensorRTBuild.scratch_bytes``), which take the place of these.
 
-Only one of vision, prefill, decode and compress runs at a time: they share one block, as large as the largest.
+Only one of vision, prefill, decode and compress runs at a time: they share one block, that of the largest.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from starkv.export.build.trt_vision_bounds import VisionSizes
 from starkv.export.models.config import IMAGE_CHANNELS
 from starkv.kernels.c_abi import FULL_ATTENTION_HEAD_DIMS
-from starkv.manifest import TextShape, VisionShape
+from starkv.manifest import TensorRTBuild, TextShape, VisionShape
 from starkv.memory_plan.workspace import attention_workspace, compress_workspace
 
 _WIDE, _NARROW = 4, 2
@@ -52,6 +52,18 @@ class Limits:
     """Observation window."""
     image: VisionSizes
     """Of one image: the largest of each size."""
+
+
+def measured_scratch(built: TensorRTBuild) -> Scratch:
+    """What TensorRT said of an engine that is built."""
+    found = built.scratch_bytes
+    return Scratch(
+        vision=found["vision"],
+        prefill=found["decoder.prefill"],
+        decode=found["decoder.decode"],
+        compress=found["compress"],
+        measured=True,
+    )
 
 
 def estimate_scratch(text: TextShape, vision: VisionShape, limits: Limits, expanded: int = 0) -> Scratch:
