@@ -150,7 +150,7 @@ def _scenario(
     limits = Limits(
         wanted.prefill_rows, round_up_rows(model.max_context), sessions, model.observation_window, image
     )
-    scratch = measured_scratch(built) if built else estimate_scratch(text, vision, limits)
+    scratch = measured_scratch(built) if built else estimate_scratch(text, vision, limits, weights.largest)
     buffers = sum(
         sum(of_step.values())
         for of_step in (

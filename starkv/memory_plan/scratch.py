@@ -66,15 +66,15 @@ def measured_scratch(built: TensorRTBuild) -> Scratch:
     )
 
 
-def estimate_scratch(text: TextShape, vision: VisionShape, limits: Limits, expanded: int = 0) -> Scratch:
+def estimate_scratch(text: TextShape, vision: VisionShape, limits: Limits, expanded: int) -> Scratch:
     """Bounds for an engine that is not built yet.
 
     Args:
         text: sizes of the decoder.
         vision: sizes of the tower.
         limits: of the engine.
-        expanded: bytes of the largest 4-bit weight in 16 bits, which TensorRT may expand in memory before it
-            multiplies; it has kernels that don't, so 0 is the usual case.
+        expanded: bytes in 16 bits of the largest weight that is stored in 4: nothing obliges TensorRT to
+            multiply without expanding it first.
     """
     attention = attention_workspace(text, 1, limits.cache_rows)
     batched = attention_workspace(text, limits.sessions, limits.cache_rows)
@@ -129,11 +129,13 @@ def vision_scratch(vision: VisionShape, outputs: int, image: VisionSizes) -> int
     norm = 3 * _WIDE * hidden
     attention = _NARROW * (8 * hidden + 2 * heads * window)
     mlp = _NARROW * 4 * vision.intermediate
-    slot = _WIDE * hidden + max(norm, attention, mlp) + _NARROW * (vision.head_dim + window)
+    slot = _WIDE * hidden + max(norm, attention, mlp)
+    # Rotary tables in 16 bits, the mask and what is added to scores for it.
+    kept = image.slots * _NARROW * (vision.head_dim + window)
     values = IMAGE_CHANNELS * vision.temporal_patch_size * vision.patch_size**2
     embedding = image.patches * _NARROW * (values + hidden)
     merged = image.tokens * _NARROW * (3 * vision.spatial_merge_size**2 * hidden + outputs)
-    largest = max(image.slots * slot, embedding, merged)
+    largest = kept + max(image.slots * slot, embedding, merged)
     if vision.head_dim not in FULL_ATTENTION_HEAD_DIMS:
         largest += 2 * _NARROW * heads * image.patches**2
     return largest

@@ -39,7 +39,7 @@ class WeightBytes:
     head: int
     """The weight that makes logits."""
     largest: int
-    """The largest quantized weight, were it expanded to 16 bits; 0 without any."""
+    """The largest of the weights in 4 bits, were it expanded to 16; 0 without any."""
     embedding: int
     """In host memory: its rows are looked up there, in a file that is mapped."""
 

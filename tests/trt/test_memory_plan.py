@@ -6,7 +6,6 @@ from dataclasses import replace
 from math import prod
 from pathlib import Path
 
-import numpy as np
 import onnx
 import pytest
 from conftest import PLAIN_PRESETS, TinyModel
@@ -16,7 +15,6 @@ from tiny_families import make_tiny_opencua, make_tiny_qwen2_vl
 from tiny_model import tiny_card
 
 from starkv.errors import UsageError
-from starkv.export.build.trt_vision_bounds import VisionSizes
 from starkv.export.cards import resolve_model
 from starkv.export.export_model import export_model
 from starkv.export.lower.trt import lower_to_trt
