@@ -8,6 +8,7 @@ and hears Ctrl-C.
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -115,22 +116,32 @@ def run_stoppable(work: Callable[[], _Result], stop: Callable[[], None]) -> _Res
     """
     results: list[_Result] = []
     failures: list[BaseException] = []
+    # Whoever takes the claim first decides whether the work begins.
+    claim, ended = threading.Lock(), threading.Event()
 
     def run() -> None:
+        if not claim.acquire(blocking=False):
+            return
         try:
             results.append(work())
         except BaseException as error:
             failures.append(error)
+        finally:
+            ended.set()
 
-    thread = threading.Thread(target=run, name="starkv-build")
-    thread.start()
     interrupted = False
-    while thread.is_alive():
-        try:
-            thread.join()
-        except KeyboardInterrupt:
-            interrupted = True
-            stop()
+    try:
+        threading.Thread(target=run, name="starkv-build").start()
+        ended.wait()
+    except KeyboardInterrupt:
+        if claim.acquire(blocking=False):
+            raise
+        interrupted = True
+        stop()
+    # Not join(): where Ctrl-C ends it, Python before 3.13 takes the thread for ended.
+    while not ended.is_set():
+        with suppress(KeyboardInterrupt):
+            ended.wait()
     if interrupted:
         raise KeyboardInterrupt
     if failures:

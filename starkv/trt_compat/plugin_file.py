@@ -58,6 +58,6 @@ def check_plugins(plugins: Path, gpu: Gpu) -> None:
     if release is not None and release[0] > gpu.driver_cuda[0] > 0:
         compiled, driver = (".".join(map(str, version)) for version in (release, gpu.driver_cuda))
         raise EngineError(
-            f"{plugins} was built with CUDA {compiled}, but the driver here runs up to CUDA {driver}: update "
+            f"{plugins} was built with CUDA {compiled}, but the driver here runs up to {driver}: update "
             f"the driver, or build the plugins with CUDA {gpu.driver_cuda[0]} (`make plugin`)"
         )
