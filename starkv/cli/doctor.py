@@ -31,6 +31,7 @@ from starkv.cli.doctor_plan import (
     PlanSessions,
     show_plan,
 )
+from starkv.cli.doctor_tensorrt import plugins_row, tensorrt_row
 from starkv.cli.engines import engines_home
 from starkv.cli.options import Json
 from starkv.host import cpu_model, usable_processors
@@ -213,11 +214,11 @@ def _gpu_engines() -> Finding:
 
 
 def _tensorrt() -> Finding:
-    for package in ("tensorrt", "tensorrt-lean", "tensorrt-dispatch"):
-        if found := installed(package):
-            advice = "this version of starkv runs ONNX Runtime engines only"
-            return Finding("TensorRT", False, f"{package} {found}", advice)
-    return Finding("TensorRT", False, "not installed", "not used by this version of starkv")
+    return Finding("TensorRT", *tensorrt_row())
+
+
+def _plugins() -> Finding:
+    return Finding("TensorRT plugins", *plugins_row())
 
 
 def _kernels() -> Finding:
@@ -259,6 +260,7 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     _cuda,
     _gpu_engines,
     _tensorrt,
+    _plugins,
     _kernels,
     _nvcc,
 )

@@ -20,7 +20,7 @@ def tensorrt_row() -> Row:
     except EngineError as error:
         others = [f"{name} {found}" for name in _RUNTIMES_ONLY if (found := _installed(name))]
         found = f"only {', '.join(others)}" if others else "not usable"
-        return False, found, f"needed only for TensorRT engines: {error}"
+        return False, found, f"only for TensorRT engines: {error}"
     if find_gpu() is None:
         return False, tensorrt.full_version, "no GPU: only `starkv build --backend trt --dry-run` works here"
     return True, tensorrt.full_version, "build an engine: starkv build MODEL --backend trt"
@@ -30,8 +30,8 @@ def plugins_row() -> Row:
     """The plugin library, and whether this machine's driver runs it."""
     try:
         plugins = find_plugins(None)
-    except EngineError as error:
-        return False, "not built", f"needed only for TensorRT engines: {error}"
+    except EngineError:
+        return False, "not built", "needed only for TensorRT engines: `make plugin`"
     release = cuda_release(plugins)
     found = f"{plugins}, CUDA {release[0]}.{release[1]}" if release else str(plugins)
     gpu = find_gpu()
