@@ -37,6 +37,17 @@ class SamplingParameters:
             raise UsageError("a stop string must not be empty")
 
 
+@dataclass(frozen=True)
+class Draw:
+    """How one token is picked, for a device that does it."""
+
+    temperature: float
+    """0 takes the most likely token."""
+    top_p: float
+    uniform: float
+    """Drawn in [0, 1)."""
+
+
 class Sampler:
     """Draws tokens by the parameters of one reply."""
 
@@ -59,6 +70,12 @@ class Sampler:
         nucleus = order[before < self._parameters.top_p]
         shares = probabilities[nucleus] / probabilities[nucleus].sum()
         return int(self._random.choice(nucleus, p=shares))
+
+    def draw(self) -> Draw:
+        """What a device needs to pick the next token; takes one number from the reply's random ones."""
+        greedy = self._parameters.temperature == 0.0
+        uniform = 0.0 if greedy else float(self._random.random(dtype=np.float32))
+        return Draw(self._parameters.temperature, self._parameters.top_p, uniform)
 
 
 class StopScanner:

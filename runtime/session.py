@@ -150,8 +150,8 @@ class Session:
         sampler, scanner, stream = Sampler(parameters), StopScanner(parameters.stop), self.tokenizer.stream()
         position = positions.next_position
         self.finish_reason = "length"
+        token = sampler.pick(logits)
         for index in range(parameters.max_new_tokens):
-            token = sampler.pick(logits)
             timings.generated_tokens += 1
             if token in engine.manifest.tokens.end_of_text:
                 self.finish_reason = "stop"
@@ -164,7 +164,7 @@ class Session:
             if index + 1 < parameters.max_new_tokens:
                 with timings.measure("decode"):
                     rope = Rope(*rope_tables(text_positions(1, position).values, text))
-                    logits = engine.decode(pool, engine.embed([token]), rope)[0]
+                    token = engine.decode_tokens(pool, engine.embed([token]), rope, [sampler])[0]
                 position += 1
         timings.kv_bytes_held = pool.kv.bytes_held
         if not scanner.stopped and (piece := scanner.push(stream.finish()) + scanner.finish()):

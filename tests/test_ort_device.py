@@ -19,9 +19,9 @@ from starkv.methods.budget import Budget
 from starkv.methods.names import ENGINE_METHODS, FULL, STAR_KV
 from starkv.methods.rows import prompt_rows
 from starkv.runtime.engines.base import Engine, Rope
+from starkv.runtime.engines.device_kv import DeviceKv, device_kv
 from starkv.runtime.engines.ort import OrtEngine
 from starkv.runtime.engines.ort_cuda import POOL_STEP, OrtDeviceEngine
-from starkv.runtime.engines.ort_cuda_memory import DeviceKv, device_kv
 from starkv.runtime.kv.buffers import Arena, Pool
 from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
 from starkv.runtime.preprocess.positions import rope_tables, text_positions

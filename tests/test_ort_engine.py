@@ -18,7 +18,7 @@ from starkv.methods.rows import PromptRows, prompt_rows
 from starkv.runtime.engines import ort as ort_engine
 from starkv.runtime.engines.base import Rope
 from starkv.runtime.engines.ort import OrtEngine
-from starkv.runtime.engines.ort_base import chunk_lengths
+from starkv.runtime.engines.stepping import chunk_lengths
 from starkv.runtime.kv.buffers import Arena, Pool
 from starkv.runtime.kv.policy import KvPolicy
 from starkv.runtime.preprocess.positions import rope_tables, text_positions

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ``Engine`` protocol: all that the layers above know of a backend."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,6 +13,7 @@ from starkv.errors import UsageError
 from starkv.manifest import Manifest
 from starkv.methods.names import FULL
 from starkv.methods.rows import PromptRows
+from starkv.runtime.generation import Sampler
 from starkv.runtime.kv.buffers import Arena, Pool
 from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
 from starkv.runtime.preprocess.image import ImageInputs
@@ -53,6 +55,19 @@ def check_kv_method(info: EngineInfo, method: str) -> None:
     if method not in info.kv_methods:
         known = ", ".join(info.kv_methods)
         raise UsageError(f"this engine has no KV method {method!r}; it has: {known}")
+
+
+class PicksOnHost(ABC):
+    """Engines whose logits come to the host in any case."""
+
+    @abstractmethod
+    def decode(self, pool: Pool, embeds: "Floats", rope: "Rope") -> "Floats": ...
+
+    def decode_tokens(
+        self, pool: Pool, embeds: "Floats", rope: "Rope", samplers: Sequence[Sampler]
+    ) -> list[int]:
+        logits = self.decode(pool, embeds, rope)
+        return [sampler.pick(row) for sampler, row in zip(samplers, logits, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -135,6 +150,23 @@ class Engine(Protocol):
             small
                 for the method.
             EngineError: the model's keys or queries are not numbers.
+        """
+        ...
+
+    def decode_tokens(self, pool: Pool, embeds: Floats, rope: Rope, samplers: Sequence[Sampler]) -> list[int]:
+        """Append one row to each used slot and pick each sequence's next token, where the logits are.
+
+        Args:
+            pool: as for :meth:`decode`.
+            embeds: likewise.
+            rope: likewise.
+            samplers: one for each slot in use.
+
+        Returns:
+            token ids.
+
+        Raises:
+            UsageError: a slot is full.
         """
         ...
 

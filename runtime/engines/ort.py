@@ -15,9 +15,10 @@ from starkv.errors import EngineError
 from starkv.host import cpu_model
 from starkv.methods.names import ENGINE_METHODS, FULL
 from starkv.runtime.engines.base import EngineInfo, Floats, Rope, check_kv_method, kv_bytes_per_row
-from starkv.runtime.engines.ort_base import CPU_PROVIDER, OrtBase, store_norms
+from starkv.runtime.engines.ort_base import CPU_PROVIDER, OrtBase
 from starkv.runtime.engines.ort_compress import OrtCompressor
 from starkv.runtime.engines.ort_decode import DecodeStep, bind_array, bind_cache
+from starkv.runtime.engines.stepping import store_norms
 from starkv.runtime.kv.buffers import Arena, KvBuffers, Pool
 
 PREFILL_CHUNK = 512
@@ -85,10 +86,6 @@ class OrtEngine(OrtBase):
         return self._give_memory_back
 
     @property
-    def _last_run(self) -> Any:
-        return self._give_memory_back
-
-    @property
     def _chunk(self) -> int:
         return PREFILL_CHUNK
 
@@ -105,9 +102,7 @@ class OrtEngine(OrtBase):
         self._check_rows(rows)
         return Pool(KvBuffers.allocate(self._manifest.text, slots, rows))
 
-    def _prefill_chunk(
-        self, arena: Arena, embeds: Floats, rope: Rope, logits: Floats, options: Any | None
-    ) -> None:
+    def _prefill_chunk(self, arena: Arena, embeds: Floats, rope: Rope, logits: Floats, last: bool) -> None:
         lengths, rows = arena.kv.lengths, embeds.shape[1]
         last_rows = lengths + np.int32(rows - 1)
         binding = self._decoder.io_binding()
@@ -125,7 +120,8 @@ class OrtEngine(OrtBase):
         bind_array(binding.bind_output, "logits", logits)
         binding.bind_output("q_window", "cpu")
         binding.bind_output("hidden_norm", "cpu")
-        self._decoder.run_with_iobinding(binding, options)
+        # A large prompt's activations would stay reserved as long as the engine lives.
+        self._decoder.run_with_iobinding(binding, self._give_memory_back if last else None)
         q_window, hidden_norm = binding.get_outputs()[-2:]
         arena.q_window = q_window.numpy()
         store_norms(arena, hidden_norm.numpy(), rows)

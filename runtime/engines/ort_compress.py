@@ -55,13 +55,17 @@ class OrtCompressor:
         """
         if policy.keeps_all(prompt_rows):
             return prompt_rows
-        for graph in _GRAPHS_OF.get(policy.method, ("compact", "score_window")):
+        for graph in self._graphs_of(policy.method):
             self._session(graph)
         if policy.method != STAR_KV:
             return max(baselines.kept_rows_per_layer(policy, self._text.layers, prompt_rows))
         # What the prompt is made of does not change the bound.
         blank = PromptRows(np.zeros((prompt_rows, 4), np.int32), (), ())
         return self._request(blank, policy, StarKVProgress()).most_rows
+
+    def _graphs_of(self, method: str) -> tuple[str, ...]:
+        """Graphs that a method runs."""
+        return _GRAPHS_OF.get(method, ("compact", "score_window"))
 
     def compress(
         self,

@@ -18,13 +18,15 @@ from starkv.host import cpu_model
 from starkv.methods.names import ENGINE_METHODS, FULL
 from starkv.runtime.engines.base import EngineInfo, Floats, Rope, check_kv_method, kv_bytes_per_row
 from starkv.runtime.engines.cuda_driver import CudaDevice
-from starkv.runtime.engines.ort_base import CPU_PROVIDER, OrtBase, Providers, store_norms
+from starkv.runtime.engines.device_compress import DeviceCompressor, find_kernels
+from starkv.runtime.engines.device_kv import DeviceArena, DeviceKv, device_arena, device_kv
+from starkv.runtime.engines.device_tensor import Device, HostDevice, numpy_dtype, on_device
+from starkv.runtime.engines.ort_base import CPU_PROVIDER, OrtBase, Providers
 from starkv.runtime.engines.ort_compress import OrtCompressor
-from starkv.runtime.engines.ort_cuda_compress import DeviceCompressor, find_kernels
 from starkv.runtime.engines.ort_cuda_decode import DeviceDecodeStep, bind_device_cache
 from starkv.runtime.engines.ort_cuda_gpu import CUDA_PROVIDER, usable_gpu
-from starkv.runtime.engines.ort_cuda_memory import DeviceArena, DeviceKv, device_arena, device_kv
-from starkv.runtime.engines.ort_cuda_tensor import Device, DeviceTensor, HostDevice, numpy_dtype
+from starkv.runtime.engines.ort_cuda_tensor import OrtMemory
+from starkv.runtime.engines.stepping import store_norms
 from starkv.runtime.kv.buffers import Arena, Pool
 
 PREFILL_CHUNK = 2048
@@ -63,6 +65,7 @@ class OrtDeviceEngine(OrtBase):
             with redirect_stdout(sys.stderr):
                 self._ort.preload_dlls()
         self._device: Device = CudaDevice() if self._gpu else HostDevice()
+        self._memory = OrtMemory(self._ort, self._device)
         self._dtype = numpy_dtype(self._manifest.compute_dtype)
         self._vision_session = self._open("vision")
         self._graphs = self._gpu is not None
@@ -75,8 +78,7 @@ class OrtDeviceEngine(OrtBase):
         self._device_compressor = DeviceCompressor(
             self._manifest,
             self._open_host_graph,
-            self._ort,
-            self._device,
+            self._memory,
             find_kernels(self._device.name),
         )
 
@@ -155,7 +157,7 @@ class OrtDeviceEngine(OrtBase):
 
     def new_arena(self, rows: int) -> Arena:
         self._check_rows(rows)
-        kv = DeviceKv.allocate(self._ort, self._device, self._manifest.text, 1, rows, self._dtype)
+        kv = DeviceKv.allocate(self._memory, self._manifest.text, 1, rows, self._dtype)
         return DeviceArena.around(kv, self._manifest.text)
 
     def new_pool(self, slots: int, rows: int, method: str = FULL) -> Pool:
@@ -167,7 +169,7 @@ class OrtDeviceEngine(OrtBase):
             kv = fitting[0]
             self._spare = [other for other in self._spare if other is not kv]
         else:
-            kv = DeviceKv.allocate(self._ort, self._device, self._manifest.text, slots, rows, self._dtype)
+            kv = DeviceKv.allocate(self._memory, self._manifest.text, slots, rows, self._dtype)
         pool = Pool(kv)
         # A pool that nobody uses any more leaves its memory, and what is bound to it, to the next.
         weakref.finalize(pool, _recycle, weakref.ref(self), kv)
@@ -178,9 +180,7 @@ class OrtDeviceEngine(OrtBase):
         kv.forget()
         self._spare = [*self._spare, kv][-SPARE_POOLS:]
 
-    def _prefill_chunk(
-        self, arena: Arena, embeds: Floats, rope: Rope, logits: Floats, options: Any | None
-    ) -> None:
+    def _prefill_chunk(self, arena: Arena, embeds: Floats, rope: Rope, logits: Floats, last: bool) -> None:
         own = device_arena(arena)
         lengths, rows = arena.kv.lengths, embeds.shape[1]
         last_rows = lengths + np.int32(rows - 1)
@@ -193,21 +193,21 @@ class OrtDeviceEngine(OrtBase):
             "last_rows": last_rows.reshape(-1),
             "last_index": np.full(1, rows - 1, np.int32),
         }
-        tensors = {name: DeviceTensor.of(self._ort, self._device, array) for name, array in inputs.items()}
+        tensors = {name: on_device(self._memory, array) for name, array in inputs.items()}
         for name, tensor in tensors.items():
-            binding.bind_ortvalue_input(name, tensor.value)
+            binding.bind_ortvalue_input(name, tensor.owner)
         longest = np.array([last_rows.max() + 1], np.int32)
         binding.bind_ortvalue_input("longest", self._ort.OrtValue.ortvalue_from_numpy(longest))
         text = self._manifest.text
         window = min(rows, self._manifest.observation_window)
         shape = (text.layers, 1, text.heads, window, text.head_dim)
-        own.queries = DeviceTensor.empty(self._ort, self._device, shape, self._dtype)
-        binding.bind_ortvalue_output("q_window", own.queries.value)
-        norms = DeviceTensor.empty(self._ort, self._device, (text.layers, 1, rows), np.float32)
-        binding.bind_ortvalue_output("hidden_norm", norms.value)
-        result = DeviceTensor.empty(self._ort, self._device, logits.shape, np.float32)
-        binding.bind_ortvalue_output("logits", result.value)
-        self._decoder.run_with_iobinding(binding, options or self._plain)
+        own.queries = self._memory.empty(shape, self._dtype)
+        binding.bind_ortvalue_output("q_window", own.queries.owner)
+        norms = self._memory.empty((text.layers, 1, rows), np.float32)
+        binding.bind_ortvalue_output("hidden_norm", norms.owner)
+        result = self._memory.empty(logits.shape, np.float32)
+        binding.bind_ortvalue_output("logits", result.owner)
+        self._decoder.run_with_iobinding(binding, self._last_run if last else self._plain)
         logits[:] = result.read()
         store_norms(arena, norms.read(), rows)
         lengths += rows
@@ -233,9 +233,7 @@ class OrtDeviceEngine(OrtBase):
             if self._graphs and self._captured < MOST_GRAPHS:
                 self._captured += 1
                 options = self._run_options(gpu_graph_id=str(self._captured))
-            step = DeviceDecodeStep(
-                self._ort, self._decoder, self._device, kv, batch, self._manifest, options
-            )
+            step = DeviceDecodeStep(self._memory, self._decoder, kv, batch, self._manifest, options)
             kv.steps[batch] = step
         return step
 

@@ -14,8 +14,9 @@ import numpy as np
 
 from starkv.manifest import Manifest
 from starkv.runtime.engines.base import Floats, Rope
-from starkv.runtime.engines.ort_cuda_memory import DeviceKv
-from starkv.runtime.engines.ort_cuda_tensor import Device, DeviceTensor
+from starkv.runtime.engines.device_kv import DeviceKv
+from starkv.runtime.engines.device_tensor import DeviceTensor, on_device
+from starkv.runtime.engines.ort_cuda_tensor import OrtMemory, bind_part
 from starkv.runtime.kv.buffers import KvStore
 
 
@@ -24,9 +25,8 @@ class DeviceDecodeStep:
 
     def __init__(
         self,
-        ort: Any,
+        memory: OrtMemory,
         session: Any,
-        device: Device,
         kv: DeviceKv,
         batch: int,
         manifest: Manifest,
@@ -35,9 +35,8 @@ class DeviceDecodeStep:
         """Bind everything.
 
         Args:
-            ort: the module ``onnxruntime``.
+            memory: of the device where it runs.
             session: of the decoder.
-            device: where it runs.
             kv: the cache; the step must not outlive it.
             batch: sequences, in the first slots.
             manifest: sizes.
@@ -47,7 +46,7 @@ class DeviceDecodeStep:
         half = text.head_dim // 2
 
         def empty(shape: tuple[int, ...], dtype: Any = np.float32) -> DeviceTensor:
-            return DeviceTensor.empty(ort, device, shape, dtype)
+            return memory.empty(shape, dtype)
 
         self.session, self._batch, self._options = session, batch, options
         self.runs = 0
@@ -55,9 +54,9 @@ class DeviceDecodeStep:
         self._embeds, self._logits = empty((batch, 1, text.hidden)), empty((batch, text.vocab))
         self._cos, self._sin = empty((batch, 1, half)), empty((batch, 1, half))
         self._last_rows = empty((text.layers * batch,), np.int32)
-        last_index = DeviceTensor.of(ort, device, np.zeros(batch, np.int32))
+        last_index = on_device(memory, np.zeros(batch, np.int32))
         # In host memory on every device. The capacity bounds all lengths and never changes.
-        self._longest = ort.OrtValue.ortvalue_from_numpy(np.array([kv.capacity], np.int32))
+        self._longest = memory.ort.OrtValue.ortvalue_from_numpy(np.array([kv.capacity], np.int32))
         self._binding = session.io_binding()
         bind_device_cache(self._binding, kv, batch)
         for name, tensor in (
@@ -67,16 +66,16 @@ class DeviceDecodeStep:
             ("last_rows", self._last_rows),
             ("last_index", last_index),
         ):
-            self._binding.bind_ortvalue_input(name, tensor.value)
+            self._binding.bind_ortvalue_input(name, tensor.owner)
         self._binding.bind_ortvalue_input("longest", self._longest)
-        self._binding.bind_ortvalue_output("logits", self._logits.value)
+        self._binding.bind_ortvalue_output("logits", self._logits.owner)
         # Nobody reads these after a decode step, but a graph must know where they go.
         self._unread = {
             "q_window": empty((text.layers, batch, text.heads, 1, text.head_dim), kv.keys.dtype),
             "hidden_norm": empty((text.layers, batch, 1)),
         }
         for name, tensor in self._unread.items():
-            self._binding.bind_ortvalue_output(name, tensor.value)
+            self._binding.bind_ortvalue_output(name, tensor.owner)
 
     def run(self, kv: KvStore, embeds: Floats, rope: Rope) -> Floats:
         """Append a row to each of the first slots; returns logits ``[B, vocab]``."""
@@ -101,4 +100,4 @@ def bind_device_cache(binding: Any, kv: DeviceKv, batch: int) -> None:
     for layer in range(layers):
         for kind, buffer in (("k", kv.keys), ("v", kv.values)):
             for bind, name in ((binding.bind_input, "past"), (binding.bind_output, "present")):
-                buffer.bind(bind, f"{name}_{kind}.{layer}", (batch, *rest), buffer.at(layer))
+                bind_part(buffer, bind, f"{name}_{kind}.{layer}", (batch, *rest), buffer.at(layer))

@@ -1,146 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors that ONNX Runtime allocates on a device, and what moves their bytes.
+"""Device tensors that ONNX Runtime allocates, and how they are bound to a session."""
 
-``HostDevice`` is the processor in the same role, so that everything but the driver's calls is tested without
-a GPU.
-"""
-
-import ctypes
-import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 
-from starkv.manifest import ComputeDtype
+from starkv.runtime.engines.device_tensor import Device, DeviceTensor
 
 _ONNX_BFLOAT16 = 16
 """numpy has no bfloat16 that ONNX Runtime knows, so it is named by ONNX's number."""
-_DTYPES: dict[ComputeDtype, Any] = {
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-}
-
-
-class Device(Protocol):
-    """Moves bytes to, from and within a device's memory; addresses are integers. Sizes are in bytes."""
-
-    @property
-    def name(self) -> str:
-        """As ONNX Runtime calls it: ``cpu`` or ``cuda``."""
-
-    def synchronize(self) -> None:
-        """Wait until all work is done."""
-
-    def clear(self, target: int, size: int) -> None:
-        """Set bytes to 0."""
-
-    def upload(self, target: int, source: NDArray[Any]) -> None:
-        """Copy an array's bytes to the device."""
-
-    def download(self, target: NDArray[Any], source: int) -> None:
-        """Fill a contiguous array from the device."""
-
-    def copy(
-        self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int
-    ) -> None:
-        """Copy ``height`` runs of ``width`` bytes that begin every ``pitch`` bytes."""
-
-
-class HostDevice:
-    """The processor as a device."""
-
-    name = "cpu"
-
-    def synchronize(self) -> None:
-        return None
-
-    def clear(self, target: int, size: int) -> None:
-        ctypes.memset(target, 0, size)
-
-    def upload(self, target: int, source: NDArray[Any]) -> None:
-        array = np.ascontiguousarray(source)
-        ctypes.memmove(target, array.ctypes.data, array.nbytes)
-
-    def download(self, target: NDArray[Any], source: int) -> None:
-        ctypes.memmove(target.ctypes.data, source, target.nbytes)
-
-    def copy(
-        self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int
-    ) -> None:
-        for row in range(height):
-            ctypes.memmove(target + row * target_pitch, source + row * source_pitch, width)
-
-
-def numpy_dtype(dtype: ComputeDtype) -> np.dtype[Any]:
-    found: np.dtype[Any] = np.dtype(_DTYPES[dtype])
-    return found
 
 
 @dataclass(frozen=True)
-class DeviceTensor:
-    """A contiguous tensor in a device's memory."""
+class OrtMemory:
+    """Memory of a device in the form of OrtValues."""
 
-    value: Any
-    """The ``OrtValue`` that owns the memory."""
+    ort: Any
+    """The module ``onnxruntime``."""
     device: Device
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
 
-    @classmethod
-    def empty(cls, ort: Any, device: Device, shape: tuple[int, ...], dtype: Any) -> "DeviceTensor":
-        """Allocate a tensor; what is in it is undefined.
-
-        Args:
-            ort: the module ``onnxruntime``.
-            device: where.
-            shape: of the tensor; no dimension may be 0.
-            dtype: numpy's, or ``ml_dtypes.bfloat16``.
-        """
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> DeviceTensor:
         dtype = np.dtype(dtype)
-        value = ort.OrtValue.ortvalue_from_shape_and_type(
-            [int(size) for size in shape], element_type(dtype), device.name, 0
+        value = self.ort.OrtValue.ortvalue_from_shape_and_type(
+            [int(size) for size in shape], element_type(dtype), self.device.name, 0
         )
-        return cls(value, device, tuple(shape), dtype)
+        return DeviceTensor(value, self.device, int(value.data_ptr()), tuple(shape), dtype)
 
-    @classmethod
-    def of(cls, ort: Any, device: Device, array: NDArray[Any]) -> "DeviceTensor":
-        """A copy of an array on the device."""
-        tensor = cls.empty(ort, device, array.shape, array.dtype)
-        tensor.write(array)
-        return tensor
 
-    @property
-    def address(self) -> int:
-        return int(self.value.data_ptr())
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def at(self, *index: int) -> int:
-        """Address of the part with these leading indices."""
-        offset = 0
-        for position, size in zip(index, self.shape, strict=False):
-            offset = offset * size + position
-        return self.address + offset * math.prod(self.shape[len(index) :]) * self.dtype.itemsize
-
-    def write(self, array: NDArray[Any]) -> None:
-        """Copy an array of the tensor's shape to the device, converted to its dtype."""
-        self.device.upload(self.address, np.broadcast_to(array, self.shape).astype(self.dtype, copy=False))
-
-    def read(self) -> NDArray[Any]:
-        """A copy on the host."""
-        array = np.empty(self.shape, self.dtype)
-        self.device.download(array, self.address)
-        return array
-
-    def bind(self, bind: Any, name: str, shape: tuple[int, ...], address: int) -> None:
-        """Bind a part of the tensor, which the caller keeps alive, as an input or output."""
-        bind(name, self.device.name, 0, element_type(self.dtype), list(shape), address)
+def bind_part(tensor: DeviceTensor, bind: Any, name: str, shape: tuple[int, ...], address: int) -> None:
+    """Bind a part of a tensor, which the caller keeps alive, as an input or output."""
+    bind(name, tensor.device.name, 0, element_type(tensor.dtype), list(shape), address)
 
 
 def element_type(dtype: np.dtype[Any]) -> Any:

@@ -20,7 +20,7 @@ from starkv.host import cpu_model
 from starkv.manifest import Manifest, TextShape
 from starkv.methods.names import FULL
 from starkv.methods.rows import PromptRows
-from starkv.runtime.engines.base import EngineInfo, Floats, Rope, check_kv_method
+from starkv.runtime.engines.base import EngineInfo, Floats, PicksOnHost, Rope, check_kv_method
 from starkv.runtime.engines.ort import OrtEngine
 from starkv.runtime.engines.torch_compress import (
     REFERENCE_METHODS,
@@ -35,7 +35,7 @@ from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
 from starkv.runtime.preprocess.image import ImageInputs
 
 
-class TorchReferenceEngine:
+class TorchReferenceEngine(PicksOnHost):
     """Runs a checkpoint's decoder in PyTorch beside an ONNX Runtime engine of the same model."""
 
     def __init__(self, engine: OrtEngine, decoder: TorchDecoder) -> None:

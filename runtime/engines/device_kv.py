@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from starkv.errors import UsageError
 from starkv.manifest import TextShape
-from starkv.runtime.engines.ort_cuda_tensor import Device, DeviceTensor
+from starkv.runtime.engines.device_tensor import DeviceMemory, DeviceTensor
 from starkv.runtime.kv.buffers import Arena, KvBuffers, KvStore, cache_shape, empty_rows
 
 
@@ -26,13 +26,13 @@ class DeviceKv(KvStore):
 
     @classmethod
     def allocate(
-        cls, ort: Any, device: Device, text: TextShape, slots: int, rows: int, dtype: np.dtype[Any]
+        cls, memory: DeviceMemory, text: TextShape, slots: int, rows: int, dtype: np.dtype[Any]
     ) -> "DeviceKv":
         """Zeroed buffers, see :func:`cache_shape`: what a kernel reads behind the rows must be numbers."""
         shape = cache_shape(text, slots, rows)
-        keys, values = (DeviceTensor.empty(ort, device, shape, dtype) for _ in range(2))
+        keys, values = (memory.empty(shape, dtype) for _ in range(2))
         for tensor in (keys, values):
-            device.clear(tensor.address, tensor.nbytes)
+            memory.device.clear(tensor.address, tensor.nbytes)
         return cls(*empty_rows(shape), keys, values)
 
     @property

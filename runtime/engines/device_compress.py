@@ -29,14 +29,14 @@ from starkv.kernels.library_paths import kernel_libraries
 from starkv.manifest import ComputeDtype, Manifest
 from starkv.methods.rows import PromptRows
 from starkv.methods.star_kv_request import StarKVRequest
+from starkv.runtime.engines.device_kv import DeviceArena, DeviceKv, copy_rows, device_arena, device_kv
+from starkv.runtime.engines.device_tensor import DeviceMemory, DeviceTensor, on_device
 from starkv.runtime.engines.ort_compress import (
     OrtCompressor,
     check_room,
     star_kv_inputs,
     star_kv_result,
 )
-from starkv.runtime.engines.ort_cuda_memory import DeviceArena, DeviceKv, copy_rows, device_arena, device_kv
-from starkv.runtime.engines.ort_cuda_tensor import Device, DeviceTensor
 from starkv.runtime.kv.buffers import Arena, KvBuffers, Pool
 from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
 
@@ -64,8 +64,7 @@ class DeviceCompressor(OrtCompressor):
         self,
         manifest: Manifest,
         open_graph: Callable[[str], Any],
-        ort: Any,
-        device: Device,
+        memory: DeviceMemory,
         kernels: KernelAbi | None,
     ) -> None:
         """Graphs are opened when a method first needs them.
@@ -73,12 +72,11 @@ class DeviceCompressor(OrtCompressor):
         Args:
             manifest: sizes and dtype.
             open_graph: makes the session of ``{name}.onnx`` on the processor.
-            ort: the module ``onnxruntime``.
-            device: where the caches lie.
+            memory: of the device where the caches lie.
             kernels: the library for that device, if there is one.
         """
         super().__init__(manifest.text, manifest.observation_window, open_graph)
-        self._ort, self._device, self._kernels = ort, device, kernels
+        self._memory, self._kernels = memory, kernels
         self._dtype = _DTYPES[manifest.compute_dtype]
 
     @property
@@ -146,7 +144,7 @@ class DeviceCompressor(OrtCompressor):
             **star_kv_inputs(arena, slot, request, pattern, memory),
             "dst_meta": target.row_meta,
         }
-        tensors |= {name: DeviceTensor.of(self._ort, self._device, array) for name, array in arrays.items()}
+        tensors |= {name: on_device(self._memory, array) for name, array in arrays.items()}
         results: dict[str, tuple[tuple[int, ...], Any]] = {
             "new_len": ((layers, 1), np.int32),
             "rows": ((layers, 1, 1, target.capacity), np.int64),
@@ -158,14 +156,14 @@ class DeviceCompressor(OrtCompressor):
         size = kernels.workspace_bytes(shape)
         workspace = self._empty((max(1, size),), np.uint8)
         buffers = CompressBuffers(**{name: tensor.address for name, tensor in tensors.items()})
-        self._device.synchronize()
+        self._memory.device.synchronize()
         kernels.launch(shape, buffers, workspace.address, size)
-        self._device.synchronize()
+        self._memory.device.synchronize()
         names = (*COMPRESS_OUTPUTS, *(f"new_{name}" for name in COMPRESS_STATE))
         return {name: tensors[name].read() for name in names}, tensors["dst_meta"].read()
 
     def _empty(self, shape: tuple[int, ...], dtype: Any) -> DeviceTensor:
-        return DeviceTensor.empty(self._ort, self._device, shape, dtype)
+        return self._memory.empty(shape, dtype)
 
     def _window(self, arena: DeviceArena, window: int) -> DeviceTensor:
         """The last queries of the arena ``[L, 1, H, window, D]``."""
@@ -175,7 +173,7 @@ class DeviceCompressor(OrtCompressor):
             return queries
         width = dim * queries.dtype.itemsize
         last = self._empty((layers, 1, heads, window, dim), queries.dtype)
-        self._device.copy(
+        self._memory.device.copy(
             last.address,
             window * width,
             queries.address + (held - window) * width,
