@@ -187,3 +187,21 @@ def test_the_documentation_names_the_images_versions() -> None:
     text, defaults = DOCUMENT.read_text(), arguments()
     assert f"tensorrt=={defaults['TENSORRT_VERSION']}" in text
     assert f"cuda-bindings=={defaults['CUDA_BINDINGS']}" in text
+
+
+def test_messages_of_the_documentation_are_the_codes() -> None:
+    """Words between the placeholders, wherever the code breaks its lines."""
+    source = " ".join(
+        path.read_text()
+        for folder in ("starkv/cli", "starkv/trt_compat", "export", "runtime/engines", "starkv")
+        for path in sorted((ROOT / folder).glob("*.py" if folder == "starkv" else "**/*.py"))
+    )
+    joined = re.sub(r'"\s+f?"', "", source)
+    table = DOCUMENT.read_text().partition("## Messages")[2]
+    cells = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| `")]
+    messages = [message for cell in cells for message in re.findall("`([^`]+)`", cell)]
+    assert len(messages) > 15
+    for message in messages:
+        # What CUDA says itself stands behind the function's name.
+        ours = message.replace("CUDA driver version is insufficient", "…")
+        assert all(part.strip(" ,:") in joined for part in ours.split("…")), message

@@ -98,9 +98,7 @@ def test_weights_of_a_calibrated_export(
     monkeypatch.setattr(
         "starkv.export.quantize.awq.search_scales", lambda source, config, *rest: random_plan(config.text)
     )
-    export_model(
-        tiny.checkpoint, tiny_card(), tmp_path / "out", PRESETS["int4-awq"], calibration=NoPrompts()
-    )
+    export_model(tiny.checkpoint, tiny_card(), tmp_path / "out", PRESETS["int4-awq"], calibration=NoPrompts())
     assert_weights_are_as_planned(tmp_path / "out", tmp_path / "trt")
 
 
