@@ -107,14 +107,15 @@ def build(
     )
     if json and not dry_run:
         raise UsageError("--json is about the plan that --dry-run makes; add it, or leave --json out")
-    trt_dtype = None if backend == "ort" or for_ort else compute_dtype
-    options = trt.parse_trt_options(for_trt, trt_dtype)
+    # A dtype that TensorRT lacks may be meant for ONNX Runtime.
+    options = trt.parse_trt_options(for_trt, compute_dtype if compute_dtype in trt.DTYPES else None)
     chosen, reason = choose_backend(backend, tuple(for_ort), tuple(for_trt), options)
     note(f"backend {chosen}: {reason}")
     if chosen == "ort":
         dtype = settle_dtype(device or "cpu", compute_dtype)
         print(build_engine(model, quant, out, prepack, sources, dtype)[0])
         return
+    options = trt.parse_trt_options(for_trt, compute_dtype)
     from starkv.cli.build_report import plan_as_json, print_plan
     from starkv.cli.trt_build import build_trt, plan_build
 

@@ -19,7 +19,7 @@ _LEVELS: dict[str, HardwareCompatibility] = {
     "same_compute_capability": "same_compute_capability",
     "ampere_plus": "ampere_plus",
 }
-_DTYPES: dict[str, ComputeDtype] = {"bfloat16": "bfloat16", "float16": "float16"}
+DTYPES: dict[str, ComputeDtype] = {"bfloat16": "bfloat16", "float16": "float16"}
 
 
 def _option(name: str, text: str, **more: Any) -> Any:
@@ -131,14 +131,14 @@ def parse_trt_options(given: dict[str, Any], compute_dtype: str | None) -> "TrtB
     from starkv.export.build.trt_options import TrtBuildOptions
     from starkv.trt_compat.version import parse_target
 
-    if compute_dtype is not None and compute_dtype not in _DTYPES:
-        raise UsageError(f"a TensorRT engine computes in {' or '.join(_DTYPES)}, not in {compute_dtype}")
+    if compute_dtype is not None and compute_dtype not in DTYPES:
+        raise UsageError(f"a TensorRT engine computes in {' or '.join(DTYPES)}, not in {compute_dtype}")
     level = given.get("--hardware-compatibility")
     if level is not None and level not in _LEVELS:
         raise UsageError(f"unknown --hardware-compatibility {level!r}; known: {', '.join(_LEVELS)}")
     fields = {
         "target": _applied(given, "--target-version", parse_target),
-        "compute_dtype": _DTYPES[compute_dtype] if compute_dtype is not None else None,
+        "compute_dtype": DTYPES[compute_dtype] if compute_dtype is not None else None,
         "sessions": given.get("--sessions"),
         "prefill_rows": given.get("--prefill-rows"),
         "max_context": given.get("--max-context"),

@@ -121,9 +121,7 @@ def build_plan(
     for shapes in profiles:
         profile = _make_profile(builder, network, shapes)
         if config.add_optimization_profile(profile) < 0:
-            raise EngineError(
-                f"TensorRT {tensorrt.full_version} refuses the input sizes of {graph.name}: {log.take()}"
-            )
+            raise EngineError(_refused_sizes(tensorrt, graph, settings, log.take()))
     cache = timing.attach(config)
     monitor = BuildMonitor(report)
     config.progress_monitor = make_monitor(tensorrt, monitor)
@@ -205,6 +203,15 @@ def _make_profile(
         shape = shapes[name]
         profile.set_shape(name, shape.least, shape.usual, shape.most)
     return profile
+
+
+def _refused_sizes(tensorrt: TensorRT, graph: Path, settings: PlanSettings, said: str) -> str:
+    line = f"TensorRT {tensorrt.full_version} refuses the input sizes of {graph.name}: {said}"
+    if settings.strip:
+        # NvInfer.h, addOptimizationProfile: "at most once when building a refittable engine". TensorRT has
+        # taken more since 8.6, but never said so.
+        line += ". It promises one profile only where weights are left out: build without --strip-weights"
+    return line
 
 
 def _failure(tensorrt: TensorRT, plan: Path, said: str) -> str:
