@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """KV compression of a cache that lies on a device.
 
-STaR-KV runs there in one call of the kernels' library, where that is built. The other methods, and STaR-KV
-without the library, run on the processor on a copy of the prompt's rows; what they keep is copied back, bit
-for bit.
+STaR-KV runs there in one call, where something can run it. The other methods, and STaR-KV without that, run
+on the processor on a copy of the prompt's rows; what they keep is copied back, bit for bit.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -13,20 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from starkv.errors import EngineError
-from starkv.kernels.c_abi import (
-    BFLOAT16,
-    COMPRESS_OUTPUTS,
-    COMPRESS_STATE,
-    FLOAT16,
-    FLOAT32,
-    POOLINGS,
-    CompressBuffers,
-    CompressShape,
-    KernelAbi,
-    KernelError,
-)
-from starkv.kernels.library_paths import kernel_libraries
-from starkv.manifest import ComputeDtype, Manifest
+from starkv.kernels.c_abi import COMPRESS_OUTPUTS, COMPRESS_STATE
+from starkv.manifest import Manifest
+from starkv.methods.names import STAR_KV
 from starkv.methods.rows import PromptRows
 from starkv.methods.star_kv_request import StarKVRequest
 from starkv.runtime.engines.device_kv import DeviceArena, DeviceKv, copy_rows, device_arena, device_kv
@@ -40,49 +29,39 @@ from starkv.runtime.engines.ort_compress import (
 from starkv.runtime.kv.buffers import Arena, KvBuffers, Pool
 from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
 
-_DTYPES: dict[ComputeDtype, int] = {"float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16}
-_POOLING, _POOLING_KERNEL = POOLINGS["avgpool"], 5
-"""As in ``compress.onnx``."""
-
-
-def find_kernels(device: str) -> KernelAbi | None:
-    """The kernels' library for ``cuda`` or ``cpu``, or None where none is built."""
-    for path in kernel_libraries(device):
-        try:
-            library = KernelAbi(path)
-        except KernelError:
-            continue
-        if library.device == device:
-            return library
-    return None
+Operands = dict[str, DeviceTensor]
+"""Inputs and outputs of ``Compress`` by their names; outputs that alias an input are not named."""
 
 
 class DeviceCompressor(OrtCompressor):
     """Compresses the sequence of an arena into a slot of a pool, both on a device."""
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        open_graph: Callable[[str], Any],
-        memory: DeviceMemory,
-        kernels: KernelAbi | None,
-    ) -> None:
+    def __init__(self, manifest: Manifest, open_graph: Callable[[str], Any], memory: DeviceMemory) -> None:
         """Graphs are opened when a method first needs them.
 
         Args:
             manifest: sizes and dtype.
             open_graph: makes the session of ``{name}.onnx`` on the processor.
             memory: of the device where the caches lie.
-            kernels: the library for that device, if there is one.
         """
         super().__init__(manifest.text, manifest.observation_window, open_graph)
-        self._memory, self._kernels = memory, kernels
-        self._dtype = _DTYPES[manifest.compute_dtype]
+        self._memory = memory
 
     @property
+    @abstractmethod
     def on_device(self) -> bool:
         """Whether STaR-KV runs where the cache lies."""
-        return self._kernels is not None
+
+    @abstractmethod
+    def _run_compress(self, operands: Operands) -> None:
+        """Run ``Compress`` on the device; the operands are there when it returns.
+
+        Raises:
+            StarkvError: it can't.
+        """
+
+    def _graphs_of(self, method: str) -> tuple[str, ...]:
+        return () if method == STAR_KV and self.on_device else super()._graphs_of(method)
 
     def _copy_rows(self, arena: Arena, pool: Pool, slot: int, rows: int) -> None:
         copy_rows(device_kv(arena.kv), 0, device_kv(pool.kv), slot, rows)
@@ -90,13 +69,11 @@ class DeviceCompressor(OrtCompressor):
     def _star_kv(
         self, arena: Arena, pool: Pool, slot: int, prompt: PromptRows, policy: KvPolicy, memory: StarKVMemory
     ) -> Compressed:
-        if self._kernels is None:
+        if not self.on_device:
             return self._on_host(super()._star_kv, arena, pool, slot, prompt, policy, memory)
         request, pattern = self._prepare_star_kv(arena, pool, prompt, policy, memory)
         target = device_kv(pool.kv)
-        outputs, meta = self._launch(
-            self._kernels, device_arena(arena), target, slot, request, pattern, memory
-        )
+        outputs, meta = self._launch(device_arena(arena), target, slot, request, pattern, memory)
         result = star_kv_result(request, outputs, prompt.length)
         if not outputs["new_len"].all():
             raise EngineError(
@@ -108,7 +85,6 @@ class DeviceCompressor(OrtCompressor):
 
     def _launch(
         self,
-        kernels: KernelAbi,
         arena: DeviceArena,
         target: DeviceKv,
         slot: int,
@@ -117,23 +93,8 @@ class DeviceCompressor(OrtCompressor):
         memory: StarKVMemory,
     ) -> tuple[dict[str, NDArray[Any]], NDArray[np.int32]]:
         """One call for all layers: outputs by the operator's names, and the pool's ``row_meta``."""
-        layers, _, groups, capacity, dim = arena.kv.shape
-        shape = CompressShape(
-            layers=layers,
-            sequences=1,
-            kv_heads=groups,
-            query_heads=self._text.heads,
-            window=request.window,
-            head_dim=dim,
-            capacity=capacity,
-            slots=target.slots,
-            slot_capacity=target.capacity,
-            pattern_capacity=pattern.shape[-1],
-            dtype=self._dtype,
-            pooling=_POOLING,
-            pooling_kernel=_POOLING_KERNEL,
-        )
-        tensors = {
+        layers, _, _, capacity, _ = arena.kv.shape
+        operands = {
             "k": arena.device_kv.keys,
             "v": arena.device_kv.values,
             "q_window": self._window(arena, request.window),
@@ -144,7 +105,7 @@ class DeviceCompressor(OrtCompressor):
             **star_kv_inputs(arena, slot, request, pattern, memory),
             "dst_meta": target.row_meta,
         }
-        tensors |= {name: on_device(self._memory, array) for name, array in arrays.items()}
+        operands |= {name: on_device(self._memory, array) for name, array in arrays.items()}
         results: dict[str, tuple[tuple[int, ...], Any]] = {
             "new_len": ((layers, 1), np.int32),
             "rows": ((layers, 1, 1, target.capacity), np.int64),
@@ -152,18 +113,10 @@ class DeviceCompressor(OrtCompressor):
             "stages": ((layers, 1, 4, capacity), np.float32),
             **{f"new_{name}": (arrays[name].shape, np.float32) for name in COMPRESS_STATE},
         }
-        tensors |= {name: self._empty(*result) for name, result in results.items()}
-        size = kernels.workspace_bytes(shape)
-        workspace = self._empty((max(1, size),), np.uint8)
-        buffers = CompressBuffers(**{name: tensor.address for name, tensor in tensors.items()})
-        self._memory.device.synchronize()
-        kernels.launch(shape, buffers, workspace.address, size)
-        self._memory.device.synchronize()
+        operands |= {name: self._memory.empty(*result) for name, result in results.items()}
+        self._run_compress(operands)
         names = (*COMPRESS_OUTPUTS, *(f"new_{name}" for name in COMPRESS_STATE))
-        return {name: tensors[name].read() for name in names}, tensors["dst_meta"].read()
-
-    def _empty(self, shape: tuple[int, ...], dtype: Any) -> DeviceTensor:
-        return self._memory.empty(shape, dtype)
+        return {name: operands[name].read() for name in names}, operands["dst_meta"].read()
 
     def _window(self, arena: DeviceArena, window: int) -> DeviceTensor:
         """The last queries of the arena ``[L, 1, H, window, D]``."""
@@ -172,7 +125,7 @@ class DeviceCompressor(OrtCompressor):
         if held == window:
             return queries
         width = dim * queries.dtype.itemsize
-        last = self._empty((layers, 1, heads, window, dim), queries.dtype)
+        last = self._memory.empty((layers, 1, heads, window, dim), queries.dtype)
         self._memory.device.copy(
             last.address,
             window * width,

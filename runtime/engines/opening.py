@@ -4,11 +4,12 @@
 from pathlib import Path
 from typing import Literal
 
-from starkv.errors import UsageError
+from starkv.errors import EngineError, UsageError
 from starkv.manifest import read_manifest
 from starkv.runtime.engines.base import Engine
 from starkv.runtime.engines.ort import OrtEngine
 from starkv.runtime.engines.ort_cuda import OrtDeviceEngine
+from starkv.runtime.engines.trt import TrtEngine
 
 DeviceName = Literal["cpu", "cuda"]
 
@@ -44,6 +45,12 @@ def open_engine(
         UsageError: there is no such device.
     """
     chosen = parse_device(device)
+    if read_manifest(directory).backend == "trt":
+        if chosen == "cpu":
+            raise EngineError(
+                f"{directory} was built for TensorRT, which runs on GPUs only; leave --device out"
+            )
+        return TrtEngine(directory, verify, threads)
     if chosen is None:
         chosen = "cpu" if read_manifest(directory).compute_dtype == "float32" else "cuda"
     if chosen == "cuda":

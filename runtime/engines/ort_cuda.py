@@ -18,9 +18,9 @@ from starkv.host import cpu_model
 from starkv.methods.names import ENGINE_METHODS, FULL
 from starkv.runtime.engines.base import EngineInfo, Floats, Rope, check_kv_method, kv_bytes_per_row
 from starkv.runtime.engines.cuda_driver import CudaDevice
-from starkv.runtime.engines.device_compress import DeviceCompressor, find_kernels
 from starkv.runtime.engines.device_kv import DeviceArena, DeviceKv, device_arena, device_kv
 from starkv.runtime.engines.device_tensor import Device, HostDevice, numpy_dtype, on_device
+from starkv.runtime.engines.kernel_compress import KernelCompressor, find_kernels
 from starkv.runtime.engines.ort_base import CPU_PROVIDER, OrtBase, Providers
 from starkv.runtime.engines.ort_compress import OrtCompressor
 from starkv.runtime.engines.ort_cuda_decode import DeviceDecodeStep, bind_device_cache
@@ -75,7 +75,7 @@ class OrtDeviceEngine(OrtBase):
         self._plain = self._run_options(gpu_graph_id=_UNCAPTURED)
         shrink = "gpu:0" if self._gpu else "cpu:0"
         self._shrinking = self._run_options(memory__enable_memory_arena_shrinkage=shrink)
-        self._device_compressor = DeviceCompressor(
+        self._device_compressor = KernelCompressor(
             self._manifest,
             self._open_host_graph,
             self._memory,
