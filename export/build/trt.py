@@ -4,6 +4,7 @@
 import shutil
 from pathlib import Path
 
+from starkv.errors import EngineError
 from starkv.export.build.manifest import write_manifest
 from starkv.export.build.trt_files import (
     copy_libraries,
@@ -22,8 +23,9 @@ from starkv.export.staging import staged_directory
 from starkv.manifest import MANIFEST_NAME, Manifest, TensorRTBuild
 from starkv.trt_compat.build_monitor import PERCENT
 from starkv.trt_compat.building import build_plan
-from starkv.trt_compat.plan_memory import scratch_bytes
+from starkv.trt_compat.module import TensorRT
 from starkv.trt_compat.plugins import load_plugins
+from starkv.trt_compat.running import Runtime
 from starkv.trt_compat.timing_cache import TimingCache, default_directory, timing_cache_path
 
 DECODER_PROFILES = ("prefill", "decode")
@@ -110,8 +112,19 @@ def _build_plans(
             progress.advance,
         )
         names = _profile_names(engine)
-        scratch |= dict(zip(names, scratch_bytes(machine.tensorrt, path), strict=True))
+        scratch |= dict(zip(names, _scratch(machine.tensorrt, path), strict=True))
     return scratch
+
+
+def _scratch(tensorrt: TensorRT, path: Path) -> tuple[int, ...]:
+    """Device memory for the activations of each profile; asking for it proves that the plan loads."""
+    try:
+        plan = Runtime(tensorrt).open(path)
+    except EngineError as error:
+        raise EngineError(
+            f"{path.name} was built, but can't be loaded; the GPU's memory may be too small for it ({error})"
+        ) from None
+    return tuple(plan.scratch_bytes(profile) for profile in range(plan.profiles))
 
 
 def _profile_names(engine: PlannedEngine) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 """Writes what TensorRT built to a file, piece by piece where TensorRT can."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from starkv.trt_compat.module import TensorRT
 from starkv.trt_compat.version import PLAN_TO_STREAM
@@ -25,7 +25,8 @@ def write_plan(
     """
     with path.open("wb") as stream:
         if tensorrt.version < PLAN_TO_STREAM:
-            plan = builder.build_serialized_network(network, config)
+            # IHostMemory, which is a buffer.
+            plan: Any = builder.build_serialized_network(network, config)
             if plan is None:
                 return False
             stream.write(plan)

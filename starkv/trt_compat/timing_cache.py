@@ -6,7 +6,7 @@ import re
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from starkv.gpu import Gpu
 
@@ -61,7 +61,7 @@ class TimingCache:
         others = config.create_timing_cache(self._read())
         if others is not None:
             cache.combine(others, False)
-        content = cache.serialize()
+        content: Any = cache.serialize()
         if content is not None:
             with suppress(OSError):
                 _replace(self._path, content)
@@ -73,8 +73,13 @@ class TimingCache:
             return b""
 
 
-def _replace(path: Path, content: "trt.IHostMemory") -> None:
-    """Write beside and rename, so that nobody ever reads half a file."""
+def _replace(path: Path, content: Any) -> None:
+    """Write beside and rename, so that nobody ever reads half a file.
+
+    Args:
+        path: the file.
+        content: a buffer, such as TensorRT's IHostMemory.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:

@@ -245,6 +245,7 @@ def _content(script: Script) -> dict[str, Any]:
     class Engine:
         def __init__(self, plan: bytes) -> None:
             self.num_optimization_profiles = 2 if b"plan of 2" in plan else 1
+            self.num_io_tensors = 0
 
         def get_device_memory_size_for_profile_v2(self, index: int) -> int:
             return 1000 * (index + 1)
@@ -253,11 +254,18 @@ def _content(script: Script) -> dict[str, Any]:
         def __init__(self, logger: Any) -> None:
             self.logger = logger
 
-        def deserialize_cuda_engine(self, plan: Any) -> Engine | None:
+        def deserialize_cuda_engine(self, reader: Any) -> Engine | None:
             if not script.loads:
                 self.logger.log(Severity.ERROR, "Cuda Runtime (out of memory)")
                 return None
-            return Engine(bytes(memoryview(plan)))
+            old = isinstance(reader, StreamReader)
+            return Engine(reader.read(1000) if old else reader.read(1000, 0))
+
+    class StreamReader:
+        pass
+
+    class StreamReaderV2:
+        pass
 
     class IProgressMonitor:
         pass
@@ -272,6 +280,9 @@ def _content(script: Script) -> dict[str, Any]:
         "OnnxParser": OnnxParser,
         "Runtime": Runtime,
         "IProgressMonitor": IProgressMonitor,
+        "IStreamReader": StreamReader,
+        "IStreamReaderV2": StreamReaderV2,
+        "SeekPosition": _enum("Seek", "SET", "CUR", "END"),
         "IStreamWriter": IStreamWriter,
         "NetworkDefinitionCreationFlag": _enum("Creation", "EXPLICIT_BATCH", "STRONGLY_TYPED"),
         "ProfilingVerbosity": _enum("Verbosity", "LAYER_NAMES_ONLY", "NONE", "DETAILED"),
