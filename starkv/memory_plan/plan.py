@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 
 from starkv.export.build.trt_vision_bounds import most_sizes
 from starkv.manifest import ImageLimits, Manifest, Quantization, TensorRTBuild, TextShape, VisionShape
-from starkv.memory_plan.buffers import decoder_buffers, vision_buffers
-from starkv.memory_plan.rows import cache_bytes, check_rows, kept_rows
+from starkv.memory_plan.buffers import compress_bytes, decode_bytes, prefill_bytes, vision_bytes
+from starkv.memory_plan.rows import cache_bytes, check_rows, kept_rows, slot_rows
 from starkv.memory_plan.scratch import Limits, Scratch, estimate_scratch, measured_scratch
 from starkv.memory_plan.weights import WeightBytes, weight_bytes
+from starkv.methods.star_kv_config import StarKVConfig
 from starkv.runtime.kv.buffers import round_up_rows
 
 GIB = 2**30
@@ -143,27 +144,32 @@ def _scenario(
     arena: int,
     built: TensorRTBuild | None,
 ) -> Scenario:
-    text, vision = model.text, model.vision
-    kept = kept_rows(wanted.prompt_rows, budget, model.observation_window)
-    rows = kept + wanted.new_tokens
-    image = most_sizes(model.image, vision)
-    limits = Limits(
-        wanted.prefill_rows, round_up_rows(model.max_context), sessions, model.observation_window, image
+    text, window = model.text, model.observation_window
+    kept = kept_rows(wanted.prompt_rows, budget, window)
+    cache_rows = round_up_rows(model.max_context)
+    slot = slot_rows(kept + wanted.new_tokens, cache_rows)
+    image = most_sizes(model.image, model.vision)
+    limits = Limits(wanted.prefill_rows, cache_rows, sessions, window, image)
+    scratch = (
+        measured_scratch(built) if built else estimate_scratch(text, model.vision, limits, weights.largest)
     )
-    scratch = measured_scratch(built) if built else estimate_scratch(text, vision, limits, weights.largest)
-    buffers = sum(
-        sum(of_step.values())
-        for of_step in (
-            vision_buffers(vision, text.hidden, image),
-            decoder_buffers(text, model.observation_window, 1, wanted.prefill_rows),
-            decoder_buffers(text, model.observation_window, sessions, 1),
-        )
-    )
-    slab = cache_bytes(text, 1, rows)
+    buffers = _buffers(model, wanted, sessions, slot)
+    slab = cache_bytes(text, 1, slot)
     total = weights.device + scratch.shared + arena + sessions * slab + buffers + CONTEXT_BYTES
-    return Scenario(
-        budget, sessions, kept, round_up_rows(rows), slab, scratch, buffers, total, weights.embedding
+    return Scenario(budget, sessions, kept, slot, slab, scratch, buffers, total, weights.embedding)
+
+
+def _buffers(model: PlannedModel, wanted: Wanted, sessions: int, slot: int) -> int:
+    """Bytes of inputs and outputs: of the decode step, and of the largest of the stages that come and go."""
+    text, window = model.text, model.observation_window
+    image = most_sizes(model.image, model.vision)
+    windows = min(window, wanted.prompt_rows), StarKVConfig().window
+    stages = (
+        vision_bytes(model.vision, text.hidden, image),
+        prefill_bytes(text, window, wanted.prompt_rows, wanted.prefill_rows),
+        compress_bytes(text, windows, round_up_rows(wanted.prompt_rows), sessions, slot, image.tokens),
     )
+    return decode_bytes(text, sessions) + max(stages)
 
 
 def _smallest(boards: Sequence[int], needed: int) -> int | None:

@@ -12,6 +12,7 @@ from starkv.methods.rows import PromptRows
 from starkv.methods.star_kv_config import StarKVConfig
 from starkv.methods.star_kv_plan import StarKVProgress
 from starkv.methods.star_kv_request import request_star_kv
+from starkv.runtime.engines.trt import POOL_STEP
 from starkv.runtime.kv.buffers import cache_shape
 from starkv.runtime.preprocess.image import smart_resize
 
@@ -39,6 +40,11 @@ def kept_rows(prompt_rows: int, budget: float, observation_window: int) -> int:
     kept = Budget(budget).rows(prompt_rows)
     blank = PromptRows(np.zeros((prompt_rows, 4), np.int32), (), ())
     return request_star_kv(StarKVConfig(), blank, kept, StarKVProgress(), observation_window).most_rows
+
+
+def slot_rows(rows: int, cache_rows: int) -> int:
+    """Capacity of the slots of a pool for sequences of so many rows, as ``TrtEngine.new_pool`` chooses it."""
+    return min(-(-rows // POOL_STEP) * POOL_STEP, cache_rows)
 
 
 def cache_bytes(text: TextShape, slots: int, rows: int) -> int:
