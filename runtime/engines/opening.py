@@ -47,9 +47,7 @@ def open_engine(
     chosen = parse_device(device)
     if read_manifest(directory).backend == "trt":
         if chosen == "cpu":
-            raise EngineError(
-                f"{directory} was built for TensorRT, which runs on GPUs only; leave --device out"
-            )
+            raise EngineError(f"{directory} was built for TensorRT, for GPUs only; leave --device out")
         return TrtEngine(directory, verify, threads)
     if chosen is None:
         chosen = "cpu" if read_manifest(directory).compute_dtype == "float32" else "cuda"

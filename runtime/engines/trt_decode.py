@@ -149,7 +149,8 @@ class TrtDecodeStep:
         memory = self._parts.memory
         memory.cuda.download(self._host_logits, self._logits.address, memory.stream)
         memory.cuda.synchronize(memory.stream)
-        return self._host_logits.copy()
+        logits: Floats = self._host_logits.copy()
+        return logits
 
     def tokens(
         self, lengths: NDArray[np.int32], embeds: Floats, rope: Rope, draws: Sequence[Draw]
@@ -161,9 +162,7 @@ class TrtDecodeStep:
         """
         kernels, memory = self._parts.kernels, self._parts.memory
         if kernels is None:
-            raise EngineError(
-                "no libstarkv_kernels.so lies beside the engine, so tokens are picked on the host"
-            )
+            raise EngineError("no libstarkv_kernels.so lies beside the engine: tokens are picked on the host")
         self._run(lengths, embeds, rope, draws)
         sizes = (self._batch, self._parts.manifest.text.vocab, memory.stream)
         if any(draw.temperature for draw in draws):

@@ -31,7 +31,7 @@ def check_memory(manifest: Manifest, plans: Mapping[str, Plan], cuda: Cuda) -> N
     if scratch + cache > free:
         raise EngineError(
             f"the GPU has {free / _MIB:.0f} of {total / _MIB:.0f} MiB free beside the weights, but "
-            f"{manifest.name} needs {scratch / _MIB:.0f} MiB for activations and {cache / _MIB:.0f} MiB for the "
-            "caches of a short prompt; free some, or build the engine with smaller --prefill-rows, --sessions "
-            "or --max-pixels, or with --weight-streaming"
+            f"{manifest.name} needs {scratch / _MIB:.0f} MiB for activations and {cache / _MIB:.0f} MiB for "
+            "the caches of a short prompt; free some, or build the engine with smaller --prefill-rows, "
+            "--sessions or --max-pixels, or with --weight-streaming"
         )

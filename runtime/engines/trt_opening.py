@@ -70,8 +70,8 @@ def build_of(directory: Path, manifest: Manifest) -> TensorRTBuild:
     """
     if manifest.tensorrt is None:
         raise EngineError(
-            f"{directory / 'manifest.json'}: tensorrt is missing, so nothing says where the engine runs; build "
-            "it again"
+            f"{directory / 'manifest.json'}: tensorrt is missing, so nothing says where the engine runs; "
+            "build it again"
         )
     return manifest.tensorrt
 

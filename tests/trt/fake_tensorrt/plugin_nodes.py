@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from starkv.kernels.attention_call import AttentionCall, reference_attention
-from starkv.kernels.c_abi import COMPRESS_INPUTS
 from starkv.kernels.compress_call import CompressCall, CompressResult
 from starkv.kernels.full_attention_call import FullAttentionCall, reference_full_attention
+from starkv.kernels.plugin_driver import COMPRESS_INPUTS
 from starkv.validation.implementations import Implementation
 from starkv.validation.onnx_adapter import OnnxImplementation
 

@@ -45,6 +45,9 @@ class Program:
     sessions: dict[str, Any] = field(default_factory=dict)
     peak: int = 0
     """Most bytes of values that lived at once, inputs, outputs and constants not counted."""
+    watched: set[str] = field(default_factory=set)
+    seen: dict[str, Array] = field(default_factory=dict)
+    """Watched values of the last run."""
 
     def run(self, feeds: Mapping[str, Array], run_plugin: Any) -> dict[str, Array]:
         """Values of all outputs; plugins write into what they alias."""
@@ -58,6 +61,8 @@ class Program:
             results = run(node, values)
             for name, array in results.items():
                 values[name] = array
+                if name in self.watched:
+                    self.seen[name] = array
                 live += 0 if name in outputs else array.nbytes
             self.peak = max(self.peak, live)
             for name in set(node.input):
