@@ -14,8 +14,8 @@ from starkv.export.build.ort import build_ort_engine
 from starkv.kernels.library_paths import KERNELS, LIBRARY_VARIABLE
 from starkv.methods.budget import Budget
 from starkv.methods.names import STAR_KV
-from starkv.runtime.engines.device_compress import find_kernels
 from starkv.runtime.engines.device_kv import device_kv
+from starkv.runtime.engines.kernel_compress import find_kernels
 from starkv.runtime.engines.ort_cuda import OrtDeviceEngine
 from starkv.runtime.kv.buffers import Arena
 from starkv.runtime.kv.policy import KvPolicy
