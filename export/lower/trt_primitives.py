@@ -15,7 +15,7 @@ from starkv.kernels.c_abi import FULL_ATTENTION_HEAD_DIMS
 from starkv.onnx_ops import DOMAIN, FULL_ATTENTION
 
 HIDDEN = -30000.0
-"""Added to scores that a query doesn't see: its exponential is 0 in every type, and float16 holds it."""
+"""Added to scores that a query doesn't see: its exponential is 0."""
 
 
 def lower_to_primitives(graph: ir.Graph, vision_head_dim: int) -> None:
@@ -81,9 +81,11 @@ def _per_head(
 def _attention(
     new: Replacement, node: ir.Node, heads: int, head_dim: int, biases: dict[ir.Value, ir.Value]
 ) -> None:
-    """MatMul, Softmax, MatMul over ``[B,heads,N,D]``, the pattern of TensorRT's multi-head-attention fusion.
+    """MatMul, Softmax, MatMul over ``[B,heads,N,D]``, scores and their softmax in float32.
 
-    Unfused, the scores of one call are stored: ``B * heads * N²``.
+    In float32 on purpose: TensorRT then does not fuse it into its attention kernels, which have been silently
+    wrong on some GPUs (NVIDIA/TensorRT issue 4837: 16-bit attention on sm_120 up to 10.16.1). The scores of
+    one call are stored, ``B * heads * N²``; for the windows of a 1080p screenshot that is under 50 MB.
     """
     q, k, v = _given(node.inputs[:3])
     mask = node.inputs[3] if len(node.inputs) > 3 else None
@@ -92,17 +94,17 @@ def _attention(
     def by_head(x: ir.Value, perm: list[int]) -> ir.Value:
         return new.op("Transpose", new.op("Reshape", x, new.ints(0, 0, heads, -1)), perm=perm)
 
-    # In float32, or the factor's rounding would scale all scores alike.
-    wide, factor = new.cast(q, ir.DataType.FLOAT), new.number(head_dim**-0.5, ir.DataType.FLOAT)
-    scaled = new.cast(new.op("Mul", wide, factor), dtype)
-    scores = new.op("MatMul", by_head(scaled, [0, 2, 1, 3]), by_head(k, [0, 2, 3, 1]))
+    wide_q, wide_k = (new.cast(x, ir.DataType.FLOAT) for x in (q, k))
+    scaled = new.op("Mul", wide_q, new.number(head_dim**-0.5, ir.DataType.FLOAT))
+    scores = new.op("MatMul", by_head(scaled, [0, 2, 1, 3]), by_head(wide_k, [0, 2, 3, 1]))
     if mask is not None:
         if mask not in biases:
-            seen, hidden = (new.number(number, dtype) for number in (0.0, HIDDEN))
+            seen, hidden = (new.number(number, ir.DataType.FLOAT) for number in (0.0, HIDDEN))
             biases[mask] = new.op("Where", mask, seen, hidden)
-            biases[mask].dtype = dtype
+            biases[mask].dtype = ir.DataType.FLOAT
         scores = new.op("Add", scores, biases[mask])
-    attended = new.op("MatMul", new.op("Softmax", scores, axis=-1), by_head(v, [0, 2, 1, 3]))
+    weights = new.cast(new.op("Softmax", scores, axis=-1), dtype)
+    attended = new.op("MatMul", weights, by_head(v, [0, 2, 1, 3]))
     new.finish("Reshape", new.op("Transpose", attended, perm=[0, 2, 1, 3]), new.ints(0, 0, -1))
 
 

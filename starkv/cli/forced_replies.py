@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from starkv.calibration.prompts import GuiPrompt
 from starkv.runtime.actions.types import Click
 from starkv.runtime.agent import AgentReply, understand
-from starkv.runtime.engines.base import Engine, Floats, Rope
+from starkv.runtime.engines.base import Engine, Floats, PicksOnHost, Rope
 from starkv.runtime.generation import SamplingParameters
 from starkv.runtime.kv.buffers import Arena, Pool
 from starkv.runtime.preprocess.tokenizer import ChatTokenizer
@@ -20,7 +20,7 @@ from starkv.runtime.session import Session
 
 
 @dataclass
-class RecordingEngine:
+class RecordingEngine(PicksOnHost):
     """Another engine whose logits are kept, and which can be made to say given tokens."""
 
     engine: Engine

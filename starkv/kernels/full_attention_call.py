@@ -14,6 +14,7 @@ from starkv.errors import UsageError
 from starkv.kernels.attention_call import ATTENTION_DTYPES
 from starkv.kernels.tensor_checks import check_tensors
 
+
 @dataclass
 class FullAttentionCall:
     """Inputs of ``FullAttention``, all contiguous and on one device."""

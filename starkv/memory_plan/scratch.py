@@ -115,9 +115,11 @@ def vision_scratch(vision: VisionShape, outputs: int, image: VisionSizes) -> int
     """Most bytes of the tower's tensors that are alive at once.
 
     As :func:`decoder_scratch`, h being the tower's width: for each slot of a padded window the residual
-    stream (4·h) and a norm (3·4·h), attention (2·8·h, and the scores of a window of n patches, 2·2·n for each
-    head) or the MLP (2·4·I). Scores of the whole image (2·2·N² for each head) are stored only where the
-    plugin ``FullAttention`` does not take the tower's head dim; all models with a card are spared them.
+    stream (4·h) and a norm (3·4·h), attention or the MLP (2·4·I). Attention is the joint projection in its
+    parts (2·8·h); or values (2·h) and in float32 the scores of a window of n patches before and after their
+    softmax (2·4·n for each head), or those once and queries and keys (2·4·h). Scores of the whole image
+    (2·4·N² for each head) are stored only where the plugin ``FullAttention`` does not take the tower's head
+    dim; all models with a card are spared them.
 
     Args:
         vision: sizes of the tower.
@@ -127,15 +129,16 @@ def vision_scratch(vision: VisionShape, outputs: int, image: VisionSizes) -> int
     hidden, heads = vision.hidden, vision.heads
     window = 0 if vision.window_size is None else (vision.window_size // vision.patch_size) ** 2
     norm = 3 * _WIDE * hidden
-    attention = _NARROW * (8 * hidden + 2 * heads * window)
+    scores = heads * window
+    attention = max(_NARROW * 8 * hidden, _NARROW * hidden + _WIDE * (scores + max(scores, 2 * hidden)))
     mlp = _NARROW * 4 * vision.intermediate
     slot = _WIDE * hidden + max(norm, attention, mlp)
     # Rotary tables in 16 bits, the mask and what is added to scores for it.
-    kept = image.slots * _NARROW * (vision.head_dim + window)
+    kept = image.slots * (_NARROW * vision.head_dim + _WIDE * window)
     values = IMAGE_CHANNELS * vision.temporal_patch_size * vision.patch_size**2
     embedding = image.patches * _NARROW * (values + hidden)
     merged = image.tokens * _NARROW * (3 * vision.spatial_merge_size**2 * hidden + outputs)
     largest = kept + max(image.slots * slot, embedding, merged)
     if vision.head_dim not in FULL_ATTENTION_HEAD_DIMS:
-        largest += 2 * _NARROW * heads * image.patches**2
+        largest += 2 * _WIDE * heads * image.patches**2
     return largest

@@ -21,10 +21,10 @@ from starkv.trt_compat.version import OLDEST
 
 DTYPES: tuple[ComputeDtype, ...] = ("float16", "bfloat16")
 FLOATS = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
-ALWAYS_WIDE = frozenset(("ReduceMean", "Sqrt", "Div", "ReduceL2", "LayerNormalization"))
+ALWAYS_WIDE = frozenset(("ReduceMean", "Sqrt", "Div", "ReduceL2", "LayerNormalization", "Softmax", "Where"))
 ALWAYS_NARROW = frozenset(
     (
-        *("MatMul", "Softmax", "Sigmoid", "Gelu", "DequantizeLinear", "Where", "Sub"),
+        *("Sigmoid", "Gelu", "DequantizeLinear", "Sub"),
         *("KVAttention", "FullAttention", "KVCompress"),
     )
 )
@@ -58,6 +58,14 @@ def is_residual(value: ir.Value) -> bool:
     return node.op_type == "Add" and not any(x and x.is_initializer() for x in node.inputs)
 
 
+def is_scores(product: ir.Node) -> bool:
+    """Whether a product's rows go into a softmax."""
+    readers = [use.node for use in product.outputs[0].uses()]
+    if len(readers) == 1 and readers[0].op_type == "Add":
+        readers = [use.node for use in readers[0].outputs[0].uses()]
+    return any(node.op_type == "Softmax" for node in readers)
+
+
 @pytest.mark.parametrize("name", [*PLAIN_PRESETS, "qwen2_vl"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("graph", ["vision", "decoder"])
@@ -72,6 +80,9 @@ def test_norms_and_residuals_are_wide_and_products_are_narrow(
             assert floats == {ir.DataType.FLOAT}, node.name
         elif node.op_type in ALWAYS_NARROW:
             assert floats == {narrow}, node.name
+        elif node.op_type == "MatMul":
+            # Attention's scores are wide, so that no kernel of TensorRT's takes them over.
+            assert floats == ({ir.DataType.FLOAT} if is_scores(node) else {narrow}), node.name
         elif node.op_type != "Cast":
             assert len(floats) <= 1, node.name
         seen.add(node.op_type)
