@@ -44,13 +44,22 @@ def check_sources(
         constants: versions that the sources compare with.
     """
     trees = {file: live_code(text, version, constants) for file, text in sources.items()}
-    walk = _Walk(Sources(trees, api), frozenset(allowed))
+    return _walked(trees, api, frozenset(allowed)).checked
+
+
+def package_expressions(trees: Mapping[str, ast.Module], api: Description) -> set[ast.expr]:
+    """Expressions that are the package itself; ``trees`` is what a version runs."""
+    return _walked(trees, api, frozenset()).packages
+
+
+def _walked(trees: Mapping[str, ast.Module], api: Description, allowed: frozenset[str]) -> "_Walk":
+    walk = _Walk(Sources(trees, api), allowed)
     for file, tree in trees.items():
         walk.file = file
         names = walk.sources.top(file)
         for statement in tree.body:
             walk.visit(statement, names)
-    return walk.checked
+    return walk
 
 
 class _Walk:
@@ -59,6 +68,7 @@ class _Walk:
     def __init__(self, sources: Sources, allowed: frozenset[str]) -> None:
         self.sources, self._allowed = sources, allowed
         self.checked = Checked()
+        self.packages: set[ast.expr] = set()
         self.file = ""
 
     def visit(self, node: ast.AST, names: Names) -> None:
@@ -92,6 +102,9 @@ class _Walk:
                     self.visit(statement, names)
             case _:
                 self._children(node, names)
+                loaded = isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Load)
+                if loaded and self.sources.infer(node, names) == PACKAGE:
+                    self.packages.add(node)
                 if isinstance(node, ast.Attribute):
                     self._attribute(node, names)
                 elif isinstance(node, ast.Call):
