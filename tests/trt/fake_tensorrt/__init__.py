@@ -7,7 +7,7 @@ reference.
 """
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -108,15 +108,39 @@ def install(
         Logger=Logger,
         get_plugin_registry=lambda: registry,
     )
-    _without_later_names(monkeypatch, state)
+    _take_away(monkeypatch, state)
+    module.__dict__.update(_enums_of(state))
     monkeypatch.setitem(sys.modules, "tensorrt", module)
     monkeypatch.setattr("starkv.gpu.find_gpu", lambda index=0: gpu)
     return state
 
 
-def _without_later_names(monkeypatch: pytest.MonkeyPatch, state: State) -> None:
-    """Take away what a version lacks (the bindings' names of each version)."""
-    if not state.since(10, 13):
-        monkeypatch.delattr(building.Builder, "build_serialized_network_to_stream")
-    if not state.since(10, 15):
-        monkeypatch.delattr(running.ICudaEngine, "get_aliased_input_tensor")
+_LATER_METHODS = (
+    (building.Builder, "build_serialized_network_to_stream", (10, 13)),
+    (running.ICudaEngine, "get_aliased_input_tensor", (10, 15)),
+)
+_METHODS = {name: getattr(owner, name) for owner, name, _ in _LATER_METHODS}
+
+
+def _take_away(monkeypatch: pytest.MonkeyPatch, state: State) -> None:
+    """Remove the methods that a version lacks (the bindings' names of each version)."""
+    for owner, name, first in _LATER_METHODS:
+        # Another version may have been installed before.
+        monkeypatch.setattr(owner, name, _METHODS[name], raising=False)
+        if not state.since(*first):
+            monkeypatch.delattr(owner, name)
+
+
+def _enums_of(state: State) -> dict[str, Any]:
+    """Enumerations without the members that a version lacks."""
+    gone: dict[str, tuple[str, ...]] = {}
+    if not state.since(10, 9):
+        gone["HardwareCompatibilityLevel"] = ("SAME_COMPUTE_CAPABILITY",)
+    if state.since(11, 0):
+        gone |= {"BuilderFlag": ("FP16", "INT8"), "NetworkDefinitionCreationFlag": ("EXPLICIT_BATCH",)}
+    return {name: _without(getattr(enums, name), removed) for name, removed in gone.items()}
+
+
+def _without(enumeration: Any, removed: tuple[str, ...]) -> Any:
+    members = enumeration.__members__.items()
+    return SimpleNamespace(**{name: member for name, member in members if name not in removed})

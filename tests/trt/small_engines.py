@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small networks on the fake TensorRT, through its own names, as a program without starkv would use it."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+from fake_cuda import FakeCuda
+from onnx import TensorProto, helper
+
+FLOAT, BF16, INT32 = TensorProto.FLOAT, TensorProto.BFLOAT16, TensorProto.INT32
+PLUGIN = {"plugin_namespace": "ai.starkv", "plugin_version": "1"}
+SCALE = np.full(4, 3.0, np.float32)
+
+
+def save(
+    path: Path,
+    nodes: list[onnx.NodeProto],
+    inputs: list[onnx.ValueInfoProto],
+    outputs: list[onnx.ValueInfoProto],
+    constants: dict[str, np.ndarray] | None = None,
+    opset: int = 21,
+) -> Path:
+    stored = [onnx.numpy_helper.from_array(array, name) for name, array in (constants or {}).items()]
+    graph = helper.make_graph(nodes, "small", inputs, outputs, stored)
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid("ai.starkv", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+    return path
+
+
+def value(name: str, kind: int, *shape: int | str) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+def scaled(path: Path) -> Path:
+    """``y = x * 3`` for x [N,4]."""
+    node = helper.make_node("Mul", ["x", "scale"], ["y"], name="times")
+    return save(path, [node], [value("x", FLOAT, "N", 4)], [value("y", FLOAT, "N", 4)], {"scale": SCALE})
+
+
+def attending(path: Path, **attributes: Any) -> Path:
+    """One KVAttention: 2 query heads, 1 KV head of 64."""
+    names = ["q", "k", "v", "past_k", "past_v", "kv_len", "kv_len"]
+    given = {**PLUGIN, "num_heads": 2, "kv_num_heads": 1, **attributes}
+    node = helper.make_node(
+        "KVAttention", names, ["out", "present_k", "present_v"], name="attend", domain="ai.starkv", **given
+    )
+    cache = ("B", 1, "C", 64)
+    inputs = [
+        value("q", BF16, "B", "S", 128),
+        *(value(name, BF16, "B", "S", 64) for name in "kv"),
+        *(value(f"past_{name}", BF16, *cache) for name in "kv"),
+        value("kv_len", INT32, "B"),
+    ]
+    outputs = [value("out", BF16, "B", "S", 128), *(value(f"present_{n}", BF16, *cache) for n in "kv")]
+    return save(path, [node], inputs, outputs)
+
+
+ATTENDING_SHAPES = {
+    "q": ((1, 1, 128), (1, 4, 128), (1, 8, 128)),
+    **dict.fromkeys("kv", ((1, 1, 64), (1, 4, 64), (1, 8, 64))),
+    **{f"past_{name}": ((1, 1, 64, 64), (1, 1, 64, 64), (1, 1, 128, 64)) for name in "kv"},
+    "kv_len": ((1,), (1,), (1,)),
+}
+SCALED_SHAPES = {"x": ((1, 4), (2, 4), (8, 4))}
+
+
+def trt() -> Any:
+    """The installed fake."""
+    return sys.modules["tensorrt"]
+
+
+@dataclass
+class Small:
+    """A network on its way through the fake; each step can be left out or done wrongly."""
+
+    graph: Path
+    shapes: dict[str, Any]
+    stream: int
+    cuda: FakeCuda
+    preview: bool = True
+    flags: tuple[str, ...] = ()
+    profiles: int = 1
+    logger: Any = None
+    held: dict[str, int] = field(default_factory=dict)
+
+    def build(self) -> bytes | None:
+        module = trt()
+        self.logger = module.Logger()
+        builder = module.Builder(self.logger)
+        network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = module.OnnxParser(network, self.logger)
+        if not parser.parse_from_file(str(self.graph)):
+            raise ValueError("; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)))
+        config = builder.create_builder_config()
+        config.set_preview_feature(module.PreviewFeature.ALIASED_PLUGIN_IO_10_03, self.preview)
+        for name in self.flags:
+            config.set_flag(getattr(module.BuilderFlag, name))
+        for _ in range(self.profiles):
+            profile = builder.create_optimization_profile()
+            for name, shapes in self.shapes.items():
+                profile.set_shape(name, *shapes)
+            config.add_optimization_profile(profile)
+        content: bytes | None = builder.build_serialized_network(network, config)
+        return content
+
+    def engine(self, content: bytes | None = None) -> Any:
+        module = trt()
+        content = content or self.build()
+        self.logger = module.Logger()
+        return module.Runtime(self.logger).deserialize_cuda_engine(content)
+
+    def context(self, engine: Any = None) -> Any:
+        """Everything right: profile, scratch, shapes and addresses of the usual size."""
+        module = trt()
+        engine = engine or self.engine()
+        context = engine.create_execution_context(module.ExecutionContextAllocationStrategy.USER_MANAGED)
+        context.set_optimization_profile_async(0, self.stream)
+        size = engine.get_device_memory_size_for_profile_v2(0)
+        context.set_device_memory(self.place("scratch", size), size)
+        for index in range(engine.num_io_tensors):
+            name = engine.get_tensor_name(index)
+            if name in self.shapes:
+                context.set_input_shape(name, self.shapes[name][1])
+            source = name.replace("present", "past")
+            context.set_tensor_address(name, self.place(source, 1 << 16))
+        return context
+
+    def place(self, name: str, size: int) -> int:
+        """Zeroed memory by a name; the same for the same name."""
+        if name not in self.held:
+            self.held[name] = self.cuda.allocate(size)
+            self.cuda.clear(self.held[name], size, self.stream)
+        return self.held[name]
+
+    def put(self, name: str, array: np.ndarray) -> None:
+        self.cuda.upload(self.held[name], array, self.stream)
+
+    def get(self, name: str, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+        array = np.empty(shape, dtype)
+        self.cuda.download(array, self.held[name], self.stream)
+        self.cuda.synchronize(self.stream)
+        return array
+
+
+BFLOAT16 = ml_dtypes.bfloat16
