@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from conftest import TinyModel
 from fake_cuda import FakeCuda
+from fake_tensorrt import install
 from test_deployment import BUILT
+from trt_engines import SCREEN, Exports, agent_of, open_tensorrt_engine
 
 from starkv.export.build.trt_vision_bounds import VisionSizes
 from starkv.gpu import Gpu
@@ -34,6 +36,7 @@ from starkv.runtime.engines import trt
 from starkv.runtime.engines.base import Rope
 from starkv.runtime.engines.trt import TrtEngine
 from starkv.runtime.engines.trt_opening import OpenedPlans
+from starkv.runtime.generation import SamplingParameters
 from starkv.runtime.kv.buffers import Arena, Pool
 from starkv.runtime.kv.policy import KvPolicy
 from starkv.runtime.preprocess.image import ImageInputs
@@ -217,3 +220,23 @@ def test_the_plan_is_what_the_card_holds_at_most(
     engine.prefill(arena, np.zeros((PROMPT, text.hidden), np.float32), rope(PROMPT, manifest))
     compress(engine, arena, pool, 1.0, (8, 8))
     assert cuda.peak == scenario.total - plan.weights.device - CONTEXT_BYTES
+
+
+def test_a_reply_of_gui_tiny_stays_within_the_plan(
+    exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Built and run on the fakes, from a screenshot to a click."""
+    state = install(monkeypatch, cuda=FakeCuda())
+    engine = open_tensorrt_engine(state, exports.folders["fp32"], tmp_path / "engine")
+    manifest = engine.manifest
+    reply = agent_of(engine).act(SCREEN, "Click the red star.", kv_policy=KvPolicy(STAR_KV, Budget(1.0)))
+    rows, new = reply.timings.kv_tokens_full, SamplingParameters().max_new_tokens
+    side = manifest.vision.patch_size * manifest.vision.spatial_merge_size
+    image = VisionSizes.of_grid(reply.resized.height // side, reply.resized.width // side, manifest.vision)
+    monkeypatch.setattr("starkv.memory_plan.plan.most_sizes", lambda *_: image)
+    assert manifest.tensorrt
+    wanted = Wanted(rows, new, manifest.tensorrt.prefill_rows, (1.0,), (1,))
+    plan = plan_memory(PlannedModel.of(manifest), wanted, manifest.tensorrt)
+    planned = plan.scenarios[0].total - plan.weights.device - CONTEXT_BYTES
+    # Vision, prefill and decoding do not meet in a single session.
+    assert 0.6 * planned < state.cuda.peak <= planned
