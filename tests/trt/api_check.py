@@ -102,15 +102,18 @@ class _Walk:
                     self.visit(statement, names)
             case _:
                 self._children(node, names)
-                loaded = isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Load)
-                if loaded and self.sources.infer(node, names) == PACKAGE:
-                    self.packages.add(node)
+                if isinstance(node, ast.expr) and self.sources.infer(node, names) == PACKAGE:
+                    self._package(node)
                 if isinstance(node, ast.Attribute):
                     self._attribute(node, names)
                 elif isinstance(node, ast.Call):
                     self._call(node, names)
                 elif isinstance(node, ast.NamedExpr) and isinstance(node.target, ast.Name):
                     names[node.target.id] = self.sources.infer(node.value, names)
+
+    def _package(self, node: ast.expr) -> None:
+        if isinstance(getattr(node, "ctx", None), ast.Load):
+            self.packages.add(node)
 
     def _children(self, node: ast.AST, names: Names) -> None:
         for child in ast.iter_child_nodes(node):

@@ -50,7 +50,7 @@ def write_stubs(bindings: Bindings, folder: Path) -> list[str]:
 
 def _parse(text: str) -> tuple[ast.Module, list[str]]:
     lines = _KEYWORD.sub("in_: ", text).splitlines()
-    given_up = []
+    given_up: list[str] = []
     while True:
         try:
             return ast.parse("\n".join(lines)), given_up

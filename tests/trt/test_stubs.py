@@ -60,9 +60,9 @@ def mypy(sources: Mapping[str, str], release: str, stubs: Path, folder: Path) ->
     write_typed_sources(sources, describe(release), TensorRTVersion.parse(release), folder)
     settings = folder / "mypy.ini"
     settings.write_text(SETTINGS)
-    command = [sys.executable, "-m", "mypy", "--config-file", settings, "--cache-dir", CACHE / "mypy"]
+    options = ["--config-file", str(settings), "--cache-dir", str(CACHE / "mypy"), "-p", PACKAGE]
     done = subprocess.run(
-        [*command, "--no-error-summary", "--show-error-context", "-p", PACKAGE],
+        [sys.executable, "-m", "mypy", "--no-error-summary", *options],
         cwd=folder,
         env=dict(os.environ, MYPYPATH=os.pathsep.join(map(str, (folder, stubs, ROOT)))),
         capture_output=True,
@@ -92,13 +92,13 @@ WRONG = (
     ("building.py", "BuilderFlag.STRIP_PLAN", "BuilderFlag.STRIP", '"STRIP"'),
     ("building.py", "profile.set_shape(name, ", "profile.set_shape(", "set_shape"),
     ("building.py", "module.OnnxParser(network, logger)", "module.OnnxParser(logger, network)", "OnnxParser"),
+    ("running.py", ".set_optimization_profile_async(", ".set_profile_async(", '"set_profile_async"'),
     (
         "running.py",
-        "context.set_optimization_profile_async(profile, ",
-        "context.set_profile_async(profile, ",
-        "",
+        "_engine.create_execution_context(strategy)",
+        "_engine.create_context()",
+        "create_context",
     ),
-    ("running.py", "self._engine.create_execution_context(strategy)", "self._engine.create_context()", ""),
     ("plan_file.py", "network, config", "config, network", "build_serialized_network"),
     ("plugins.py", "registry.load_library(", "registry.load(", '"load"'),
     ("module.py", "def log(self, level: Any, message: str)", "def log(self, level: Any)", "incompatible"),
