@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""gui-tiny as a TensorRT engine on the strict fakes, its plugin nodes run by the real plugins: on the
+processor, or with ``STARKV_TRT_PLUGINS=cuda`` on a GPU."""
+
+from pathlib import Path
+
+import pytest
+from fake_cuda import FakeCuda
+from fake_tensorrt import install
+from plugin_executor import PluginExecutor, plugin_driver
+from trt_engines import SCREEN, Exports, agent_of, open_tensorrt_engine
+
+from starkv.kernels.plugin_driver import PluginDriver
+from starkv.methods.budget import Budget
+from starkv.methods.names import STAR_KV
+from starkv.runtime.agent import Agent
+from starkv.runtime.engines.ort import OrtEngine
+from starkv.runtime.kv.policy import KvPolicy
+
+pytestmark = pytest.mark.slow
+PROMPTS = ("Click the red star.", "Click 'Save'.", "Click the blue circle.")
+POLICIES = {"all rows": KvPolicy(), "half of them": KvPolicy(STAR_KV, Budget(0.5))}
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> PluginDriver:
+    return plugin_driver(tmp_path_factory.getbasetemp() / "plugins-end-to-end")
+
+
+@pytest.fixture(scope="module")
+def on_processor(exports: Exports) -> Agent:
+    """ONNX Runtime in float32."""
+    return agent_of(OrtEngine(exports.processor_engine, threads=1))
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+@pytest.mark.parametrize("compute_dtype", ["bfloat16", "float16"])
+def test_the_real_plugins_say_what_the_processor_says(
+    compute_dtype: str,
+    policy: KvPolicy,
+    driver: PluginDriver,
+    exports: Exports,
+    on_processor: Agent,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    executor = PluginExecutor(driver)
+    state = install(monkeypatch, cuda=FakeCuda(), execute=executor)
+    exported = exports.folders["fp32"]
+    agent = agent_of(open_tensorrt_engine(state, exported, tmp_path / "engine", compute_dtype=compute_dtype))
+    for prompt in PROMPTS:
+        reply = agent.act(SCREEN, prompt, kv_policy=policy)
+        expected = on_processor.act(SCREEN, prompt, kv_policy=policy)
+        assert reply.text == expected.text
+        assert reply.timings.kv_tokens_kept == expected.timings.kv_tokens_kept
+    ran = {"KVAttention", "FullAttention"} | ({"KVCompress"} if policy.method == STAR_KV else set())
+    assert set(executor.calls) == ran
