@@ -65,6 +65,11 @@ class OrtEngine(OrtBase):
         return self._load(f"{graph}.onnx", (CPU_PROVIDER,), entries)
 
     @property
+    def sessions(self) -> tuple[Any, Any]:
+        """ONNX Runtime's sessions of vision tower and decoder, to be looked at."""
+        return self._vision_session, self._decoder
+
+    @property
     def info(self) -> EngineInfo:
         return EngineInfo(
             backend="ort-cpu",

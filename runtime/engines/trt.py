@@ -6,12 +6,14 @@ the card and, of a decode step, one token per sequence comes back.
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from starkv.errors import EngineError
 from starkv.host import usable_processors
@@ -34,7 +36,8 @@ from starkv.runtime.generation import Sampler
 from starkv.runtime.kv.buffers import Arena, Pool
 from starkv.runtime.preprocess.image import ImageInputs
 from starkv.runtime.preprocess.vision_plan import plan_vision
-from starkv.trt_compat.running import Execution
+from starkv.trt_compat.inspecting import watched_values
+from starkv.trt_compat.running import Execution, Plan
 
 PREFILL, DECODE = 0, 1
 """The decoder's profiles."""
@@ -166,8 +169,20 @@ class TrtEngine(SteppingEngine):
 
     def new_arena(self, rows: int) -> Arena:
         self._check_rows(rows)
-        kv = DeviceKv.allocate(self._memory, self._manifest.text, 1, rows, self._dtype)
+        kv = self._allocate(1, rows)
         return DeviceArena.around(kv, self._manifest.text)
+
+    def _allocate(self, slots: int, rows: int) -> DeviceKv:
+        """A cache; memory that is kept for later makes room for it if need be."""
+        text = self._manifest.text
+        try:
+            return DeviceKv.allocate(self._memory, text, slots, rows, self._dtype)
+        except EngineError:
+            if not self._spare:
+                raise
+        self._drop(self._spare)
+        self._spare = []
+        return DeviceKv.allocate(self._memory, text, slots, rows, self._dtype)
 
     def new_pool(self, slots: int, rows: int, method: str = FULL) -> Pool:
         check_kv_method(self.info, method)
@@ -183,23 +198,56 @@ class TrtEngine(SteppingEngine):
             kv = fitting[0]
             self._spare = [other for other in self._spare if other is not kv]
         else:
-            kv = DeviceKv.allocate(self._memory, self._manifest.text, slots, rows, self._dtype)
+            kv = self._allocate(slots, rows)
         pool = Pool(kv)
         # A pool that nobody uses any more leaves its memory, and the graphs on it, to the next.
         weakref.finalize(pool, _recycle, weakref.ref(self), kv)
         return pool
 
+    @property
+    def plans(self) -> Mapping[str, Plan]:
+        """The opened plans by name, to be looked at."""
+        return self._plans
+
+    def executions(self) -> dict[str, Execution]:
+        """What runs, by the names that a manifest gives scratch memory by."""
+        return {
+            "vision": self._vision,
+            "decoder.prefill": self._prefill_run,
+            "decoder.decode": self._decode_parts.execution,
+        }
+
+    @contextmanager
+    def watched_layers(self) -> Iterator[dict[str, NDArray[Any]]]:
+        """Collect values inside of the plans while images are encoded and prompts prefilled in the block.
+
+        Empty unless the engine was built with ``--debug-layers``.
+        """
+
+        def fetch(address: int, array: NDArray[Any], stream: int) -> None:
+            self._cuda.download(array, address, stream)
+            self._cuda.synchronize(stream)
+
+        values: dict[str, NDArray[Any]] = {}
+        with watched_values(self._vision, fetch) as seen, watched_values(self._prefill_run, fetch) as others:
+            yield values
+        values |= seen | others
+
     def keep_spare(self, kv: DeviceKv) -> None:
         """Keep memory for the next pool of its size; the oldest of too many is given up."""
         kv.forget()
         spare = [*self._spare, kv]
-        for old in spare[:-SPARE_POOLS]:
-            for step in old.steps.values():
+        self._drop(spare[:-SPARE_POOLS])
+        self._spare = spare[-SPARE_POOLS:]
+
+    def _drop(self, caches: Sequence[DeviceKv]) -> None:
+        """Give up caches and the graphs on them."""
+        for kv in caches:
+            for step in kv.steps.values():
                 step.release()
                 if self._bound is step:
                     self._bound = None
-            old.steps.clear()
-        self._spare = spare[-SPARE_POOLS:]
+            kv.steps.clear()
 
     def _prefill_chunk(self, arena: Arena, embeds: Floats, rope: Rope, logits: Floats, last: bool) -> None:
         own, text = device_arena(arena), self._manifest.text

@@ -201,6 +201,10 @@ class Execution:
     def context(self) -> "trt.IExecutionContext":
         return self._context
 
+    @property
+    def plan(self) -> Plan:
+        return self._plan
+
     def bind(self, name: str, address: int, shape: Shape | None = None) -> None:
         """Say where a tensor lies, and of an input how large it is.
 
