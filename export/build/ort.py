@@ -1,16 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exported model → engine directory for ONNX Runtime."""
 
-import errno
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from starkv.errors import UsageError
+from starkv.export.build.files import enough_space, link_or_copy
 from starkv.export.build.manifest import write_manifest
-from starkv.export.disk_space import free_space
 from starkv.export.lower.ort import lower_to_ort
 from starkv.export.progress import NoProgress, Progress
 from starkv.export.record import read_record
@@ -24,7 +19,6 @@ PREPACKED_CPU = "prepacked_cpu"
 
 _GRAPHS = ("vision", "decoder")
 _INLINE_BYTES = 1024
-_GIB = 2**30
 
 
 def build_ort_engine(
@@ -59,14 +53,17 @@ def build_ort_engine(
     record = read_record(export_dir)
     # Graphs first: they decide whether their weights are laid out anew.
     names = sorted(record.files, key=lambda name: not name.endswith(".onnx"))
-    with staged_directory(out, MANIFEST_NAME) as staging, _enough_space(export_dir, staging, names, link):
+    # Hard links need no room, but which data files are only linked is not known before.
+    new = [name for name in names if not link or name.endswith((".data", ".onnx"))]
+    needed = sum((export_dir / name).stat().st_size for name in new)
+    with staged_directory(out, MANIFEST_NAME) as staging, enough_space(staging, needed):
         progress.start("engine", len(names) + (len(_GRAPHS) if prepack else 0) + 1)
         for name in names:
             source, target = export_dir / name, staging / name
             if name.endswith(".onnx"):
                 lower_to_ort(source, target, compute_dtype)
             elif not target.exists():
-                _copy(source, target, link)
+                link_or_copy(source, target, link)
             progress.advance(name)
         versions: dict[str, str] = {}
         if prepack:
@@ -82,43 +79,6 @@ def build_ort_engine(
         manifest = write_manifest(staging, record, "ort", compute_dtype, versions)
         progress.advance(MANIFEST_NAME)
     return manifest
-
-
-@contextmanager
-def _enough_space(export_dir: Path, staging: Path, names: list[str], link: bool) -> Iterator[None]:
-    """Check that the file system of ``staging`` has room for the engine, before the work and if it fails.
-
-    Raises:
-        UsageError: it hasn't, or it is full before the block ends.
-    """
-    # Hard links need no room, but which data files are only linked is not known before.
-    new = [name for name in names if not link or name.endswith((".data", ".onnx"))]
-    needed, (_, free) = sum((export_dir / name).stat().st_size for name in new), free_space(staging)
-    message = (
-        f"no room for the engine: it needs {needed / _GIB:.2f} GiB in {staging.parent}, and "
-        f"{free / _GIB:.2f} GiB are free; free some, or choose another --out"
-    )
-    if needed > free:
-        raise UsageError(message)
-    try:
-        yield
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise UsageError(message) from None
-
-
-def _copy(source: Path, target: Path, link: bool) -> None:
-    # Never a symbolic link: ONNX Runtime refuses data behind one that leaves the model's directory.
-    if link:
-        try:
-            os.link(source, target)
-        except OSError:
-            # Another file system, or one without hard links.
-            pass
-        else:
-            return
-    shutil.copyfile(source, target)
 
 
 def _runtime_version() -> str:

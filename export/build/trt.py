@@ -5,14 +5,9 @@ import shutil
 from pathlib import Path
 
 from starkv.errors import EngineError
+from starkv.export.build.files import enough_space, link_or_copy
 from starkv.export.build.manifest import write_manifest
-from starkv.export.build.trt_files import (
-    copy_libraries,
-    enough_space,
-    link_or_copy,
-    lowered_bytes,
-    side_files,
-)
+from starkv.export.build.trt_files import copy_libraries, lowered_bytes, side_files
 from starkv.export.build.trt_machine import BuildMachine, find_build_machine
 from starkv.export.build.trt_options import TrtBuildOptions
 from starkv.export.build.trt_plan import BuildPlan, PlannedEngine, plan_trt_build

@@ -35,6 +35,12 @@ def narrow_activations(model: ir.Model, dtype: ir.DataType, data: TensorFile) ->
     _Narrowing(model.graph, dtype, data).run()
 
 
+def _feeds_lengths(node: ir.Node) -> bool:
+    """Whether a node only makes rows whose length is taken: those that calibration has divided."""
+    readers = [use.node.op_type for value in node.outputs for use in value.uses()]
+    return node.op_type == "Mul" and bool(readers) and set(readers) == {"ReduceL2"}
+
+
 class _Narrowing:
     def __init__(self, graph: ir.Graph, dtype: ir.DataType, data: TensorFile) -> None:
         self._graph, self._dtype, self._data = graph, dtype, data
@@ -67,7 +73,7 @@ class _Narrowing:
 
     def _dtype_of(self, node: ir.Node) -> ir.DataType:
         """What a node computes in."""
-        if node.op_type in ISLANDS:
+        if node.op_type in ISLANDS or _feeds_lengths(node):
             return ir.DataType.FLOAT
         floats = [value for value in node.inputs if value is not None and value.dtype in self._floats]
         if node.op_type in MOVES and floats and not floats[0].is_initializer():

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """starkv's operators as TensorRT's plugins.
 
-Function bodies go: parsers before 10.15 prefer a body to a plugin of the same name. The names of plugin and
+Function bodies go: parsers before 10.7 prefer a body to a plugin of the same name. The names of plugin and
 version are attributes that the ONNX parser looks for (onnx-tensorrt, FallbackPluginImporter).
 """
 

@@ -59,7 +59,7 @@ MaxPixels = Annotated[
     int | None,
     _option(
         "--max-pixels",
-        "Larger screenshots are scaled down to this; fewer need less memory. 2073600 is full HD. [the "
+        "Larger screenshots are scaled down to this; fewer need less memory. 2109744 is full HD. [the "
         "model's]",
         min=1,
     ),

@@ -124,7 +124,7 @@ def test_foreign_directories_are_never_replaced(script: Script, starkv: Command,
 def test_too_small_a_disk_is_seen_first(
     script: Script, monkeypatch: pytest.MonkeyPatch, starkv: Command, tiny: TinyModel
 ) -> None:
-    monkeypatch.setattr("starkv.export.build.trt_files.free_space", lambda out: (out, 1000))
+    monkeypatch.setattr("starkv.export.build.files.free_space", lambda out: (out, 1000))
     assert "no room for the engine" in refused(starkv, tiny.exports["fp32"], "--backend", "trt")
     assert not script.words("parse")
 
