@@ -3,6 +3,7 @@
 
 import ctypes
 import weakref
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from starkv.errors import EngineError
 
 _MIB = 1 << 20
+_MEMORY = Path("/proc/meminfo")
 
 
 class CudaPython:
@@ -60,7 +62,11 @@ class CudaPython:
 
     def memory(self) -> tuple[int, int]:
         free, total = self._call("cudaMemGetInfo")
-        return int(free), int(total)
+        attribute = self._runtime.cudaDeviceAttr.cudaDevAttrIntegrated
+        (integrated,) = self._call("cudaDeviceGetAttribute", attribute, 0)
+        # Where the processor shares the memory, CUDA counts what caches of files hold as taken.
+        available = _available_memory() if integrated else 0
+        return max(int(free), min(available, int(total))), int(total)
 
     def new_stream(self) -> int:
         (stream,) = self._call("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking)
@@ -125,6 +131,14 @@ class CudaPython:
             reason = text.decode() if isinstance(text, bytes) else str(text)
             raise EngineError(f"{function}: {reason}")
         return tuple(values)
+
+
+def _available_memory() -> int:
+    """Bytes that the system could give to a program."""
+    if not _MEMORY.is_file():
+        return 0
+    fields = dict(line.split(":", 1) for line in _MEMORY.read_text().splitlines() if ":" in line)
+    return int(fields.get("MemAvailable", "0 kB").split()[0]) * 1024
 
 
 def _array_at(address: int, size: int, free: Any) -> NDArray[np.uint8]:

@@ -31,7 +31,7 @@ from starkv.runtime.engines.stepping import SteppingEngine, store_norms
 from starkv.runtime.engines.trt_compress import ALIASES, TrtCompressor
 from starkv.runtime.engines.trt_decode import DecodeParts, TrtDecodeStep, bind_cache, cache_aliases
 from starkv.runtime.engines.trt_memory import check_memory, largest_scratch
-from starkv.runtime.engines.trt_opening import COMPRESS, DECODER, VISION, open_plans
+from starkv.runtime.engines.trt_opening import COMPRESS, DECODER, VISION, find_machine, open_plans
 from starkv.runtime.generation import Sampler
 from starkv.runtime.kv.buffers import Arena, Pool
 from starkv.runtime.preprocess.image import ImageInputs
@@ -75,12 +75,13 @@ class TrtEngine(SteppingEngine):
         """
         super().__init__(directory, "trt", verify)
         self._threads = threads or usable_processors()
-        opened = open_plans(directory, self._manifest, weight_budget)
-        self._gpu, self._build, self._plans = opened.gpu, opened.build, opened.plans
+        machine = find_machine(directory, self._manifest)
+        self._gpu, self._build = machine.gpu, machine.build
         self._cuda: Cuda = cuda or CudaPython()
+        check_memory(self._manifest, self._build, self._cuda, weight_budget)
+        self._plans = open_plans(directory, machine, weight_budget)
         self._memory = CudaMemory(self._cuda, self._cuda.new_stream())
         self._dtype = numpy_dtype(self._manifest.compute_dtype)
-        check_memory(self._manifest, self._plans, self._cuda)
         size = largest_scratch(self._plans)
         self._scratch = self._memory.block(size)
         aliases = cache_aliases(self._manifest.text.layers)

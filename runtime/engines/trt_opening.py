@@ -18,40 +18,53 @@ _AMPERE = (8, 0)
 
 
 @dataclass(frozen=True)
-class OpenedPlans:
-    """An engine's plans on this machine."""
+class Machine:
+    """A machine that an engine fits."""
 
     gpu: Gpu
+    tensorrt: TensorRT
     build: TensorRTBuild
-    plans: dict[str, Plan]
-    """``vision``, ``decoder`` and ``compress``."""
 
 
-def open_plans(directory: Path, manifest: Manifest, weight_budget: int | None = None) -> OpenedPlans:
-    """Open an engine's plans.
+def find_machine(directory: Path, manifest: Manifest) -> Machine:
+    """See whether an engine fits this machine.
 
-    The card is asked for before TensorRT: without one, TensorRT crashes instead of saying so. Plugins come
-    before plans, which name them.
+    The card is asked for before TensorRT: without one, TensorRT crashes instead of saying so.
 
     Args:
         directory: the engine.
         manifest: its own.
-        weight_budget: bytes of weights on the device where the engine streams them; TensorRT's choice if
-            None.
 
     Raises:
-        EngineError: there is no card or no TensorRT, they are others than the engine was built for, or a plan
-            is damaged.
+        EngineError: there is no card or no TensorRT, or they are others than the engine was built for.
     """
     build = build_of(directory, manifest)
     gpu = require_gpu()
     tensorrt = load_tensorrt()
     check_fits(directory, build, gpu, tensorrt)
-    plugins = directory / LIBRARY_NAME
+    return Machine(gpu, tensorrt, build)
+
+
+def open_plans(directory: Path, machine: Machine, weight_budget: int | None = None) -> dict[str, Plan]:
+    """Open an engine's plans; plugins first, since plans name them.
+
+    Args:
+        directory: the engine.
+        machine: that it fits.
+        weight_budget: bytes of weights on the device where the engine streams them; TensorRT's choice if
+            None.
+
+    Returns:
+        ``vision``, ``decoder`` and ``compress``.
+
+    Raises:
+        EngineError: a plan or the plugin library is damaged, or does not fit.
+    """
+    build, plugins = machine.build, directory / LIBRARY_NAME
     if plugins.is_file():
-        check_plugins(plugins, gpu)
-    load_plugins(tensorrt, plugins)
-    runtime = Runtime(tensorrt)
+        check_plugins(plugins, machine.gpu)
+    load_plugins(machine.tensorrt, plugins)
+    runtime = Runtime(machine.tensorrt)
     plans = {}
     for name in (VISION, DECODER, COMPRESS):
         graph = directory / f"{name}.onnx"
@@ -59,7 +72,7 @@ def open_plans(directory: Path, manifest: Manifest, weight_budget: int | None = 
         plans[name] = plan = runtime.open(directory / f"{name}.plan", refit)
         if build.weight_streaming and plan.streamable_bytes:
             plan.stream_weights(weight_budget)
-    return OpenedPlans(gpu, build, plans)
+    return plans
 
 
 def build_of(directory: Path, manifest: Manifest) -> TensorRTBuild:

@@ -35,11 +35,13 @@ from starkv.methods.star_kv_config import StarKVConfig
 from starkv.runtime.engines import trt
 from starkv.runtime.engines.base import Rope
 from starkv.runtime.engines.trt import TrtEngine
-from starkv.runtime.engines.trt_opening import OpenedPlans
+from starkv.runtime.engines.trt_opening import Machine
 from starkv.runtime.generation import SamplingParameters
 from starkv.runtime.kv.buffers import Arena, Pool
 from starkv.runtime.kv.policy import KvPolicy
 from starkv.runtime.preprocess.image import ImageInputs
+from starkv.trt_compat.module import TensorRT
+from starkv.trt_compat.version import OLDEST
 
 PROMPT, NEW, CHUNK, SESSIONS, WINDOW = 300, 20, 128, 3, 4
 SCRATCH = {
@@ -101,8 +103,10 @@ def engine(tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cud
         "decoder": StandInPlan(SCRATCH["decoder.prefill"], SCRATCH["decoder.decode"]),
         "compress": StandInPlan(SCRATCH["compress"]),
     }
-    opened = OpenedPlans(Gpu("Orin", (8, 7), 1 << 30), built, plans)
-    monkeypatch.setattr(trt, "open_plans", lambda *_: opened)
+    tensorrt = TensorRT(None, OLDEST, built.version)
+    machine = Machine(Gpu("Orin", (8, 7), 1 << 30), tensorrt, built)
+    monkeypatch.setattr(trt, "find_machine", lambda *_: machine)
+    monkeypatch.setattr(trt, "open_plans", lambda *_: plans)
     run = type("Run", (StandInRun,), {"cuda": cuda, "layers": manifest.text.layers})
     monkeypatch.setattr(trt, "Execution", run)
     return TrtEngine(directory, verify=False, cuda=cuda)
