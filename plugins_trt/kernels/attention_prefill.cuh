@@ -3,8 +3,6 @@
 // along all rows that they see, a tile at a time, with a softmax that runs along.
 #pragma once
 
-#include <type_traits>
-
 #include "async_copy.h"
 #include "attention_prefill_tile.h"
 
@@ -44,7 +42,13 @@ __device__ void store_results(const PrefillShared<T, kDim>& shared, T* out, size
     }
 }
 
-// The rows that a block's queries attend to, `stride` elements apart: a number, or a type that is a constant.
+// A number that is known when the kernel is compiled, in the place of one that is not.
+template <size_t kValue>
+struct Constant {
+    __device__ operator size_t() const { return kValue; }
+};
+
+// The rows that a block's queries attend to, `stride` elements apart: a number, or a Constant.
 template <class T, class Stride>
 struct AttendedRows {
     const T* keys;
@@ -113,7 +117,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) prefill_attention(Attent
 
     copy_rows<T, kDim>(shared.queries, static_cast<const T*>(view.buffers.q) + query_offset, query_stride,
                        queries);
-    using Stride = std::integral_constant<size_t, kDim>;
+    using Stride = Constant<kDim>;
     attend_along<T, kDim>(shared, AttendedRows<T, Stride>{keys, values, Stride(), rows, warp_rows},
                           [&](typename State::Products& products, int row) {
                               if (row + kPrefillRows > seen_by_all)
