@@ -108,7 +108,7 @@ def test_unverified_damage_is_one_clear_line(engine: Path, name: str, damage: st
 
 def test_an_engine_of_another_backend_is_refused(engine: Path) -> None:
     edit_manifest(engine, backend="trt")
-    with pytest.raises(EngineError, match="was built for trt, not for ONNX Runtime"):
+    with pytest.raises(EngineError, match="was built for TensorRT, not for ONNX Runtime"):
         OrtEngine(engine, threads=1)
 
 
