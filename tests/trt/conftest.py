@@ -1,11 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
 """What several tests of TensorRT start from."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
-from trt_engines import Exports
+from fake_cuda import FakeCuda
+from fake_tensorrt import install
+from fake_tensorrt.state import Current, State
+from small_engines import ATTENDING_SHAPES, SCALED_SHAPES, Small, attending, scaled, trt
+from trt_engines import Exports, plugin_library
 
 
 @pytest.fixture(scope="session")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
     """gui-tiny, exported once."""
     return Exports.make(tmp_path_factory.mktemp("gui-tiny"))
+
+
+@pytest.fixture(autouse=True)
+def no_violations() -> Iterator[None]:
+    """Fail a test in which the fake TensorRT found something wrong where it could not raise."""
+    Current.violations.clear()
+    yield
+    assert Current.violations == []
+
+
+@pytest.fixture
+def state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> State:
+    """TensorRT 10.3 with the plugins loaded."""
+    installed = install(monkeypatch, cuda=FakeCuda())
+    assert trt().get_plugin_registry().load_library(str(plugin_library(tmp_path))) is not None
+    return installed
+
+
+@pytest.fixture
+def times(state: State, tmp_path: Path) -> Small:
+    """Multiplies by 3."""
+    return Small(scaled(tmp_path / "scaled.onnx"), SCALED_SHAPES, state.cuda.new_stream(), state.cuda)
+
+
+@pytest.fixture
+def attention(state: State, tmp_path: Path) -> Small:
+    """One KVAttention."""
+    return Small(attending(tmp_path / "a.onnx"), ATTENDING_SHAPES, state.cuda.new_stream(), state.cuda)

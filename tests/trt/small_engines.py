@@ -2,6 +2,7 @@
 """Small networks on the fake TensorRT, through its own names, as a program without starkv would use it."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,10 @@ class Small:
     preview: bool = True
     flags: tuple[str, ...] = ()
     profiles: int = 1
+    change: Callable[[Any], None] = lambda config: None
+    """What else is done to the configuration."""
+    scratch: int | None = None
+    """Bytes for activations; what the profile needs if None."""
     logger: Any = None
     held: dict[str, int] = field(default_factory=dict)
 
@@ -105,8 +110,9 @@ class Small:
             for name, shapes in self.shapes.items():
                 profile.set_shape(name, *shapes)
             config.add_optimization_profile(profile)
-        content: bytes | None = builder.build_serialized_network(network, config)
-        return content
+        self.change(config)
+        content = builder.build_serialized_network(network, config)
+        return None if content is None else bytes(content)
 
     def engine(self, content: bytes | None = None) -> Any:
         module = trt()
@@ -120,7 +126,7 @@ class Small:
         engine = engine or self.engine()
         context = engine.create_execution_context(module.ExecutionContextAllocationStrategy.USER_MANAGED)
         context.set_optimization_profile_async(0, self.stream)
-        size = engine.get_device_memory_size_for_profile_v2(0)
+        size = self.scratch or engine.get_device_memory_size_for_profile_v2(0)
         context.set_device_memory(self.place("scratch", size), size)
         for index in range(engine.num_io_tensors):
             name = engine.get_tensor_name(index)
@@ -129,6 +135,11 @@ class Small:
             source = name.replace("present", "past")
             context.set_tensor_address(name, self.place(source, 1 << 16))
         return context
+
+    @property
+    def said(self) -> str:
+        """What the last builder or runtime logged."""
+        return " ".join(self.logger._lines)
 
     def place(self, name: str, size: int) -> int:
         """Zeroed memory by a name; the same for the same name."""

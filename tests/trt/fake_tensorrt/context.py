@@ -1,170 +1,324 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Execution contexts: where most rules apply."""
+"""Execution contexts: what is bound before a run, and when a run may begin.
 
-import ctypes
-from collections.abc import Callable
+What TensorRT checks itself it answers with False and a line in its log. What it leaves undefined fails the
+test.
+"""
+
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from fake_tensorrt.enums import ExecutionContextAllocationStrategy, TensorLocation
-from fake_tensorrt.plugin_nodes import reference, run_plugin
-from fake_tensorrt.state import Current, MisuseError, log
-from numpy.typing import NDArray
+from fake_tensorrt.binding import Bound, Dims, expect, whole
+from fake_tensorrt.callbacks import IDebugListener, IProfiler
+from fake_tensorrt.run import Binding, Life, Run, view
+from fake_tensorrt.shapes import ShapeError
+from fake_tensorrt.state import Current, MisuseError, State, log
 
 if TYPE_CHECKING:
-    from fake_tensorrt.running import ICudaEngine
+    from fake_tensorrt.engine import ICudaEngine
 
-_ALIGNMENT = 256
-_USER_MANAGED = ExecutionContextAllocationStrategy.USER_MANAGED
+__all__ = ["IExecutionContext", "view"]
+
+ALIGNMENT = 256
+Shape = tuple[int, ...]
 
 
-class IExecutionContext:
-    def __init__(self, engine: "ICudaEngine", strategy: ExecutionContextAllocationStrategy) -> None:
-        self.engine, self._strategy = engine, strategy
-        self.active_optimization_profile = 0
-        self._profile_set = engine.num_optimization_profiles == 1
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._addresses: dict[str, int] = {}
-        self._scratch: tuple[int, int] | None = None
-        self._debug: Any = None
-        self.runs = 0
+class IExecutionContext(Bound):
+    _engine: "ICudaEngine"
+    _strategy: str
+    _own: int
+    """Bytes of memory for activations that the context has itself."""
+    _state: State
+    _profile: int
+    _chosen: bool
+    """Whether the profile was chosen, or is the only one."""
+    _shapes: dict[str, Shape]
+    _addresses: dict[str, int]
+    _scratch: tuple[int, int] | None
+    _partition: dict[str, Shape]
+    """Shapes that the memory was measured for, instead of for the whole profile."""
+    _settled: bool
+    """Whether the shapes of now have run once."""
+    _listener: IDebugListener | None
+    _shown: set[str]
+    _profiler: IProfiler | None
+    _emits: bool
+    _life: Life
+
+    @classmethod
+    def of(cls, engine: "ICudaEngine", strategy: str, own: int) -> "IExecutionContext":
+        made: IExecutionContext = cls.make(
+            _engine=engine,
+            _strategy=strategy,
+            _own=own,
+            _state=Current.get(),
+            _profile=0,
+            _chosen=engine.num_optimization_profiles == 1,
+            _shapes={},
+            _addresses={},
+            _scratch=None,
+            _partition={},
+            _settled=False,
+            _listener=None,
+            _shown=set(),
+            _profiler=None,
+            _emits=True,
+            _life=Life(),
+        )
+        return made
+
+    def __del__(self) -> None:
+        if not getattr(self, "_initialised", False):
+            return
+        if self._life.pending:
+            Current.violations.append("a context goes while its work is queued")
+        self._life.alive = False
+        self._engine._contexts -= 1
+        self._state.cuda.reserved -= self._own
+
+    @property
+    def engine(self) -> "ICudaEngine":
+        return self._engine
+
+    # --- before a run ---
+
+    @property
+    def active_optimization_profile(self) -> int:
+        return self._profile
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
-        if not 0 <= profile_index < self.engine.num_optimization_profiles:
-            return False
-        if not stream_handle:
+        """NvInferRuntime.h setOptimizationProfileAsync: shapes must be set again.
+
+        Raises:
+            RuntimeError: there is no such profile (pyCore.cpp context_set_optimization_profile_async).
+        """
+        if not 0 <= whole(profile_index, "profile_index") < self._engine.num_optimization_profiles:
+            log(self._engine._logger, "ERROR", f"there is no optimization profile {profile_index}")
+            raise RuntimeError("Error in set optimization profile async.")
+        stream = whole(stream_handle, "stream_handle")
+        if not stream:
             raise MisuseError("a profile is set on the default stream")
-        self.active_optimization_profile, self._profile_set = profile_index, True
-        # NvInferRuntime.h setOptimizationProfileAsync: shapes must be set again.
+        # "cudaMemcpyAsyncs may be enqueued": whoever runs on another stream must wait for them.
+        moving = self._life.moving
+        self._state.cuda.submit(stream, lambda: moving.remove(stream), "a profile's data")
+        moving.append(stream)
+        self._profile, self._chosen = profile_index, True
         self._shapes.clear()
+        self._settled = False
         return True
 
     def set_device_memory(self, memory: int, size: int) -> None:
-        # NvInferRuntime.h (10.16) setDeviceMemoryV2: 256 bytes aligned, at least the profile's size.
-        if self._strategy != _USER_MANAGED:
+        """NvInferRuntime.h (10.16) setDeviceMemoryV2: aligned, and large enough."""
+        if self._strategy != "USER_MANAGED":
             raise MisuseError("memory is given to a context that has its own")
-        if memory % _ALIGNMENT:
+        memory, size = whole(memory, "memory"), whole(size, "size")
+        if memory % ALIGNMENT:
             raise MisuseError("memory for activations must be aligned to 256 bytes")
-        needed = self.engine.get_device_memory_size_for_profile_v2(self.active_optimization_profile)
-        if size < needed:
-            raise MisuseError(f"{size} bytes for activations, {needed} are needed")
-        Current.get().cuda.check(memory, size, "memory for activations")
+        self._state.cuda.check(memory, size, "memory for activations")
         self._scratch = memory, size
+        self._enough()
 
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        least, _, most = self.engine.get_tensor_profile_shape(name, self.active_optimization_profile)
-        if len(shape) != len(least) or not all(
-            low <= size <= high for low, size, high in zip(least, shape, most, strict=True)
-        ):
-            log(self.engine.logger, "ERROR", f"{name}: {shape} is outside of the profile {least} to {most}")
-            return False
-        self._shapes[name] = tuple(shape)
+    def update_device_memory_size_for_shapes(self) -> int:
+        """NvInferRuntime.h updateDeviceMemorySizeForShapes: 0 where a shape is missing."""
+        if self.infer_shapes():
+            return 0
+        self._partition = dict(self._shapes)
+        return self._engine.scratch(self._all_shapes())
+
+    def set_input_shape(self, name: str, shape: Any) -> bool:
+        if not isinstance(shape, tuple | list | Dims):
+            raise TypeError(f"incompatible function arguments: shape is {shape!r}")
+        sizes = tuple(Dims(shape))
+        if name not in self._inputs():
+            return self._refuse(f"setInputShape: {name} is no input")
+        # NvInferRuntime.h IOptimizationProfile: "a runtime error" for shapes outside of the profile.
+        least, _, most = self._engine.ranges(name, self._profile)
+        inside = len(sizes) == len(least) and all(
+            low <= size <= high for low, size, high in zip(least, sizes, most, strict=True)
+        )
+        if not inside:
+            return self._refuse(f"{name}: {sizes} is outside of the profile {least} to {most}")
+        self._settled = self._settled and self._shapes.get(name) == sizes
+        self._shapes[name] = sizes
         return True
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
-        if name not in self._names():
-            return False
+        address = whole(memory, "memory")
+        if name not in self._engine._tensors:
+            return self._refuse(f"setTensorAddress: there is no tensor {name}")
         # NvInferRuntime.h (10.16) setTensorAddress: "at least 256-byte alignment".
-        if memory % _ALIGNMENT:
+        if address % ALIGNMENT:
             raise MisuseError(f"{name}: an address must be aligned to 256 bytes")
-        self._addresses[name] = memory
+        self._addresses[name] = address
         return True
 
     def get_tensor_address(self, name: str) -> int:
         return self._addresses.get(name, 0)
 
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes.get(name, self.engine.get_tensor_shape(name))
+    def get_tensor_shape(self, name: str) -> Dims:
+        """−1 where a size is not known yet."""
+        if name in self._shapes:
+            return Dims(self._shapes[name])
+        if name in self._inputs() or self.infer_shapes():
+            return self._engine.get_tensor_shape(name)
+        return Dims(self._output_shapes()[name])
 
     def infer_shapes(self) -> list[str]:
-        return [name for name, *_ in self.engine.plan.inputs if name not in self._shapes]
+        """Inputs without a shape.
 
-    def set_debug_listener(self, listener: Any) -> bool:
-        self._debug = listener
+        Raises:
+            RuntimeError: shapes contradict each other.
+        """
+        missing = [name for name, tensor in self._inputs().items() if -1 in tensor.shape]
+        missing = [name for name in missing if name not in self._shapes]
+        if not missing:
+            try:
+                self._output_shapes()
+            except ShapeError as error:
+                raise RuntimeError("infer_shapes error code: -1") from error
+        return missing
+
+    @property
+    def all_binding_shapes_specified(self) -> bool:
+        return not self.infer_shapes()
+
+    # --- looking at a run ---
+
+    def set_debug_listener(self, listener: IDebugListener) -> bool:
+        self._listener = expect(listener, IDebugListener, "listener")
+        return True
+
+    def get_debug_listener(self) -> IDebugListener | None:
+        return self._listener
+
+    def set_tensor_debug_state(self, name: str, flag: bool) -> bool:
+        """NvInferRuntime.h setTensorDebugState: only of tensors that were marked for the build."""
+        if name not in self._engine._plan.debug:
+            return self._refuse(f"setTensorDebugState: {name} was not marked")
+        (self._shown.add if expect(flag, bool, "flag") else self._shown.discard)(name)
         return True
 
     def set_all_tensors_debug_state(self, flag: bool) -> bool:
-        self._debug_on = flag
+        self._shown = set(self._engine._plan.debug) if expect(flag, bool, "flag") else set()
         return True
+
+    def get_debug_state(self, name: str) -> bool:
+        return name in self._shown
+
+    @property
+    def profiler(self) -> IProfiler | None:
+        return self._profiler
+
+    @profiler.setter
+    def profiler(self, profiler: IProfiler) -> None:
+        self._profiler = expect(profiler, IProfiler, "profiler")
+
+    @property
+    def enqueue_emits_profile(self) -> bool:
+        return self._emits
+
+    @enqueue_emits_profile.setter
+    def enqueue_emits_profile(self, emits: bool) -> None:
+        self._emits = expect(emits, bool, "enqueue_emits_profile")
+
+    def report_to_profiler(self) -> bool:
+        """NvInferRuntime.h reportToProfiler: false without a profiler, and while a graph is captured."""
+        if self._profiler is None or self._life.stream is None or self._state.cuda.capturing:
+            return self._refuse("reportToProfiler: there is nothing to report, or a graph is captured")
+        if not self._emits:
+            self._state.cuda.synchronize(self._life.stream)
+            self._life.report(self._profiler, self._engine)
+        return True
+
+    # --- a run ---
 
     def execute_async_v3(self, stream_handle: int) -> bool:
-        state, plan = Current.get(), self.engine.plan
-        if not self._profile_set:
-            raise MisuseError("no profile is set, and the engine has several")
-        if self._strategy == _USER_MANAGED and self._scratch is None:
-            raise MisuseError("a context without memory for its activations")
-        for name in self._names():
-            # NvInferRuntime.h enqueueV3: "each input must have a non-null address and each output".
-            if not self._addresses.get(name):
-                raise MisuseError(f"{name} has no address")
-        for name, shape, _ in plan.inputs:
-            if name not in self._shapes and -1 in shape:
-                raise MisuseError(f"{name} has no shape")
-        for output, source in plan.aliases.items():
-            # NvInferRuntime.h getAliasedInputTensor, docs of aliased plugin I/O: one address for both.
-            if output in self._addresses and self._addresses[output] != self._addresses[source]:
-                raise MisuseError(f"{output} does not share the memory of {source}")
-        # NvInferRuntime.h enqueueV3: streaming weights can't be captured.
-        if plan.streaming and stream_handle in state.cuda.capturing:
-            raise MisuseError("a graph is captured while weights are streamed")
-        if stream_handle in state.cuda.capturing and not self.runs:
-            raise MisuseError("a graph is captured before the shapes have run once")
-        self.runs += 1
-        state.cuda.submit(stream_handle, self._work(), f"enqueue of {plan.outputs[0][0]}")
+        """NvInferRuntime.h (10.16) enqueueV3."""
+        stream = whole(stream_handle, "stream_handle")
+        if reason := next(self._unready(), ""):
+            return self._refuse(f"enqueueV3: {reason}")
+        self._check_use(stream)
+        capturing = stream in self._state.cuda.capturing
+        if capturing and self._profiler is not None and self._emits:
+            return self._refuse("enqueueV3: layers can't be timed while a graph is captured")
+        shapes = self._all_shapes() | self._output_shapes()
+        shown = self._shown if self._listener is not None else set()
+        run = Run(self._engine, self._life, [*self._bindings(shapes)], self._scratch)
+        run.enqueue(stream, self._listener, shown)
+        self._settled = True
+        if self._profiler is not None and self._emits:
+            # "enqueueV3 will be synchronous" (setEnqueueEmitsProfile).
+            self._state.cuda.synchronize(stream)
+            self._life.report(self._profiler, self._engine)
         return True
 
-    def _work(self) -> Callable[[], None]:
-        """The run with shapes and addresses of now, whenever it happens."""
-        plan, program, state = self.engine.plan, self.engine.program, Current.get()
-        addresses = dict(self._addresses)
-        shapes = {name: self._shapes.get(name, shape) for name, shape, _ in plan.inputs}
-        dtypes = {name: dtype.value for name, _, dtype in (*plan.inputs, *plan.outputs)}
-        scratch, debug = self._scratch, self._debug
-        execute = state.execute or _with_reference()
+    def _unready(self) -> Iterator[str]:
+        """Why TensorRT refuses to run."""
+        for name in self._engine._tensors:
+            # "each input must have a non-null address and each output" (setTensorAddress).
+            if not self._addresses.get(name):
+                yield f"{name} has no address"
+        for name, tensor in self._inputs().items():
+            if name not in self._shapes and -1 in tensor.shape:
+                yield f"{name} has no shape"
+        try:
+            self._output_shapes()
+        except ShapeError as error:
+            yield str(error)
 
-        def run() -> None:
-            if scratch is not None:
-                # What activations leave there is nobody's.
-                state.cuda.check(*scratch, "memory for activations")
-                ctypes.memset(scratch[0], 0xEE, scratch[1])
-            feeds = {name: view(addresses[name], shape, dtypes[name], name) for name, shape in shapes.items()}
-            results = program.run(feeds, execute)
-            for name, array in results.items():
-                target = view(addresses[name], array.shape, dtypes[name], name)
-                if array.ctypes.data != target.ctypes.data:
-                    if array.dtype != target.dtype:
-                        raise MisuseError(f"{name} is {array.dtype}, declared {target.dtype}")
-                    target[...] = array
-            if debug is not None:
-                for name in plan.debug:
-                    if name in program.seen:
-                        array = np.ascontiguousarray(program.seen[name])
-                        kind = next(k for k in type_of() if k.value == array.dtype)
-                        debug.process_debug_tensor(
-                            array.ctypes.data, TensorLocation.DEVICE, kind, array.shape, name, 1
-                        )
+    def _check_use(self, stream: int) -> None:
+        """Refuse what TensorRT leaves undefined."""
+        engine, cuda = self._engine, self._state.cuda
+        # "Using default stream may lead to performance issues" (enqueueV3); it can't be captured, either.
+        if not stream:
+            raise MisuseError("an engine runs on the default stream, which waits for all others")
+        if not engine._ready:
+            raise MisuseError("a stripped plan is used before its weights are refitted")
+        if not self._chosen:
+            raise MisuseError("no profile is set, and the engine has several")
+        if any(other != stream for other in self._life.moving):
+            raise MisuseError("the profile was set on another stream, and nobody waits for it")
+        if self._strategy == "USER_MANAGED":
+            if self._scratch is None:
+                raise MisuseError("a context without memory for its activations")
+            self._enough()
+        for output, source in engine._plan.aliases.items():
+            # NvInferRuntime.h IPluginV3OneBuildV2::getAliasedInput: TensorRT copies where they differ.
+            ends = output in engine._tensors and source in engine._tensors
+            if ends and self._addresses[output] != self._addresses[source]:
+                raise MisuseError(f"{output} does not share the memory of {source}")
+        if stream in cuda.capturing:
+            # "If the Engine is streaming weights … the graph will not be capturable" (enqueueV3).
+            if engine.streams():
+                raise MisuseError("a graph is captured while weights are streamed")
+            # Developer guide, CUDA graphs: enqueueV3 once after a change of shapes, before the capture.
+            if not self._settled:
+                raise MisuseError("a graph is captured before the shapes have run once")
 
-        program.watched = set(plan.debug) if debug is not None else set()
-        return run
+    def _enough(self) -> None:
+        """Whether the memory given is large enough for the profile, or for the shapes it was measured for."""
+        assert self._scratch is not None
+        needed = self._engine.get_device_memory_size_for_profile_v2(self._profile)
+        if self._partition and (not self._shapes or self._partition == self._shapes):
+            needed = self._engine.scratch(self._all_shapes() | self._partition)
+        if self._scratch[1] < needed:
+            raise MisuseError(f"{self._scratch[1]} bytes for activations, {needed} are needed")
 
-    def _names(self) -> list[str]:
-        return [name for name, *_ in (*self.engine.plan.inputs, *self.engine.plan.outputs)]
+    def _bindings(self, shapes: dict[str, Shape]) -> Iterator[Binding]:
+        plan = self._engine._plan
+        for tensor in (*plan.inputs, *plan.outputs):
+            name = tensor.name
+            yield Binding(name, self._addresses[name], shapes[name], tensor.kind, tensor in plan.inputs)
 
+    def _inputs(self) -> dict[str, Any]:
+        return {tensor.name: tensor for tensor in self._engine._plan.inputs}
 
-def type_of() -> list[Any]:
-    from fake_tensorrt.enums import DataType
+    def _all_shapes(self) -> dict[str, Shape]:
+        return {name: self._shapes.get(name, tensor.shape) for name, tensor in self._inputs().items()}
 
-    return list(DataType)
+    def _output_shapes(self) -> dict[str, Shape]:
+        return self._engine._shapes.outputs(self._all_shapes())
 
-
-def view(address: int, shape: tuple[int, ...], dtype: Any, name: str) -> NDArray[Any]:
-    """An array on the card's memory, which must be there."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    Current.get().cuda.check(address, size, name)
-    block = (ctypes.c_uint8 * max(1, size)).from_address(address)
-    return np.frombuffer(block, np.uint8, size).view(dtype).reshape(shape)
-
-
-def _with_reference() -> Callable[..., dict[str, Any]]:
-    implementation = reference()
-    return lambda node, values: run_plugin(implementation, node, values)
+    def _refuse(self, reason: str) -> bool:
+        log(self._engine._logger, "ERROR", reason)
+        return False

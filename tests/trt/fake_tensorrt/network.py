@@ -1,188 +1,180 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks and the ONNX parser."""
+"""Networks, their layers and tensors."""
 
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import onnx
-import onnx.defs
-from fake_tensorrt.enums import DataType, NetworkDefinitionCreationFlag
+from fake_tensorrt.binding import Bound, Dims, expect
+from fake_tensorrt.enums import KINDS
 from fake_tensorrt.plugin_nodes import ALIASES
-from fake_tensorrt.program import constants_of
-from fake_tensorrt.state import Current, MisuseError, log
+from fake_tensorrt.shapes import ShapeModel
+from fake_tensorrt.state import Current
 from numpy.typing import NDArray
 
-_OPSETS = (((10, 6), 22), ((10, 0), 21))
-_NEW = {"Attention": (10, 14), "RMSNormalization": (10, 15), "RotaryEmbedding": (10, 15)}
-_INTERNAL = (DataType.FLOAT, DataType.HALF, DataType.BF16, DataType.INT32, DataType.INT64, DataType.BOOL)
 
-
-@dataclass
-class ITensor:
-    name: str
-    shape: tuple[int, ...] = ()
-    dtype: DataType | None = None
-
-
-@dataclass
-class ILayer:
-    name: str
-    outputs: list[ITensor]
+class ITensor(Bound):
+    _name: str
+    _shape: tuple[int, ...]
+    _dims: tuple[str, ...]
+    _kind: str
+    _role: str
 
     @property
-    def num_outputs(self) -> int:
-        return len(self.outputs)
+    def name(self) -> str:
+        return self._name
 
-    def get_output(self, index: int) -> ITensor:
-        return self.outputs[index]
+    @property
+    def shape(self) -> Dims:
+        return Dims(self._shape)
+
+    @property
+    def dtype(self) -> Any:
+        return getattr(Current.get().enum("DataType"), self._kind)
+
+    @property
+    def is_network_input(self) -> bool:
+        return self._role == "input"
+
+    @property
+    def is_network_output(self) -> bool:
+        return self._role == "output"
+
+    def get_dimension_name(self, index: int) -> str:
+        return self._dims[index]
 
 
-@dataclass
-class INetworkDefinition:
-    strongly_typed: bool
-    graph: onnx.GraphProto | None = None
-    opset: int = 0
-    constants: dict[str, NDArray[Any]] = field(default_factory=dict)
-    inputs: list[ITensor] = field(default_factory=list)
-    outputs: list[ITensor] = field(default_factory=list)
-    layers: list[ILayer] = field(default_factory=list)
-    debug: list[str] = field(default_factory=list)
+class ILayer(Bound):
+    _name: str
+    _inputs: list[ITensor]
+    _outputs: list[ITensor]
+
+    @property
+    def name(self) -> str:
+        return self._name
 
     @property
     def num_inputs(self) -> int:
-        return len(self.inputs)
+        return len(self._inputs)
 
     @property
     def num_outputs(self) -> int:
-        return len(self.outputs)
+        return len(self._outputs)
+
+    def get_input(self, index: int) -> ITensor:
+        return self._inputs[index]
+
+    def get_output(self, index: int) -> ITensor:
+        return self._outputs[index]
+
+
+class INetworkDefinition(Bound):
+    _strongly: bool
+    _builder: Any
+    _graph: onnx.GraphProto | None
+    _opset: int
+    _constants: dict[str, NDArray[Any]]
+    _shapes: ShapeModel | None
+    _inputs: list[ITensor]
+    _outputs: list[ITensor]
+    _layers: list[ILayer]
+    _debug: list[str]
+
+    @classmethod
+    def empty(cls, builder: Any, strongly: bool) -> "INetworkDefinition":
+        lists: dict[str, Any] = {name: [] for name in ("_inputs", "_outputs", "_layers", "_debug")}
+        made: INetworkDefinition = cls.make(
+            _strongly=strongly, _builder=builder, _graph=None, _opset=0, _constants={}, _shapes=None, **lists
+        )
+        return made
+
+    @property
+    def name(self) -> str:
+        return self._graph.name if self._graph is not None else "Unnamed Network 0"
+
+    @property
+    def num_inputs(self) -> int:
+        return len(self._inputs)
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self._outputs)
 
     @property
     def num_layers(self) -> int:
-        return len(self.layers)
+        return len(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getitem__(self, index: int) -> ILayer:
+        return self._layers[index]
 
     def get_input(self, index: int) -> ITensor:
-        return self.inputs[index]
+        return self._inputs[index]
 
     def get_output(self, index: int) -> ITensor:
-        return self.outputs[index]
+        return self._outputs[index]
 
     def get_layer(self, index: int) -> ILayer:
-        return self.layers[index]
+        return self._layers[index]
 
-    def get_flag(self, flag: NetworkDefinitionCreationFlag) -> bool:
-        return flag == NetworkDefinitionCreationFlag.STRONGLY_TYPED and self.strongly_typed
+    def get_flag(self, flag: Any) -> bool:
+        flags = expect(flag, Current.get().enum("NetworkDefinitionCreationFlag"), "flag")
+        return flags.name == "STRONGLY_TYPED" and self._strongly
 
     def mark_debug(self, tensor: ITensor) -> bool:
-        self.debug.append(tensor.name)
-        return True
+        """NvInfer.h markDebug: false for what can't be marked, such as a tensor of another network."""
+        name = expect(tensor, ITensor, "tensor").name
+        own = any(tensor is output for layer in self._layers for output in layer._outputs)
+        if own and name not in self._debug:
+            self._debug.append(name)
+        return own
+
+    def unmark_debug(self, tensor: ITensor) -> bool:
+        marked = tensor.name in self._debug
+        if marked:
+            self._debug.remove(tensor.name)
+        return marked
+
+    def is_debug_tensor(self, tensor: ITensor) -> bool:
+        return tensor.name in self._debug
+
+    def fill(self, graph: onnx.GraphProto, opset: int, constants: dict[str, NDArray[Any]]) -> None:
+        """Become the network of a graph."""
+        self._graph, self._opset, self._constants = graph, opset, constants
+        self._shapes = ShapeModel(graph, constants, opset)
+        self._inputs = [_tensor(entry, "input") for entry in graph.input]
+        self._outputs = [_tensor(entry, "output") for entry in graph.output]
+        tensors = {tensor.name: tensor for tensor in (*self._inputs, *self._outputs)}
+        for node in graph.node:
+            made = [tensors.setdefault(name, _inner(name)) for name in node.output if name]
+            taken = [tensors[name] for name in node.input if name in tensors]
+            self._layers.append(ILayer.make(_name=node.name, _inputs=taken, _outputs=made))
 
     def aliases(self) -> dict[str, str]:
         """Output of the network → input whose memory a plugin writes it into."""
-        found = {}
-        for node in self.graph.node if self.graph else ():
-            for output, source in ALIASES.get(node.op_type, {}).items():
-                found[node.output[output]] = node.input[source]
-        return found
+        assert self._graph is not None
+        return {
+            node.output[output]: node.input[source]
+            for node in self._graph.node
+            for output, source in ALIASES.get(node.op_type, {}).items()
+        }
 
 
-@dataclass(frozen=True)
-class ParserError:
-    text: str
-    node: str = ""
-    operator: str = ""
-
-    def desc(self) -> str:
-        return self.text
-
-    def node_name(self) -> str:
-        return self.node
-
-    def node_operator(self) -> str:
-        return self.operator
-
-
-class OnnxParser:
-    """The parser's rules, as far as it is known (onnx-tensorrt 10.1; later ones in docs/Changelog.md)."""
-
-    def __init__(self, network: INetworkDefinition, logger: Any) -> None:
-        self._network, self._logger = network, logger
-        self._errors: list[ParserError] = []
-
-    @property
-    def num_errors(self) -> int:
-        return len(self._errors)
-
-    def get_error(self, index: int) -> ParserError:
-        return self._errors[index]
-
-    def parse_from_file(self, model: str) -> bool:
-        path = Path(model)
-        if not path.is_file():
-            self._errors.append(ParserError(f"Failed to open file: {model}"))
-            return False
-        proto = onnx.load(path, load_external_data=False)
-        self._check(proto)
-        if self._errors:
-            for error in self._errors:
-                log(self._logger, "ERROR", error.text)
-            return False
-        graph, network = proto.graph, self._network
-        network.graph = graph
-        network.opset = next(entry.version for entry in proto.opset_import if not entry.domain)
-        network.constants = constants_of(graph, str(path.parent))
-        network.inputs = [_tensor(entry) for entry in graph.input]
-        network.outputs = [_tensor(entry) for entry in graph.output]
-        network.layers = [ILayer(node.name, [ITensor(name) for name in node.output]) for node in graph.node]
-        return True
-
-    def _check(self, proto: onnx.ModelProto) -> None:
-        state = Current.get()
-        most = next(opset for first, opset in _OPSETS if state.numbers >= first)
-        for entry in proto.opset_import:
-            if not entry.domain and entry.version > most:
-                self._errors.append(ParserError(f"opset {entry.version} is newer than {most}"))
-        if proto.functions and not state.since(10, 7):
-            name = proto.functions[0].name
-            self._errors.append(ParserError(f"local function {name} hides the plugin of that name"))
-        for entry in (*proto.graph.input, *proto.graph.output):
-            dtype = onnx.helper.tensor_dtype_to_np_dtype(entry.type.tensor_type.elem_type)
-            if dtype not in [kind.value for kind in _INTERNAL]:
-                self._errors.append(ParserError(f"{entry.name}: unsupported type {dtype}"))
-        for node in proto.graph.node:
-            self._check_node(node)
-
-    def _check_node(self, node: onnx.NodeProto) -> None:
-        """Names decide, domains don't (ModelImporter.cpp parseNode and parseNodeStaticCheck)."""
-        state = Current.get()
-        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        if onnx.defs.has(node.op_type):
-            if node.domain not in ("", "ai.onnx") or (
-                node.op_type in _NEW and state.numbers < _NEW[node.op_type]
-            ):
-                self._fail(node, "No importer registered for this operator")
-            return
-        key = (
-            node.op_type,
-            attributes.get("plugin_version", b"1").decode(),
-            attributes.get("plugin_namespace", b"").decode(),
-        )
-        if key not in state.plugins:
-            self._fail(node, "Plugin not found, are the plugin name, version, and namespace correct?")
-
-    def _fail(self, node: onnx.NodeProto, text: str) -> None:
-        self._errors.append(ParserError(text, node.name, node.op_type))
-
-
-def _tensor(entry: onnx.ValueInfoProto) -> ITensor:
+def _tensor(entry: onnx.ValueInfoProto, role: str) -> ITensor:
     kind = entry.type.tensor_type
-    shape = tuple(-1 if dim.dim_param else int(dim.dim_value) for dim in kind.shape.dim)
-    return ITensor(entry.name, shape, DataType(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)))
+    dims = kind.shape.dim
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+    made: ITensor = ITensor.make(
+        _name=entry.name,
+        _shape=tuple(int(dim.dim_value) if dim.HasField("dim_value") else -1 for dim in dims),
+        _dims=tuple(dim.dim_param for dim in dims),
+        _kind=next(name for name, known in KINDS.items() if known == dtype),
+        _role=role,
+    )
+    return made
 
 
-def check_flags(flags: int) -> bool:
-    """Whether a network is strongly typed; without it starkv's types would be mere hints."""
-    strongly = bool(flags & 1 << NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    if not strongly and not Current.get().since(11, 0):
-        raise MisuseError("a network that is not strongly typed: TensorRT would choose types itself")
-    return strongly
+def _inner(name: str) -> ITensor:
+    made: ITensor = ITensor.make(_name=name, _shape=(), _dims=(), _kind="FLOAT", _role="inner")
+    return made

@@ -18,6 +18,7 @@ from starkv.validation.implementations import Implementation
 from starkv.validation.onnx_adapter import OnnxImplementation
 
 Array = NDArray[Any]
+DOMAIN = "ai.starkv"
 ALIASES = {
     "KVAttention": {1: 3, 2: 4},
     "KVCompress": {0: 12, 1: 13, 2: 14},

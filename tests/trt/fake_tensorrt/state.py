@@ -3,19 +3,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from fake_cuda import CudaMisuseError, FakeCuda
+from fake_tensorrt.binding import called
+from fake_tensorrt.enums import enumerations
 
 from starkv.gpu import Gpu
 
 
 class MisuseError(CudaMisuseError):
     """What TensorRT documents as undefined behaviour, or crashes on."""
-
-
-class RefusalError(RuntimeError):
-    """What the bindings raise as RuntimeError or ValueError."""
 
 
 @dataclass
@@ -33,6 +31,8 @@ class State:
     """Bytes that a build needs, to let one fail."""
     builds: list[Any] = field(default_factory=list)
     """Every build: (network, config)."""
+    measured: int = 0
+    """Kernels whose time no cache knew."""
 
     @property
     def numbers(self) -> tuple[int, int]:
@@ -42,11 +42,17 @@ class State:
     def since(self, major: int, minor: int) -> bool:
         return self.numbers >= (major, minor)
 
+    def enum(self, name: str) -> Any:
+        """An enumeration of this version."""
+        return enumerations(self.numbers)[name]
+
 
 class Current:
     """The state that is installed; one at a time."""
 
     state: State | None = None
+    violations: ClassVar[list[str]] = []
+    """What went wrong where nothing could be raised; the fixture ``no_violations`` of ``conftest.py`` looks."""
 
     @classmethod
     def get(cls) -> State:
@@ -56,6 +62,5 @@ class Current:
 
 
 def log(logger: Any, severity: str, message: str) -> None:
-    """Tell a logger, which must be one of TensorRT's."""
-    level = getattr(type(logger).Severity, severity)
-    logger.log(level, message)
+    """Tell a logger; what it raises is printed (pyCore.cpp PyLogger)."""
+    called(logger.log, getattr(type(logger).Severity, severity), message, otherwise=None)
