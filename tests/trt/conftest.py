@@ -8,7 +8,16 @@ import pytest
 from fake_cuda import FakeCuda
 from fake_tensorrt import install
 from fake_tensorrt.state import Current, State
-from small_engines import ATTENDING_SHAPES, SCALED_SHAPES, Small, attending, scaled, trt
+from small_engines import (
+    ATTENDING_SHAPES,
+    CHAINED_SHAPES,
+    SCALED_SHAPES,
+    Small,
+    attending,
+    chained,
+    scaled,
+    trt,
+)
 from trt_engines import Exports, plugin_library
 
 
@@ -44,3 +53,9 @@ def times(state: State, tmp_path: Path) -> Small:
 def attention(state: State, tmp_path: Path) -> Small:
     """One KVAttention."""
     return Small(attending(tmp_path / "a.onnx"), ATTENDING_SHAPES, state.cuda.new_stream(), state.cuda)
+
+
+@pytest.fixture
+def chain(state: State, tmp_path: Path) -> Small:
+    """Three layers."""
+    return Small(chained(tmp_path / "c.onnx"), CHAINED_SHAPES, state.cuda.new_stream(), state.cuda)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from fake_cuda_work import Block, CudaMisuseError, FakeGraph, Ranges, Work, overlap, runs_meet
+from fake_cuda_work import Block, CudaMisuseError, FakeGraph, Ranges, Work, check_runs
 from numpy.typing import NDArray
 
 from starkv.errors import EngineError
@@ -194,30 +194,21 @@ class FakeCuda:
         height: int,
         stream: int,
     ) -> None:
-        if not height:
-            raise CudaMisuseError("a copy of nothing")
-        # CUDA runtime, cudaMemcpy2DAsync: pitches of at least the width, and no overlap.
-        if height > 1 and min(target_pitch, source_pitch) < width:
-            raise CudaMisuseError("copied runs are wider than their distance")
+        check_runs(target, target_pitch, source, source_pitch, width, height)
         written = (target, (height - 1) * target_pitch + width)
         read = (source, (height - 1) * source_pitch + width)
-        if overlap((written,), (read,)) and runs_meet(
-            target, target_pitch, source, source_pitch, width, height
-        ):
-            raise CudaMisuseError("a copy onto itself")
+
+        def check() -> None:
+            self.check(*written, "copy")
+            self.check(*read, "copy")
 
         def run() -> None:
+            check()
             for row in range(height):
                 ctypes.memmove(target + row * target_pitch, source + row * source_pitch, width)
 
-        def checked() -> None:
-            self.check(*written, "copy")
-            self.check(*read, "copy")
-            run()
-
-        self.check(*written, "copy")
-        self.check(*read, "copy")
-        self.submit(stream, checked, "copy", (read,), (written,))
+        check()
+        self.submit(stream, run, "copy", (read,), (written,))
 
     def clear(self, target: int, size: int, stream: int) -> None:
         self.check(target, size, "clear")

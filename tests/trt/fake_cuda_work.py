@@ -56,14 +56,23 @@ def overlap(ones: Ranges, others: Ranges) -> bool:
     return any(a < b + m and b < a + n for a, n in ones for b, m in others if n and m)
 
 
-def runs_meet(
+def check_runs(
     target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int
-) -> bool:
-    """Whether any run of the one lies in a run of the other."""
+) -> None:
+    """Refuse what cudaMemcpy2DAsync leaves undefined.
+
+    Raises:
+        CudaMisuseError: nothing is copied, pitches are smaller than the width, or memory onto itself.
+    """
+    if not height:
+        raise CudaMisuseError("a copy of nothing")
+    if height > 1 and min(target_pitch, source_pitch) < width:
+        raise CudaMisuseError("copied runs are wider than their distance")
     rows = np.arange(height)
     ends = target + rows * target_pitch + width
     begins = source + rows * source_pitch
     # The first written run that ends behind the beginning of each run that is read.
     first = np.minimum(np.searchsorted(ends, begins, side="right"), height - 1)
     begun = target + first * target_pitch
-    return bool(((begun < begins + width) & (begins < begun + width)).any())
+    if ((begun < begins + width) & (begins < begun + width)).any():
+        raise CudaMisuseError("a copy onto itself")

@@ -61,6 +61,17 @@ def attending(path: Path, **attributes: Any) -> Path:
     return save(path, [node], inputs, outputs)
 
 
+def chained(path: Path) -> Path:
+    """``y = sqrt(x * 4) + 1`` for x [N], in steps ``a`` and ``b``."""
+    nodes = [
+        helper.make_node("Mul", ["x", "four"], ["a"], name="times"),
+        helper.make_node("Sqrt", ["a"], ["b"], name="root"),
+        helper.make_node("Add", ["b", "one"], ["y"], name="plus"),
+    ]
+    constants = {"four": np.full(1, 4, np.float32), "one": np.ones(1, np.float32)}
+    return save(path, nodes, [value("x", FLOAT, "N")], [value("y", FLOAT, "N")], constants)
+
+
 ATTENDING_SHAPES = {
     "q": ((1, 1, 128), (1, 4, 128), (1, 8, 128)),
     **dict.fromkeys("kv", ((1, 1, 64), (1, 4, 64), (1, 8, 64))),
@@ -68,6 +79,7 @@ ATTENDING_SHAPES = {
     "kv_len": ((1,), (1,), (1,)),
 }
 SCALED_SHAPES = {"x": ((1, 4), (2, 4), (8, 4))}
+CHAINED_SHAPES = {"x": ((1,), (3,), (64,))}
 
 
 def trt() -> Any:
@@ -88,6 +100,8 @@ class Small:
     profiles: int = 1
     change: Callable[[Any], None] = lambda config: None
     """What else is done to the configuration."""
+    marked: tuple[str, ...] = ()
+    """Tensors that can be looked at."""
     scratch: int | None = None
     """Bytes for activations; what the profile needs if None."""
     logger: Any = None
@@ -101,6 +115,9 @@ class Small:
         parser = module.OnnxParser(network, self.logger)
         if not parser.parse_from_file(str(self.graph)):
             raise ValueError("; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)))
+        for layer in network:
+            tensor = layer.get_output(0)
+            assert tensor.name not in self.marked or network.mark_debug(tensor)
         config = builder.create_builder_config()
         config.set_preview_feature(module.PreviewFeature.ALIASED_PLUGIN_IO_10_03, self.preview)
         for name in self.flags:

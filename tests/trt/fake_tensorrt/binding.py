@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all objects of the bindings have in common: they refuse wrong arguments and misspelled attributes.
 
-pybind11 raises ``TypeError`` for an argument of another type, for a class that has no constructor, and where a
-subclass forgets to call ``__init__`` (seen in the bindings of 10.3 to 11.4). An attribute that a class does
+pybind11 raises ``TypeError`` for an argument of another type, for a class that has no constructor, and where
+a subclass forgets to call ``__init__`` (seen in the bindings of 10.3 to 11.4). An attribute that a class does
 not have can't be set.
 """
 

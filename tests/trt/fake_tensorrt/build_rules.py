@@ -21,7 +21,7 @@ def refusals(network: INetworkDefinition, config: IBuilderConfig) -> Iterator[st
     # NvInfer.h NetworkDefinitionCreationFlag::kSTRONGLY_TYPED: no precision flags.
     for flag in sorted(config._flags & {*_PRECISIONS}):
         yield f"k{flag} can't be set for a strongly typed network"
-    # NvInfer.h BuilderFlag::kREFIT_INDIVIDUAL: not together with the other two; those exclude each other, too.
+    # NvInfer.h BuilderFlag::kREFIT_INDIVIDUAL: not together with the other two.
     if len(config._flags & {"REFIT", "REFIT_IDENTICAL", "REFIT_INDIVIDUAL"}) > 1:
         yield "only one kind of refitting can be chosen"
     gpu = Current.get().gpu
@@ -32,7 +32,11 @@ def refusals(network: INetworkDefinition, config: IBuilderConfig) -> Iterator[st
 
 
 def _profiles(network: INetworkDefinition, config: IBuilderConfig) -> Iterator[str]:
-    """NvInfer.h addOptimizationProfile, NvInferRuntime.h IOptimizationProfile: every dynamic input has ranges."""
+    """NvInfer.h addOptimizationProfile: every dynamic input has ranges.
+
+    "Called at most once when building a refittable engine" stands there, too, but 8.6 and later refit engines
+    of several profiles (NVIDIA/TensorRT issue 3268).
+    """
     assert network._shapes is not None
     inputs = {tensor.name: tensor._shape for tensor in network._inputs}
     profiles = config._profiles or [IOptimizationProfile.make(_ranges={})]

@@ -106,7 +106,7 @@ def read_once(reader: IStreamReader, size: int) -> bytes:
 
 
 def read_all(reader: IStreamReaderV2, size: int) -> bytes:
-    """``IStreamReaderV2`` is asked again for what is missing, until nothing comes (PyStreamReaderV2::read)."""
+    """``IStreamReaderV2`` is asked again for what is missing, until nothing comes (PyStreamReaderV2)."""
     found = b""
     while len(found) < size:
         piece = bytes(called(reader.read, size - len(found), 0, otherwise=b""))[: size - len(found)]

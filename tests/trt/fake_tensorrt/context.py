@@ -13,6 +13,7 @@ from fake_tensorrt.callbacks import IDebugListener, IProfiler
 from fake_tensorrt.run import Binding, Life, Run, view
 from fake_tensorrt.shapes import ShapeError
 from fake_tensorrt.state import Current, MisuseError, State, log
+from fake_tensorrt.use_rules import check_scratch, check_use, unready
 
 if TYPE_CHECKING:
     from fake_tensorrt.engine import ICudaEngine
@@ -116,7 +117,7 @@ class IExecutionContext(Bound):
             raise MisuseError("memory for activations must be aligned to 256 bytes")
         self._state.cuda.check(memory, size, "memory for activations")
         self._scratch = memory, size
-        self._enough()
+        check_scratch(self)
 
     def update_device_memory_size_for_shapes(self) -> int:
         """NvInferRuntime.h updateDeviceMemorySizeForShapes: 0 where a shape is missing."""
@@ -235,9 +236,9 @@ class IExecutionContext(Bound):
     def execute_async_v3(self, stream_handle: int) -> bool:
         """NvInferRuntime.h (10.16) enqueueV3."""
         stream = whole(stream_handle, "stream_handle")
-        if reason := next(self._unready(), ""):
+        if reason := next(unready(self), ""):
             return self._refuse(f"enqueueV3: {reason}")
-        self._check_use(stream)
+        check_use(self, stream)
         capturing = stream in self._state.cuda.capturing
         if capturing and self._profiler is not None and self._emits:
             return self._refuse("enqueueV3: layers can't be timed while a graph is captured")
@@ -251,58 +252,6 @@ class IExecutionContext(Bound):
             self._state.cuda.synchronize(stream)
             self._life.report(self._profiler, self._engine)
         return True
-
-    def _unready(self) -> Iterator[str]:
-        """Why TensorRT refuses to run."""
-        for name in self._engine._tensors:
-            # "each input must have a non-null address and each output" (setTensorAddress).
-            if not self._addresses.get(name):
-                yield f"{name} has no address"
-        for name, tensor in self._inputs().items():
-            if name not in self._shapes and -1 in tensor.shape:
-                yield f"{name} has no shape"
-        try:
-            self._output_shapes()
-        except ShapeError as error:
-            yield str(error)
-
-    def _check_use(self, stream: int) -> None:
-        """Refuse what TensorRT leaves undefined."""
-        engine, cuda = self._engine, self._state.cuda
-        # "Using default stream may lead to performance issues" (enqueueV3); it can't be captured, either.
-        if not stream:
-            raise MisuseError("an engine runs on the default stream, which waits for all others")
-        if not engine._ready:
-            raise MisuseError("a stripped plan is used before its weights are refitted")
-        if not self._chosen:
-            raise MisuseError("no profile is set, and the engine has several")
-        if any(other != stream for other in self._life.moving):
-            raise MisuseError("the profile was set on another stream, and nobody waits for it")
-        if self._strategy == "USER_MANAGED":
-            if self._scratch is None:
-                raise MisuseError("a context without memory for its activations")
-            self._enough()
-        for output, source in engine._plan.aliases.items():
-            # NvInferRuntime.h IPluginV3OneBuildV2::getAliasedInput: TensorRT copies where they differ.
-            ends = output in engine._tensors and source in engine._tensors
-            if ends and self._addresses[output] != self._addresses[source]:
-                raise MisuseError(f"{output} does not share the memory of {source}")
-        if stream in cuda.capturing:
-            # "If the Engine is streaming weights … the graph will not be capturable" (enqueueV3).
-            if engine.streams():
-                raise MisuseError("a graph is captured while weights are streamed")
-            # Developer guide, CUDA graphs: enqueueV3 once after a change of shapes, before the capture.
-            if not self._settled:
-                raise MisuseError("a graph is captured before the shapes have run once")
-
-    def _enough(self) -> None:
-        """Whether the memory given is large enough for the profile, or for the shapes it was measured for."""
-        assert self._scratch is not None
-        needed = self._engine.get_device_memory_size_for_profile_v2(self._profile)
-        if self._partition and (not self._shapes or self._partition == self._shapes):
-            needed = self._engine.scratch(self._all_shapes() | self._partition)
-        if self._scratch[1] < needed:
-            raise MisuseError(f"{self._scratch[1]} bytes for activations, {needed} are needed")
 
     def _bindings(self, shapes: dict[str, Shape]) -> Iterator[Binding]:
         plan = self._engine._plan

@@ -195,7 +195,7 @@ class ICudaEngine(Bound):
 
     def scratch(self, shapes: dict[str, tuple[int, ...]]) -> int:
         """Memory for the activations of inputs of these shapes."""
-        # NvInferRuntime.h setWeightStreamingBudgetV2: contexts then need getWeightStreamingScratchMemorySize more.
+        # NvInferRuntime.h setWeightStreamingBudgetV2: contexts then need more.
         streamed = self.weight_streaming_scratch_memory_size if self.streams() else 0
         return -(-(self._shapes.peak(shapes) + _WORKSPACE + streamed) // 256) * 256
 

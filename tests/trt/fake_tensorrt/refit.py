@@ -41,7 +41,7 @@ class Refitter(Bound):
             log(self._logger, "ERROR", f"refitCudaEngine: {len(missing)} weights are missing: {missing[0]}")
             return False
         for name, content in self._weights.items():
-            # NvInfer.h BuilderFlag::kREFIT_IDENTICAL: other weights than at build time are undefined behaviour.
+            # NvInfer.h BuilderFlag::kREFIT_IDENTICAL: with other weights "behavior is undefined".
             identical = digest(content) == engine._plan.digests[name]
             if "REFIT_IDENTICAL" in engine._plan.flags and not identical:
                 raise MisuseError(f"{name} is not what the engine was built with")
@@ -65,7 +65,7 @@ class OnnxParserRefitter(Bound):
         self._logger = expect(logger, ILogger, "logger")
 
     def refit_from_file(self, model: str) -> bool:
-        """NvOnnxParser.h refitFromFile: the weights of a model by their names; the engine takes them later."""
+        """NvOnnxParser.h refitFromFile: a model's weights by their names; the engine takes them later."""
         path = Path(expect(model, str, "model"))
         try:
             graph = onnx.load(path, load_external_data=False).graph

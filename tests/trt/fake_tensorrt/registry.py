@@ -14,7 +14,7 @@ _ELF = b"\x7fELF"
 
 class IPluginRegistry(Bound):
     def load_library(self, plugin_path: str) -> object | None:
-        """NvInferRuntimeCommon.h loadLibrary: None if it can't be loaded, or its plugins are registered already."""
+        """NvInferRuntimeCommon.h loadLibrary: None if it can't be, or its plugins are registered already."""
         state, path = Current.get(), Path(expect(plugin_path, str, "plugin_path"))
         if not _is_library(path):
             return None

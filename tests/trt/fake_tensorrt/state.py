@@ -52,7 +52,7 @@ class Current:
 
     state: State | None = None
     violations: ClassVar[list[str]] = []
-    """What went wrong where nothing could be raised; the fixture ``no_violations`` of ``conftest.py`` looks."""
+    """What went wrong where nothing could be raised; the fixture ``no_violations`` looks at it."""
 
     @classmethod
     def get(cls) -> State:
