@@ -2,12 +2,15 @@
 """Tensors in memory that CUDA allocates, with copies that wait: one stream in the role of a device."""
 
 import weakref
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from starkv.errors import EngineError
 from starkv.runtime.engines.cuda import Cuda
 from starkv.runtime.engines.device_tensor import Device, DeviceTensor
 
@@ -52,9 +55,15 @@ class Block:
 
 
 def _give_back(cuda: Cuda, stream: int, address: int) -> None:
-    # Work that is queued may still use it.
-    cuda.synchronize(stream)
-    cuda.free(address)
+    # A card that failed keeps its memory until the process ends, and has said so already.
+    with suppress(EngineError):
+        # Work that is queued may still use it.
+        cuda.synchronize(stream)
+        cuda.free(address)
+
+
+def _no_room() -> bool:
+    return False
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,8 @@ class CudaMemory:
 
     cuda: Cuda
     stream: int
+    make_room: Callable[[], bool] = _no_room
+    """Gives up memory that is only kept for later; False where there is none."""
 
     @property
     def device(self) -> Device:
@@ -74,6 +85,11 @@ class CudaMemory:
         Raises:
             EngineError: the card has no room.
         """
+        try:
+            return Block(self.cuda, self.stream, size)
+        except EngineError:
+            if not self.make_room():
+                raise
         return Block(self.cuda, self.stream, size)
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> DeviceTensor:

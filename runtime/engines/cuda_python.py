@@ -3,6 +3,7 @@
 
 import ctypes
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,28 @@ class CudaPython:
                 "TensorRT engines need the package cuda-bindings; pip install 'starkv[trt]'"
             ) from None
         self._runtime = runtime
-        (count,) = self._call("cudaGetDeviceCount")
+        try:
+            (count,) = self._call("cudaGetDeviceCount")
+        except EngineError as error:
+            raise EngineError(f"CUDA can't begin here: {error}; {self._why_not()}") from None
         if not count:
             raise EngineError("CUDA finds no GPU; check nvidia-smi")
+
+    def _why_not(self) -> str:
+        """What may keep CUDA from beginning, as far as versions tell."""
+        try:
+            (release,), (driver,) = self._call("cudaRuntimeGetVersion"), self._call("cudaDriverGetVersion")
+        except EngineError:
+            driver = 0
+        if not driver:
+            return "there is no NVIDIA driver; check nvidia-smi"
+        major = driver // 1000
+        if major < release // 1000:
+            return (
+                f"cuda-bindings is for CUDA {_version(release)}, this driver runs CUDA {_version(driver)} at "
+                f"most; update it, or pip install 'cuda-bindings=={major}.*'"
+            )
+        return "check nvidia-smi"
 
     def allocate(self, size: int) -> int:
         # CUDA makes no memory of no bytes, and TensorRT takes no null addresses.
@@ -56,7 +76,13 @@ class CudaPython:
         dtype = np.dtype(dtype)
         size = int(np.prod(shape)) * dtype.itemsize
         (address,) = self._call("cudaMallocHost", max(1, size))
-        pinned: NDArray[Any] = _array_at(int(address), size, lambda: self._call("cudaFreeHost", address))
+
+        def free() -> None:
+            # A card that failed keeps it until the process ends.
+            with suppress(EngineError):
+                self._call("cudaFreeHost", address)
+
+        pinned: NDArray[Any] = _array_at(int(address), size, free)
         typed: NDArray[Any] = pinned.view(dtype).reshape(shape)
         return typed
 
@@ -125,12 +151,21 @@ class CudaPython:
         Raises:
             EngineError: the code is one.
         """
-        code, *values = getattr(self._runtime, function)(*arguments)
+        try:
+            code, *values = getattr(self._runtime, function)(*arguments)
+        except RuntimeError as error:
+            # Versions before 13 say so where the driver is missing.
+            raise EngineError(f"{function}: {error}") from None
         if code != self._runtime.cudaError_t.cudaSuccess:
             _, text = self._runtime.cudaGetErrorString(code)
             reason = text.decode() if isinstance(text, bytes) else str(text)
             raise EngineError(f"{function}: {reason}")
         return tuple(values)
+
+
+def _version(number: int) -> str:
+    """CUDA's way to write 12.6 is 12060."""
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def _available_memory() -> int:

@@ -7,10 +7,8 @@ from typing import Any
 from starkv.manifest import Manifest
 from starkv.runtime.engines.device_compress import DeviceCompressor, Operands
 from starkv.runtime.engines.device_tensor import DeviceMemory
-from starkv.trt_compat.running import Execution
-
-ALIASES = {"new_k": "dst_k", "new_v": "dst_v", "new_meta": "dst_meta"}
-"""Output of ``Compress`` → input whose memory it shares."""
+from starkv.runtime.engines.trt_tensors import COMPRESS_ALIASES
+from starkv.trt_compat.execution import Execution
 
 
 class TrtCompressor(DeviceCompressor):
@@ -41,7 +39,7 @@ class TrtCompressor(DeviceCompressor):
     def _run_compress(self, operands: Operands) -> None:
         for name, tensor in operands.items():
             self._execution.bind(name, tensor.address, tensor.shape)
-        for output, source in ALIASES.items():
-            self._execution.bind(output, operands[source].address)
+        for output, source in COMPRESS_ALIASES.items():
+            self._execution.bind(output, operands[source].address, operands[source].shape)
         self._execution.enqueue()
         self._memory.device.synchronize()

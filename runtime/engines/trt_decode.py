@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A decode step of TensorRT: one upload, one graph, one small download.
+"""A decode step on TensorRT: inputs go to the card in one copy, a token per sequence comes back.
 
-Whatever the host knows of a step lies in one block, so that it goes to the card in one copy. The step's plan
-is captured as a CUDA graph in its second run: lengths lie on the card, so one graph serves every length.
+The plan's run is captured as a CUDA graph in the step's second run: lengths lie on the card, so one graph
+serves every length. NVIDIA wants an execution context per captured graph, since whoever changes a context
+later makes the graph undefined (developer guide of TensorRT, CUDA graphs): each step has its own. They share
+the memory for activations.
 """
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,58 +20,31 @@ from starkv.errors import EngineError
 from starkv.kernels.c_abi import KernelAbi
 from starkv.manifest import Manifest
 from starkv.runtime.engines.base import Floats, Rope
+from starkv.runtime.engines.cuda import Cuda
 from starkv.runtime.engines.cuda_memory import CudaMemory
+from starkv.runtime.engines.cuda_upload import UploadBlock
 from starkv.runtime.engines.device_kv import DeviceKv
 from starkv.runtime.engines.device_tensor import DeviceTensor
 from starkv.runtime.generation import Draw
-from starkv.trt_compat.running import ALIGNMENT, Execution
+from starkv.trt_compat.execution import Execution
 
 _DRAWS = ("temperature", "top_p", "uniform")
 
 
-class UploadBlock:
-    """Arrays of a step side by side: filled on the host, on the card after one copy."""
-
-    def __init__(self, memory: CudaMemory, parts: dict[str, tuple[tuple[int, ...], Any]]) -> None:
-        """Lay out the parts.
-
-        Args:
-            memory: of the card.
-            parts: name → shape and dtype.
-        """
-        offsets, end = {}, 0
-        for name, (shape, dtype) in parts.items():
-            offsets[name] = end
-            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            end += -(-size // ALIGNMENT) * ALIGNMENT
-        self._memory, self._block = memory, memory.block(end)
-        self._host: NDArray[np.uint8] = memory.cuda.allocate_pinned((end,), np.uint8)
-        self.host: dict[str, NDArray[Any]] = {}
-        """Where to write what is uploaded next."""
-        for name, (shape, dtype) in parts.items():
-            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            part = self._host[offsets[name] : offsets[name] + size]
-            self.host[name] = part.view(dtype).reshape(shape)
-        self._offsets = offsets
-
-    def address(self, name: str) -> int:
-        """Of a part on the card."""
-        return self._block.address + self._offsets[name]
-
-    def upload(self) -> None:
-        """Enqueue the copy."""
-        self._memory.cuda.upload(self._block.address, self._host, self._memory.stream)
-
-
-@dataclass(frozen=True)
+@dataclass
 class DecodeParts:
     """What the decode steps of an engine share."""
 
-    execution: Execution
+    new_execution: Callable[[], Execution]
+    """Makes a context of the decoder's decode profile."""
+    plain: Execution
+    """One for all steps that are no graphs."""
     memory: CudaMemory
     kernels: KernelAbi | None
     """Picks tokens on the card; without it logits come to the host."""
     manifest: Manifest
+    graphs: bool
+    """Whether steps become CUDA graphs."""
 
 
 class TrtDecodeStep:
@@ -82,7 +59,7 @@ class TrtDecodeStep:
             batch: sequences, in the first slots.
         """
         text, memory = parts.manifest.text, parts.memory
-        self._parts, self._batch, self._kv_shape = parts, batch, kv.shape
+        self._parts, self._batch, self._kv = parts, batch, weakref.ref(kv)
         self._keys, self._values = kv.keys, kv.values
         half = text.head_dim // 2
         layout: dict[str, tuple[tuple[int, ...], Any]] = {
@@ -103,43 +80,15 @@ class TrtDecodeStep:
             "q_window": memory.empty((text.layers, batch, text.heads, 1, text.head_dim), kv.keys.dtype),
             "hidden_norm": memory.empty((text.layers, batch, 1), np.float32),
         }
-        self._graph: Any | None = None
-        self.runs = 0
-        """Steps that were done."""
+        self._execution: Execution | None = None
+        self._graphs: list[Any] = []
+        # Before the context and the memory go.
+        weakref.finalize(self, _end, memory.cuda, memory.stream, self._graphs)
 
-    def bind(self) -> None:
-        """Give the context, which all steps share, this step's addresses and shapes."""
-        execution, batch = self._parts.execution, self._batch
-        for name in ("inputs_embeds", "rope_cos", "rope_sin", "kv_len", "last_index"):
-            execution.bind(name, self._inputs.address(name), self._inputs.host[name].shape)
-        execution.bind("logits", self._logits.address)
-        for name, tensor in self._unread.items():
-            execution.bind(name, tensor.address)
-        bind_cache(execution, self._keys, self._values, batch)
-
-    @property
-    def captured(self) -> bool:
-        return self._graph is not None
-
-    def capture(self) -> None:
-        """Record the plan's run, which must have run once before.
-
-        Raises:
-            EngineError: it can't be recorded.
-        """
-        cuda, stream = self._parts.memory.cuda, self._parts.memory.stream
-        cuda.begin_capture(stream)
-        try:
-            self._parts.execution.enqueue()
-        finally:
-            graph = cuda.end_capture(stream)
-        self._graph = graph
-
-    def release(self) -> None:
-        """Give the graph back."""
-        if self._graph is not None:
-            self._parts.memory.cuda.destroy_graph(self._graph)
-            self._graph = None
+    def leave(self) -> None:
+        """Make room for other steps; whoever wants this one again makes a new one."""
+        if kv := self._kv():
+            kv.steps.pop(self._batch, None)
 
     def logits(self, lengths: NDArray[np.int32], embeds: Floats, rope: Rope) -> Floats:
         """Append a row to each sequence; logits ``[B, vocab]`` on the host."""
@@ -183,23 +132,70 @@ class TrtDecodeStep:
         for name in _DRAWS:
             host[name][:] = [getattr(draw, name) for draw in draws] or 0.0
         self._inputs.upload()
-        if self._graph is not None:
-            self._parts.memory.cuda.launch(self._graph, self._parts.memory.stream)
+        self._enqueue()
+
+    def _enqueue(self) -> None:
+        parts = self._parts
+        if parts.graphs and not self._graphs and self._execution is not None:
+            try:
+                self._capture(self._execution)
+            except EngineError:
+                # What can't be recorded is launched kernel by kernel.
+                parts.graphs = False
+        if parts.graphs and self._graphs:
+            parts.memory.cuda.launch(self._graphs[0], parts.memory.stream)
+        elif parts.graphs:
+            # A context has to run once before its run is captured.
+            execution = parts.new_execution()
+            self._bind(execution)
+            execution.enqueue()
+            self._execution = execution
         else:
-            self._parts.execution.enqueue()
-        self.runs += 1
+            self._bind(parts.plain)
+            parts.plain.enqueue()
+
+    def _bind(self, execution: Execution) -> None:
+        """Give a context this step's addresses and shapes."""
+        for name in ("inputs_embeds", "rope_cos", "rope_sin", "kv_len", "last_index"):
+            execution.bind(name, self._inputs.address(name), self._inputs.host[name].shape)
+        execution.bind("logits", self._logits.address, self._logits.shape)
+        for name, tensor in self._unread.items():
+            execution.bind(name, tensor.address, tensor.shape)
+        bind_cache(execution, self._keys, self._values, self._batch)
+
+    def _capture(self, execution: Execution) -> None:
+        """Record the plan's run.
+
+        Raises:
+            EngineError: it can't be recorded.
+        """
+        cuda, stream = self._parts.memory.cuda, self._parts.memory.stream
+        cuda.begin_capture(stream)
+        try:
+            execution.enqueue()
+        except EngineError:
+            # The stream must leave the capture all the same; what was recorded is no whole run.
+            with suppress(EngineError):
+                cuda.destroy_graph(cuda.end_capture(stream))
+            raise
+        self._graphs.append(cuda.end_capture(stream))
+
+
+def _end(cuda: Cuda, stream: int, graphs: list[Any]) -> None:
+    """Destroy a step's graph, once nothing runs that may be of it."""
+    # A card that failed gives nothing back before the process ends.
+    with suppress(EngineError):
+        cuda.synchronize(stream)
+        while graphs:
+            cuda.destroy_graph(graphs.pop())
 
 
 def bind_cache(execution: Execution, keys: DeviceTensor, values: DeviceTensor, batch: int) -> None:
     """Bind the first slots of a cache ``[L, N, Hkv, C, D]`` as past and present."""
     layers, _, *rest = keys.shape
+    shape = (batch, *rest)
     for layer in range(layers):
         for kind, tensor in (("k", keys), ("v", values)):
             address = tensor.at(layer)
-            execution.bind(f"past_{kind}.{layer}", address, (batch, *rest))
-            execution.bind(f"present_{kind}.{layer}", address)
-
-
-def cache_aliases(layers: int) -> dict[str, str]:
-    """Output of the decoder → input whose memory it shares."""
-    return {f"present_{kind}.{layer}": f"past_{kind}.{layer}" for layer in range(layers) for kind in "kv"}
+            execution.bind(f"past_{kind}.{layer}", address, shape)
+            execution.bind(f"present_{kind}.{layer}", address, shape)

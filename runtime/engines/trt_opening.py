@@ -3,16 +3,19 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from starkv.errors import EngineError
 from starkv.gpu import Gpu, require_gpu
+from starkv.kernels.c_abi import KernelAbi, KernelError
+from starkv.kernels.library_paths import KERNELS
 from starkv.manifest import Manifest, TensorRTBuild
+from starkv.runtime.engines.trt_tensors import COMPRESS, DECODER, VISION, check_tensors, expected_tensors
 from starkv.trt_compat.module import TensorRT, load_tensorrt
 from starkv.trt_compat.plugin_file import check_plugins
 from starkv.trt_compat.plugins import LIBRARY_NAME, load_plugins
 from starkv.trt_compat.running import Plan, Runtime
 
-VISION, DECODER, COMPRESS = "vision", "decoder", "compress"
 _WITH_WEIGHTS = (VISION, DECODER)
 _AMPERE = (8, 0)
 
@@ -45,14 +48,16 @@ def find_machine(directory: Path, manifest: Manifest) -> Machine:
     return Machine(gpu, tensorrt, build)
 
 
-def open_plans(directory: Path, machine: Machine, weight_budget: int | None = None) -> dict[str, Plan]:
+def open_plans(
+    directory: Path, manifest: Manifest, machine: Machine, weight_room: int | None = None
+) -> dict[str, Plan]:
     """Open an engine's plans; plugins first, since plans name them.
 
     Args:
         directory: the engine.
+        manifest: its own.
         machine: that it fits.
-        weight_budget: bytes of weights on the device where the engine streams them; TensorRT's choice if
-            None.
+        weight_room: bytes for weights on the device where the engine streams them; all of them if None.
 
     Returns:
         ``vision``, ``decoder`` and ``compress``.
@@ -64,15 +69,30 @@ def open_plans(directory: Path, machine: Machine, weight_budget: int | None = No
     if plugins.is_file():
         check_plugins(plugins, machine.gpu)
     load_plugins(machine.tensorrt, plugins)
-    runtime = Runtime(machine.tensorrt)
-    plans = {}
-    for name in (VISION, DECODER, COMPRESS):
+    runtime, plans = Runtime(machine.tensorrt), dict[str, Plan]()
+    for name, tensors in expected_tensors(manifest).items():
         graph = directory / f"{name}.onnx"
         refit = graph if build.stripped and name in _WITH_WEIGHTS else None
-        plans[name] = plan = runtime.open(directory / f"{name}.plan", refit)
-        if build.weight_streaming and plan.streamable_bytes:
-            plan.stream_weights(weight_budget)
+        plans[name] = runtime.open(directory / f"{name}.plan", refit)
+        check_tensors(plans[name], tensors)
+    if build.weight_streaming and weight_room is not None:
+        _place_weights(plans, build, weight_room)
     return plans
+
+
+def _place_weights(plans: dict[str, Plan], build: TensorRTBuild, room: int) -> None:
+    """Share the room for weights out.
+
+    The decoder, which reads its own for every token, goes first; the vision tower runs once per image.
+    """
+    for name in plans:
+        room -= max(0, build.weight_bytes.get(name, 0) - plans[name].streamable_bytes)
+    for name in (DECODER, VISION, COMPRESS):
+        streamable = plans[name].streamable_bytes
+        if streamable:
+            share = min(streamable, max(0, room))
+            plans[name].stream_weights(share)
+            room -= share
 
 
 def build_of(directory: Path, manifest: Manifest) -> TensorRTBuild:
@@ -118,3 +138,35 @@ def check_fits(directory: Path, build: TensorRTBuild, gpu: Gpu, tensorrt: Tensor
             f"{directory} was built with CUDA {build.cuda}, but this driver runs CUDA "
             f"{'.'.join(map(str, gpu.driver_cuda))} at most; update the driver, or {again}"
         )
+
+
+def kernels_beside(directory: Path) -> KernelAbi | None:
+    """The kernels' library of an engine; None where it has none, or one that doesn't fit."""
+    path = directory / KERNELS["cuda"]
+    try:
+        library = KernelAbi(path) if path.is_file() else None
+    except KernelError:
+        return None
+    return library if library and library.device == "cuda" else None
+
+
+def open_host_graph(directory: Path, threads: int, graph: str) -> Any:
+    """A session of ONNX Runtime for a method that runs on the processor.
+
+    Raises:
+        EngineError: it is not installed, or can't load the graph.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise EngineError(
+            "this KV method runs on the processor and needs ONNX Runtime; pip install 'starkv[cpu]', or use "
+            "star_kv"
+        ) from None
+    path, options = directory / f"{graph}.onnx", onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the binding raises many classes, all of its own
+        reason = str(error).splitlines()[0]
+        raise EngineError(f"ONNX Runtime {onnxruntime.__version__} can't load {path}: {reason}") from None

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from starkv.trt_compat.running import Execution, Plan, numpy_dtype
+from starkv.trt_compat.execution import Execution
+from starkv.trt_compat.running import Plan, numpy_dtype
 
 Fetch = Callable[[int, NDArray[Any], int], None]
 """Fills an array from an address of the card, on a stream, and waits."""

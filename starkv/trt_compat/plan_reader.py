@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans come from their file in pieces: gigabytes never lie in memory as a whole."""
+"""Plans come from their file in pieces: Python never holds gigabytes of them."""
 
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from starkv.errors import EngineError
 from starkv.trt_compat.module import TensorRT
 from starkv.trt_compat.version import STREAM_READER_V2
 
@@ -19,10 +21,23 @@ _PIECE = 64 << 20
 
 @contextmanager
 def plan_reader(tensorrt: TensorRT, path: Path) -> "Iterator[trt.IStreamReaderV2]":
-    """What ``deserialize_cuda_engine`` reads a plan from."""
-    with path.open("rb") as file:
-        make = _make_reader if tensorrt.version < STREAM_READER_V2 else _make_reader_v2
-        yield make(tensorrt, file)
+    """What ``deserialize_cuda_engine`` reads a plan from.
+
+    Raises:
+        EngineError: the file is missing, empty or can't be read.
+    """
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise EngineError(f"{path} can't be read ({error.strerror}); build the engine again") from None
+    with file:
+        if not path.stat().st_size:
+            raise EngineError(f"{path} is empty; build the engine again")
+        if tensorrt.version < STREAM_READER_V2:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                yield _make_reader(tensorrt, content)
+        else:
+            yield _make_reader_v2(tensorrt, file)
 
 
 def _make_reader_v2(tensorrt: TensorRT, file: BufferedReader) -> "trt.IStreamReaderV2":
@@ -44,15 +59,18 @@ def _make_reader_v2(tensorrt: TensorRT, file: BufferedReader) -> "trt.IStreamRea
     return Reader()
 
 
-def _make_reader(tensorrt: TensorRT, file: BufferedReader) -> Any:
+def _make_reader(tensorrt: TensorRT, content: mmap.mmap) -> Any:
     module = tensorrt.module
 
     class Reader(module.IStreamReader):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             module.IStreamReader.__init__(self)
 
-        def read(self, size: int) -> bytes:
-            # All that is asked for at once: a shorter answer ends the plan.
-            return file.read(size)
+        def read(self, size: int) -> memoryview:
+            # All that is asked for at once: a shorter answer ends the plan. TensorRT copies it (pyCore.cpp),
+            # and the system takes the file's pages back where memory is short.
+            start = content.tell()
+            content.seek(min(start + size, len(content)))
+            return memoryview(content)[start : start + size]
 
     return Reader()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a plan to its execution: everything of TensorRT's runtime that starkv uses."""
+"""Plans: opening them, their weights, and what they say of their tensors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -100,17 +100,20 @@ class Plan:
         """Weights that may stay in host memory; 0 unless the plan was built for that."""
         return int(self._engine.streamable_weights_size)
 
-    def stream_weights(self, budget: int | None) -> None:
+    @property
+    def streams(self) -> bool:
+        """Whether weights come from the host at each run, which no CUDA graph can hold."""
+        return int(self._engine.weight_streaming_budget_v2) < self.streamable_bytes
+
+    def stream_weights(self, budget: int) -> None:
         """Say how much of the weights lies on the device; before any context is made.
 
         Args:
-            budget: bytes; what TensorRT thinks best if None.
+            budget: bytes, at most :attr:`streamable_bytes`.
 
         Raises:
             EngineError: TensorRT refuses it.
         """
-        if budget is None:
-            budget = int(self._engine.get_weight_streaming_automatic_budget())
         self._engine.weight_streaming_budget_v2 = budget
         if int(self._engine.weight_streaming_budget_v2) != budget:
             raise EngineError(
@@ -144,6 +147,8 @@ class Plan:
         Raises:
             EngineError: TensorRT can't make it.
         """
+        if not 0 <= profile < self.profiles:
+            raise EngineError(f"{self.name} has no profile {profile}; build it again")
         strategy = self._module.ExecutionContextAllocationStrategy.USER_MANAGED
         context: trt.IExecutionContext | None = self._engine.create_execution_context(strategy)
         if context is None or not context.set_optimization_profile_async(profile, stream):
@@ -167,93 +172,6 @@ class Plan:
     def _range(self, name: str, profile: int) -> tuple[Shape, Shape, Shape]:
         least, usual, most = self._engine.get_tensor_profile_shape(name, profile)
         return tuple(least), tuple(usual), tuple(most)
-
-
-class Execution:
-    """A plan in one profile: every tensor's address and shape is checked before TensorRT sees it.
-
-    Args:
-        plan: opened.
-        profile: index.
-        scratch: address of device memory for activations, at least :meth:`Plan.scratch_bytes`.
-        scratch_bytes: what is there.
-        stream: on which everything runs.
-        aliases: output → input whose memory it shares.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        profile: int,
-        scratch: int,
-        scratch_bytes: int,
-        stream: int,
-        aliases: Mapping[str, str] | None = None,
-    ) -> None:
-        self._plan, self._profile, self._stream = plan, profile, stream
-        self._aliases = dict(aliases or {})
-        plan.check_aliases(self._aliases)
-        self._context = plan.context(profile, stream)
-        self._context.set_device_memory(scratch, scratch_bytes)
-        self._addresses: dict[str, int] = {}
-
-    @property
-    def context(self) -> "trt.IExecutionContext":
-        return self._context
-
-    @property
-    def plan(self) -> Plan:
-        return self._plan
-
-    def bind(self, name: str, address: int, shape: Shape | None = None) -> None:
-        """Say where a tensor lies, and of an input how large it is.
-
-        Raises:
-            EngineError: the plan has no such tensor, or its profile no such shape.
-        """
-        info = self._plan.tensors.get(name)
-        if info is None:
-            raise EngineError(f"{self._plan.name} has no tensor {name}; build the engine again")
-        if not address or address % ALIGNMENT:
-            raise EngineError(f"{self._plan.name}: {name} lies at {address:#x}, no multiple of {ALIGNMENT}")
-        if info.is_input:
-            self._set_shape(info, shape or ())
-        if not self._context.set_tensor_address(name, address):
-            raise EngineError(f"{self._plan.name}: TensorRT refuses the address of {name}: {self._said()}")
-        self._addresses[name] = address
-
-    def _set_shape(self, info: TensorInfo, shape: Shape) -> None:
-        least, _, most = info.ranges[self._profile]
-        fits = len(shape) == len(least) and all(
-            low <= size <= high for low, size, high in zip(least, shape, most, strict=True)
-        )
-        if not fits:
-            raise EngineError(
-                f"{self._plan.name}: {info.name} is {list(shape)}, but the engine was built for "
-                f"{list(least)} to {list(most)}; build it for larger sizes, or use smaller ones"
-            )
-        if not self._context.set_input_shape(info.name, shape):
-            raise EngineError(
-                f"{self._plan.name}: TensorRT refuses {info.name} {list(shape)}: {self._said()}"
-            )
-
-    def enqueue(self) -> None:
-        """Enqueue one run.
-
-        Raises:
-            EngineError: a tensor has no address, aliases lie apart, or TensorRT can't.
-        """
-        missing = [name for name in self._plan.tensors if name not in self._addresses]
-        if missing:
-            raise EngineError(f"{self._plan.name}: {missing[0]} has no address")
-        for output, source in self._aliases.items():
-            if self._addresses[output] != self._addresses[source]:
-                raise EngineError(f"{self._plan.name}: {output} must lie where {source} does")
-        if not self._context.execute_async_v3(self._stream):
-            raise EngineError(f"TensorRT can't run {self._plan.name}: {self._said()}")
-
-    def _said(self) -> str:
-        return self._plan.runtime.log.take()
 
 
 def numpy_dtype(module: Any, dtype: Any) -> np.dtype[Any]:
