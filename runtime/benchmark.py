@@ -13,16 +13,18 @@ from PIL import Image
 
 from starkv.errors import UsageError
 from starkv.host import usable_processors
+from starkv.manifest import read_manifest
 from starkv.methods.names import FULL
 from starkv.methods.rows import prompt_rows
 from starkv.runtime.engines.base import Engine, Rope
 from starkv.runtime.engines.cuda_driver import CudaDevice
+from starkv.runtime.generation import Sampler, SamplingParameters
 from starkv.runtime.kv.policy import KvPolicy
 from starkv.runtime.preprocess.image import preprocess
 from starkv.runtime.preprocess.positions import rope_tables, text_positions
 
-ON_GPU = "ort-cuda"
-"""Backend of engines whose weights and cache lie in a GPU's memory."""
+ON_GPU = ("ort-cuda", "trt")
+"""Backends of engines whose weights and cache lie in a GPU's memory."""
 _TEXT_ROWS = 40
 """Rows of text around the screenshot of a compressed prompt."""
 
@@ -88,16 +90,19 @@ def peak_mib() -> float:
 
 def bandwidth_of(engine: Engine) -> float:
     """Bytes per second that bound decode where the engine runs."""
-    return CudaDevice().copy_bandwidth() if engine.info.backend == ON_GPU else memory_bandwidth()
+    return CudaDevice().copy_bandwidth() if engine.info.backend in ON_GPU else memory_bandwidth()
 
 
 def peak_of(engine: Engine) -> float:
     """``Measurement.peak_mib``."""
-    return CudaDevice().memory_in_use() / 2**20 if engine.info.backend == ON_GPU else peak_mib()
+    return CudaDevice().memory_in_use() / 2**20 if engine.info.backend in ON_GPU else peak_mib()
 
 
 def decoder_bytes(engine_directory: Path) -> int:
     """Bytes of weights that one decode step reads."""
+    build = read_manifest(engine_directory).tensorrt
+    if build is not None:
+        return build.weight_bytes["decoder"]
     return (engine_directory / "decoder.data").stat().st_size
 
 
@@ -155,16 +160,20 @@ class Benchmark:
         return self._row(name, 0, rates, pool.kv.bytes_held, None)
 
     def decode(self, tokens: int, depth: int) -> Measurement:
-        """Decode ``tokens`` rows, one at a time, behind what the policy keeps of ``depth`` rows."""
+        """Decode ``tokens`` rows, one at a time, behind what the policy keeps of ``depth`` rows.
+
+        Tokens are picked where a reply picks them, the likeliest.
+        """
         kept = self._policy.kept_rows(depth) if depth else 0
         pool = self._engine.new_pool(1, kept + tokens)
         pool.acquire()
         embeds, rope = self._inputs(1, depth)
+        samplers = [Sampler(SamplingParameters())]
 
         def once() -> None:
             pool.kv.lengths[:] = kept
             for _ in range(tokens):
-                self._engine.decode(pool, embeds, rope)
+                self._engine.decode_tokens(pool, embeds, rope, samplers)
 
         once()
         rates = tuple(tokens / _timed(once) for _ in range(self._repetitions))

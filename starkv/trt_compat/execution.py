@@ -33,10 +33,19 @@ class Execution:
         aliases: Mapping[str, str] | None = None,
     ) -> None:
         self._plan, self._profile, self._stream = plan, profile, stream
+        self._scratch = scratch, scratch_bytes
         self._aliases = dict(aliases or {})
         plan.check_aliases(self._aliases)
-        self._context = plan.context(profile, stream)
-        self._context.set_device_memory(scratch, scratch_bytes)
+        self.renew()
+
+    def renew(self) -> None:
+        """Begin anew, without anything that was bound, or is listening.
+
+        Raises:
+            EngineError: TensorRT can't.
+        """
+        self._context = self._plan.context(self._profile, self._stream)
+        self._context.set_device_memory(*self._scratch)
         self._addresses: dict[str, int] = {}
         self._shapes: dict[str, Shape] = {}
         self._outputs: dict[str, Shape] = {}

@@ -5,11 +5,12 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 from numpy.typing import NDArray
 
+from starkv.errors import EngineError
 from starkv.trt_compat.execution import Execution
 from starkv.trt_compat.running import Plan, numpy_dtype
 
@@ -39,14 +40,16 @@ def timed_layers(execution: Execution) -> Iterator[dict[str, float]]:
         def __init__(self) -> None:
             module.IProfiler.__init__(self)
 
-        def report_layer_time(self, layer_name: str, ms: float) -> None:
-            times[layer_name] += ms
+        def report_layer_time(self, layer_name: str, ms: SupportsFloat) -> None:
+            times[layer_name] += float(ms)
 
+    execution.renew()
     execution.context.profiler = Profiler()
     try:
         yield times
     finally:
-        execution.context.profiler = None
+        # Nothing says that a profiler can be taken away.
+        execution.renew()
 
 
 @contextmanager
@@ -56,29 +59,37 @@ def watched_values(execution: Execution, fetch: Fetch) -> Iterator[dict[str, NDA
     Args:
         execution: what runs.
         fetch: copies from the card.
+
+    Raises:
+        EngineError: a value can't be fetched.
     """
     module = execution.plan.runtime.tensorrt.module
     values: dict[str, NDArray[Any]] = {}
+    failures: list[EngineError] = []
 
     class Listener(module.IDebugListener):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             module.IDebugListener.__init__(self)
 
         def process_debug_tensor(
-            self, addr: int, location: Any, type: Any, shape: Any, name: str, stream: int
+            self, addr: Any, location: Any, type: Any, shape: Any, name: str, stream: int
         ) -> None:
-            # The content is there only as long as this call lasts.
-            array = np.empty(tuple(shape), numpy_dtype(module, type))
-            fetch(addr, array, stream)
-            values[name] = array
+            try:
+                # The content is there only as long as this call lasts.
+                array = np.empty(tuple(shape), numpy_dtype(module, type))
+                fetch(addr, array, stream)
+                values[name] = array
+            except EngineError as error:
+                # TensorRT would print it and go on.
+                failures.append(error)
 
-    context = execution.context
-    # The context does not keep its listener alive.
+    execution.renew()
     listener = Listener()
-    context.set_debug_listener(listener)
-    context.set_all_tensors_debug_state(True)
+    execution.context.set_debug_listener(listener)
+    execution.context.set_all_tensors_debug_state(True)
     try:
         yield values
     finally:
-        context.set_all_tensors_debug_state(False)
-        context.set_debug_listener(None)
+        execution.renew()
+    if failures:
+        raise failures[0]
