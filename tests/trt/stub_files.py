@@ -19,8 +19,14 @@ _CALLBACKS = {
     ("IStreamReader", "read"): f"def read(self, size: int) -> {_BUFFER}: ...",
     ("IStreamReaderV2", "read"): f"def read(self, num_bytes: int, stream: int) -> {_BUFFER}: ...",
     ("IStreamWriter", "write"): "def write(self, data: bytes) -> int: ...",
+    ("IDebugListener", "process_debug_tensor"): (
+        "def process_debug_tensor(self, addr: int, location: TensorLocation, type: DataType, shape: Dims, "
+        "name: str, stream: int) -> None: ..."
+    ),
 }
 """How TensorRT calls these, where the stub has the C++ signature (pyCore.cpp, v10.3.0 to v11.1)."""
+_POINTERS = ("profiler", "set_debug_listener")
+"""What these take is a pointer in C++, so it may be None (pyCore.cpp; NvInferRuntime.h)."""
 _FUNCTIONS = {"get_plugin_registry": "def get_plugin_registry() -> IPluginRegistry: ..."}
 _ADDED = {
     # Through its length and items, as Python takes it; mypy does not.
@@ -69,6 +75,10 @@ class _Fixes(ast.NodeTransformer):
             node.body = [self._method(node.name, statement) for statement in node.body]
             if node.name in _ADDED:
                 node.body += ast.parse(_ADDED[node.name]).body
+        elif isinstance(node, ast.FunctionDef) and node.name in _POINTERS:
+            node.args.args[1].annotation = _or_none(node.args.args[1].annotation)
+        elif isinstance(node, ast.AnnAssign) and ast.unparse(node.target) in _POINTERS:
+            node.annotation = _or_none(node.annotation)
         elif isinstance(node, ast.Module):
             node.body = [self._function(statement) for statement in node.body]
         elif isinstance(node, ast.arg) and node.annotation:
@@ -93,8 +103,17 @@ class _Fixes(ast.NodeTransformer):
 def _taken(annotation: ast.expr) -> ast.expr:
     """What a parameter takes: pybind11 makes dimensions of tuples and lists.
 
-    Newer bindings write ``SupportsInt`` for ``int``, also where TensorRT is the caller, and passes an int.
+    Newer bindings write ``SupportsInt`` for ``int``, also where TensorRT is the caller and passes an int; the
+    same for ``float``.
     """
-    taken = {"Dims": "Dims | tuple[int, ...] | list[int]", "typing.SupportsInt": "int"}
+    taken = {
+        "Dims": "Dims | tuple[int, ...] | list[int]",
+        "typing.SupportsInt": "int",
+        "typing.SupportsFloat": "float",
+    }
     written = ast.unparse(annotation)
     return ast.parse(taken[written], mode="eval").body if written in taken else annotation
+
+
+def _or_none(annotation: ast.expr | None) -> ast.expr:
+    return ast.BinOp(annotation or ast.Name("object", ast.Load()), ast.BitOr(), ast.Constant(None))
