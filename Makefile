@@ -42,7 +42,7 @@ BUILD_TOOLS = $(shell cmake --version 2>&1 | $(NEW_CMAKE) && command -v ninja >/
 	|| echo $(VENV)/build-ready)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo engine run chat bench plugin validate gpu-check test lint train clean
+.PHONY: help demo engine run chat bench plugin validate gpu-check trt-check test lint train clean
 
 help:  ## Show the targets.
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -112,6 +112,11 @@ validate: $(VENV)/dev-ready  ## Compare all implementations of the operators: [D
 
 gpu-check:  ## On a machine with a GPU: build, test, sanitize, compare and measure the kernels. Installs nothing.
 	$(GPU_PYTHON) benchmarks/gpu_check.py $(if $(OFFICIAL),--official '$(OFFICIAL)')
+
+# TensorRT goes into the environment only where there is a GPU to use it.
+trt-check: $(VENV)/dev-ready $(if $(shell command -v nvidia-smi),$(VENV)/trt-ready)
+trt-check:  ## Everything about TensorRT that this machine can prove, without a GPU, too: [ONLY=names].
+	$(BIN)/python benchmarks/trt_check.py $(if $(ONLY),--only '$(ONLY)')
 
 test: $(VENV)/dev-ready lint  ## Lint, check types, run all tests.
 	$(BIN)/python -m pytest
