@@ -129,3 +129,27 @@ def test_no_builder_without_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
         trt().Builder(logger)
     assert "error: 35" in logger._lines[0]
     assert H100.capability == (9, 0)
+
+
+def test_an_output_has_the_type_it_is_declared_with(state: State, tmp_path: Path) -> None:
+    node = helper.make_node("Sqrt", ["x"], ["y"], name="s")
+    graph = save(tmp_path / "s.onnx", [node], [value("x", FLOAT, 4)], [value("y", BF16, 4)])
+    small = Small(graph, {}, 1, state.cuda, profiles=0)
+    assert small.build() is None
+    assert "output y is declared with another type" in small.said
+
+
+def test_an_output_has_the_shape_it_is_declared_with(state: State, tmp_path: Path) -> None:
+    node = helper.make_node("Sqrt", ["x"], ["y"], name="s")
+    graph = save(tmp_path / "s.onnx", [node], [value("x", FLOAT, 4)], [value("y", FLOAT, 5)])
+    small = Small(graph, {}, 1, state.cuda, profiles=0)
+    assert small.build() is None
+    assert "y is declared [5], computed (4,)" in small.said
+
+
+def test_nothing_can_not_be_built(state: State) -> None:
+    logger = trt().Logger()
+    builder = trt().Builder(logger)
+    config = builder.create_builder_config()
+    assert builder.build_serialized_network(builder.create_network(2), config) is None
+    assert "no layers" in logger._lines[-1]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from fake_cuda import FakeCuda
 from fake_tensorrt import H100, install
-from fake_tensorrt.state import State
+from fake_tensorrt.state import MisuseError, State
 from onnx import helper
 from small_engines import FLOAT, Small, save, trt, value
 
@@ -97,6 +97,15 @@ def test_a_monitor_can_cancel(times: Small, going: Any, capsys: pytest.CaptureFi
     assert ("division by zero" in capsys.readouterr().err) == (going is failing)
 
 
+def test_what_the_fakes_complain_of_is_not_swallowed(times: Small) -> None:
+    def going() -> bool:
+        raise MisuseError("wrong")
+
+    times.change = lambda config: setattr(config, "progress_monitor", monitor(going, []))
+    with pytest.raises(MisuseError, match="wrong"):
+        times.build()
+
+
 def test_callbacks_call_their_base(state: State) -> None:
     class Silent(trt().IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -139,4 +148,7 @@ def test_a_writer_takes_all(
     assert trt().OnnxParser(network, logger).parse_from_file(str(graph))
     assert not builder.build_serialized_network_to_stream(network, builder.create_builder_config(), Writer())
     assert "did not take all" in logger._lines[-1]
+    empty = builder.create_network(2)
+    assert not builder.build_serialized_network_to_stream(empty, builder.create_builder_config(), Writer())
+    assert "no layers" in logger._lines[-1]
     assert reason in capsys.readouterr().err

@@ -44,11 +44,12 @@ def test_every_input_needs_a_shape(times: Small) -> None:
     engine = times.engine()
     context = times.context(engine)
     assert context.infer_shapes() == []
-    assert context.get_tensor_shape("y") == (2, 4)
+    assert context.get_tensor_shape("x") == context.get_tensor_shape("y") == (2, 4)
     context.set_optimization_profile_async(0, times.stream)
     assert context.infer_shapes() == ["x"]
     assert not context.all_binding_shapes_specified
-    assert context.get_tensor_shape("y") == engine.get_tensor_shape("y") == (-1, 4)
+    for name in "xy":
+        assert context.get_tensor_shape(name) == engine.get_tensor_shape(name) == (-1, 4)
     assert context.update_device_memory_size_for_shapes() == 0
     assert not context.execute_async_v3(times.stream)
     assert "x has no shape" in times.said
@@ -59,7 +60,8 @@ def test_shapes_lie_in_the_profile(times: Small) -> None:
     for shape in ((0, 4), (9, 4), (2, 5), (2,)):
         assert not context.set_input_shape("x", shape)
     assert "outside of the profile" in times.said
-    assert not context.set_input_shape("y", (2, 4))
+    for name in "yz":
+        assert not context.set_input_shape(name, (2, 4))
     with pytest.raises(TypeError, match="shape"):
         context.set_input_shape("x", np.array([2, 4]))
 
@@ -121,6 +123,13 @@ def test_outputs_and_scratch_overlap_nothing(times: Small, name: str, place: str
     context.set_tensor_address(name, times.held[place] + (offset if place == "scratch" else 0))
     with pytest.raises(MisuseError, match="overlap"):
         context.execute_async_v3(times.stream)
+
+
+def test_inputs_may_share_memory(attention: Small) -> None:
+    context = attention.context()
+    assert context.set_tensor_address("v", attention.held["k"])
+    assert context.execute_async_v3(attention.stream)
+    attention.cuda.synchronize(attention.stream)
 
 
 def test_an_output_does_not_overlap_a_cache(attention: Small) -> None:

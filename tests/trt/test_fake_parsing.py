@@ -63,6 +63,16 @@ def test_operators_have_a_first_version(tmp_path: Path, monkeypatch: pytest.Monk
         assert state.builds == []
 
 
+def test_a_network_takes_one_model(times: Small) -> None:
+    logger = trt().Logger()
+    parser = trt().OnnxParser(trt().Builder(logger).create_network(2), logger)
+    assert parser.parse_from_file(str(times.graph))
+    assert not parser.parse_from_file(str(times.graph))
+    assert "not empty" in logger._lines[-1]
+    parser.clear_errors()
+    assert parser.num_errors == 0
+
+
 def with_function(path: Path) -> Path:
     model = onnx.load(path)
     body = helper.make_node("Identity", ["q"], ["out"])

@@ -9,7 +9,8 @@ import pytest
 from fake_cuda import FakeCuda
 from fake_tensorrt import H100, ORIN, install
 from fake_tensorrt.state import MisuseError, State
-from small_engines import Small, scaled, trt
+from onnx import helper
+from small_engines import FLOAT, Small, save, scaled, trt, value
 
 from starkv.gpu import Gpu
 
@@ -118,6 +119,19 @@ def test_a_plan_needs_its_plugins(attention: Small, monkeypatch: pytest.MonkeyPa
     install(monkeypatch, cuda=FakeCuda())
     assert loaded(attention, plan) is None
     assert "could not find plugin" in attention.said
+
+
+def test_an_engine_describes_its_tensors(times: Small, state: State, tmp_path: Path) -> None:
+    module, engine = trt(), times.engine()
+    modes = module.TensorIOMode
+    assert [engine.get_tensor_mode(name) for name in "xyz"] == [modes.INPUT, modes.OUTPUT, modes.NONE]
+    assert engine.get_tensor_dtype("x") == module.DataType.FLOAT
+    assert engine.get_tensor_profile_shape("x", 0) == [(1, 4), (2, 4), (8, 4)]
+    node = helper.make_node("Sqrt", ["x"], ["y"], name="s")
+    fixed = save(tmp_path / "f.onnx", [node], [value("x", FLOAT, 4)], [value("y", FLOAT, 4)])
+    engine = Small(fixed, {}, times.stream, state.cuda, profiles=0).engine()
+    assert engine.num_optimization_profiles == 1
+    assert engine.get_tensor_profile_shape("x", 0) == [(4,)] * 3
 
 
 # --- readers ---

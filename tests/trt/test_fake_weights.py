@@ -35,6 +35,14 @@ def test_a_context_of_its_own_takes_memory(times: Small, state: State) -> None:
     assert engine.create_execution_context() is None
 
 
+def test_streamed_weights_take_their_budget_with_the_first_context(times: Small, state: State) -> None:
+    times.flags = ("WEIGHT_STREAMING",)
+    engine = times.engine()
+    state.cuda.reserved = state.cuda.total
+    assert engine.create_execution_context(trt().ExecutionContextAllocationStrategy.USER_MANAGED) is None
+    assert "OutOfMemory" in times.said
+
+
 def stripped(small: Small) -> Any:
     small.flags = ("STRIP_PLAN", "REFIT_IDENTICAL")
     return small.engine()

@@ -77,6 +77,10 @@ def _corner(model: ShapeModel, shapes: Mapping[str, tuple[int, ...]], what: str)
     for node in model.graph.node:
         if node.op_type in ONE_TYPE:
             yield from _one_type(node, kinds)
+    for entry in model.graph.output:
+        declared = entry.type.tensor_type.elem_type
+        if kinds.get(entry.name, declared) != declared:
+            yield f"output {entry.name} is declared with another type than it has"
 
 
 def _one_type(node: onnx.NodeProto, kinds: Mapping[str, int]) -> Iterator[str]:
