@@ -89,7 +89,7 @@ class TrtEngine(SteppingEngine):
         room = check_memory(self._manifest, self._build, self._cuda, budget)
         self._plans = open_plans(directory, self._manifest, machine, room)
         self._spare = SparePools()
-        self._memory = CudaMemory(self._cuda, self._cuda.new_stream(), self._spare.give_up)
+        self._memory = CudaMemory(self._cuda, self._cuda.new_stream(), self._spare.way_to_give_up())
         self._dtype = numpy_dtype(self._manifest.compute_dtype)
         size = largest_scratch(self._plans)
         with room_for("activations", size, "build the engine with smaller --max-pixels or --prefill-rows"):

@@ -9,7 +9,7 @@ from starkv.errors import EngineError
 from starkv.gpu import Gpu, require_gpu
 from starkv.kernels.c_abi import KernelAbi, KernelError
 from starkv.kernels.library_paths import KERNELS
-from starkv.manifest import Manifest, TensorRTBuild
+from starkv.manifest import Manifest, TensorRTBuild, sha256_of
 from starkv.runtime.engines.trt_tensors import COMPRESS, DECODER, VISION, check_tensors, expected_tensors
 from starkv.trt_compat.module import TensorRT, load_tensorrt
 from starkv.trt_compat.plugin_file import check_plugins
@@ -66,6 +66,7 @@ def open_plans(
         EngineError: a plan or the plugin library is damaged, or does not fit.
     """
     build, plugins = machine.build, directory / LIBRARY_NAME
+    _check_libraries(directory, manifest)
     if plugins.is_file():
         check_plugins(plugins, machine.gpu)
     load_plugins(machine.tensorrt, plugins)
@@ -78,6 +79,21 @@ def open_plans(
     if build.weight_streaming and weight_room is not None:
         _place_weights(plans, build, weight_room)
     return plans
+
+
+def _check_libraries(directory: Path, manifest: Manifest) -> None:
+    """Compare code with its recorded hash, whether files are verified or not: loading half of a library
+    crashes the process.
+
+    Raises:
+        EngineError: a library was changed.
+    """
+    for name, expected in manifest.files.items():
+        path = directory / name
+        if path.suffix == ".so" and path.is_file() and sha256_of(path) != expected:
+            raise EngineError(
+                f"{path} was changed or damaged since the build (sha256 differs); build it again"
+            )
 
 
 def _place_weights(plans: dict[str, Plan], build: TensorRTBuild, room: int) -> None:

@@ -6,6 +6,8 @@ leaves both to the next one of its size.
 """
 
 import weakref
+from collections.abc import Callable
+from functools import partial
 
 from starkv.runtime.engines.device_kv import DeviceKv
 from starkv.runtime.engines.trt_decode import DecodeParts, TrtDecodeStep
@@ -47,6 +49,15 @@ class SparePools:
         """Give all memory back; False where there is none."""
         had, self._caches = bool(self._caches), []
         return had
+
+    def way_to_give_up(self) -> Callable[[], bool]:
+        """:meth:`give_up` for the allocator, which must not keep alive what it allocated."""
+        return partial(_give_up, weakref.ref(self))
+
+
+def _give_up(spare: "weakref.ref[SparePools]") -> bool:
+    owner = spare()
+    return owner is not None and owner.give_up()
 
 
 def _keep(spare: "weakref.ref[SparePools]", kv: DeviceKv) -> None:
