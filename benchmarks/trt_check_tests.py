@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gpu_steps import Result, SkippedError, run_command
+from gpu_steps import Result, SkippedError, StepError, run_command
 
 
 @dataclass
@@ -53,8 +53,22 @@ def run_tests(paths: Sequence[str], only: str = "", environment: Mapping[str, st
         if only:
             options += ["-k", only]
         settings = [f"{name}={value}" for name, value in (environment or {}).items()]
-        run_command(["env", *settings, sys.executable, "-m", "pytest", *paths, *options])
+        try:
+            run_command(["env", *settings, sys.executable, "-m", "pytest", *paths, *options])
+        except StepError as end:
+            raise StepError(_failures(report) or str(end)) from None
         return _read(report)
+
+
+def _failures(report: Path) -> str:
+    """How many tests failed, and the first; empty where pytest itself did."""
+    if not report.is_file():
+        return ""
+    cases = list(Xml.parse(report).getroot().iter("testcase"))
+    failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    if not failed:
+        return ""
+    return f"{len(failed)} of {len(cases)} tests failed, first {failed[0].get('name')}; see the output above"
 
 
 def _read(report: Path) -> Outcome:
