@@ -27,7 +27,7 @@ ENGINES: dict[str, tuple[str, tuple[str, ...]]] = {
     "float16": ("fp32", ("--compute-dtype", "float16")),
     "int4": ("int4", ()),
     "stripped": ("fp32", ("--strip-weights",)),
-    "layers": ("fp32", ("--debug-layers", "*")),
+    "layers": ("fp32", ("--debug-layers", "*/Add_*.0")),
 }
 """Builds of gui-tiny: how its weights are stored, and other options."""
 
