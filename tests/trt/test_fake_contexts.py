@@ -2,11 +2,13 @@
 """Every rule of the fake's execution contexts, broken on purpose."""
 
 import gc
+from typing import Any
 
 import numpy as np
 import pytest
 from fake_cuda import CudaMisuseError
-from fake_tensorrt.state import Current, MisuseError
+from fake_tensorrt.plugin_nodes import reference, run_plugin
+from fake_tensorrt.state import Current, MisuseError, State
 from small_engines import BFLOAT16, Small
 
 # --- what is right ---
@@ -27,6 +29,21 @@ def test_a_right_plugin_writes_in_place(attention: Small) -> None:
     assert (cache[0, 0, :4] == 1).all()
     assert not cache[0, 0, 4:].any()
     assert (attention.get("out", (1, 4, 128), BFLOAT16) == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, BFLOAT16])
+def test_a_plugin_gives_what_the_network_says(attention: Small, state: State, dtype: Any) -> None:
+    rows = 4 if dtype == np.float32 else 3
+
+    def wrong(node: Any, values: Any) -> Any:
+        results = run_plugin(reference(), node, values)
+        return {**results, "out": results["out"][:, :rows].astype(dtype)}
+
+    state.execute = wrong
+    context = attention.context()
+    context.execute_async_v3(attention.stream)
+    with pytest.raises(MisuseError, match=r"out is .* declared bfloat16 \(1, 4, 128\)"):
+        attention.cuda.synchronize(attention.stream)
 
 
 # --- addresses and shapes ---

@@ -56,8 +56,8 @@ def captured(small: Small, context: Any) -> Any:
 
 
 def test_a_graph_replays_what_was_enqueued(chain: Small) -> None:
-    graph = captured(chain, chain_context := chain.context())
-    chain_context.set_input_shape("x", (2,))
+    context = chain.context()
+    graph = captured(chain, context)
     for number in (1.0, 4.0):
         chain.put("x", np.full(3, number, np.float32))
         chain.cuda.launch(graph, chain.stream)
@@ -66,6 +66,29 @@ def test_a_graph_replays_what_was_enqueued(chain: Small) -> None:
     for act in (chain.cuda.launch, lambda graph, _: chain.cuda.destroy_graph(graph)):
         with pytest.raises(CudaMisuseError, match="destroyed"):
             act(graph, chain.stream)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda context, _: context.set_input_shape("x", (2,)),
+        lambda context, small: context.set_tensor_address("x", small.held["x"] + 256),
+        lambda context, small: context.set_device_memory(small.held["scratch"], 1 << 13),
+        lambda context, small: context.set_optimization_profile_async(0, small.stream),
+    ],
+)
+def test_a_graph_has_a_context_of_its_own(chain: Small, change: Any) -> None:
+    chain.scratch = 1 << 14
+    context = chain.context()
+    graph = captured(chain, context)
+    context.set_input_shape("x", (3,))
+    context.set_tensor_address("x", chain.held["x"])
+    chain.cuda.launch(graph, chain.stream)
+    chain.cuda.synchronize(chain.stream)
+    change(context, chain)
+    chain.cuda.launch(graph, chain.stream)
+    with pytest.raises(MisuseError, match="after its context was bound to something else"):
+        chain.cuda.synchronize(chain.stream)
 
 
 @pytest.mark.parametrize("name", ["y", "scratch"])

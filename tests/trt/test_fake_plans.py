@@ -196,6 +196,16 @@ def test_readers_give_all_that_is_asked_for(
     assert (loaded(small, reader(version, plan, most)) is not None) == opens
 
 
+def test_readers_can_go_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = install(monkeypatch, "10.16.1.11", FakeCuda())
+    small = Small(scaled(tmp_path / "s.onnx"), {"x": ((1, 4),) * 3}, 1, state.cuda)
+    plan = small.build()
+    assert plan is not None
+    stuck = reader("10.16.1.11", plan, 1 << 30)
+    monkeypatch.setattr(type(stuck), "seek", lambda *_: False)
+    assert loaded(small, stuck) is None
+
+
 def test_a_reader_of_another_version_is_no_reader(times: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     old = reader("10.3.0.26", b"", 1)
     install(monkeypatch, "11.1.0.106", FakeCuda())

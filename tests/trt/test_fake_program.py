@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from fake_tensorrt.program import Program
+from fake_tensorrt.shapes import ShapeError, ShapeModel
 from fake_tensorrt.state import MisuseError
 from onnx import TensorProto, helper
 from small_engines import BF16, FLOAT, value
@@ -58,6 +59,18 @@ def test_weights_of_4_bits_are_dequantized_in_blocks_and_once() -> None:
     quantized.replace({"s": scales * 2})
     (result,) = quantized.run(feeds, no_plugin).values()
     assert result.tolist() == [[2, 40], [6, 80], [5, 24], [7, -32]]
+
+
+def test_outputs_of_unknown_plugins_have_no_shape() -> None:
+    node = helper.make_node("Other", ["x"], ["y"], name="o", domain="ai.starkv")
+    for size, known in (("N", True), ("M", False)):
+        graph = helper.make_graph([node], "g", [value("x", FLOAT, "N")], [value("y", FLOAT, size)])
+        model = ShapeModel(graph, {}, 21)
+        if known:
+            assert model.outputs({"x": (3,)}) == {"y": (3,)}
+        else:
+            with pytest.raises(ShapeError, match="the shape of y can't be told"):
+                model.outputs({"x": (3,)})
 
 
 def test_casts_round() -> None:

@@ -12,7 +12,7 @@ from api_description import Description, describe
 from bindings import CHECKED, UnavailableError, bindings
 from fake_cuda import FakeCuda
 from fake_tensorrt import install
-from fake_tensorrt.state import State
+from fake_tensorrt.state import Current, MisuseError, State
 from small_engines import trt
 
 _NUMBERS = """
@@ -180,6 +180,13 @@ def test_memory_is_a_buffer_and_nothing_else(state: State) -> None:
             act()
     with pytest.raises(AttributeError, match="decode"):
         memory.decode()
+
+
+def test_nothing_is_used_after_its_test(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = trt().get_plugin_registry()
+    monkeypatch.setattr(Current, "state", None)
+    with pytest.raises(MisuseError, match="after its test"):
+        registry.get_creator("KVAttention", "1", "ai.starkv")
 
 
 def test_states_know_their_version(state: State) -> None:

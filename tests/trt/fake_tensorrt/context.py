@@ -106,6 +106,7 @@ class IExecutionContext(Bound):
         self._profile, self._chosen = profile_index, True
         self._shapes.clear()
         self._settled = False
+        self._life.changes += 1
         return True
 
     def set_device_memory(self, memory: int, size: int) -> None:
@@ -116,6 +117,7 @@ class IExecutionContext(Bound):
         if memory % ALIGNMENT:
             raise MisuseError("memory for activations must be aligned to 256 bytes")
         self._state.cuda.check(memory, size, "memory for activations")
+        self._life.changes += self._scratch != (memory, size)
         self._scratch = memory, size
         check_scratch(self)
 
@@ -139,7 +141,9 @@ class IExecutionContext(Bound):
         )
         if not inside:
             return self._refuse(f"{name}: {sizes} is outside of the profile {least} to {most}")
-        self._settled = self._settled and self._shapes.get(name) == sizes
+        changed = self._shapes.get(name) != sizes
+        self._settled = self._settled and not changed
+        self._life.changes += changed
         self._shapes[name] = sizes
         return True
 
@@ -150,6 +154,7 @@ class IExecutionContext(Bound):
         # NvInferRuntime.h (10.16) setTensorAddress: "at least 256-byte alignment".
         if address % ALIGNMENT:
             raise MisuseError(f"{name}: an address must be aligned to 256 bytes")
+        self._life.changes += self._addresses.get(name) != address
         self._addresses[name] = address
         return True
 

@@ -50,6 +50,8 @@ class Life:
     """Pieces of work that wait on a stream."""
     moving: list[int] = field(default_factory=list)
     """Streams on which the data of a profile wait."""
+    changes: int = 0
+    """How often what is bound was changed."""
     stream: int | None = None
     """Of the last run."""
     times: dict[str, float] = field(default_factory=dict)
@@ -114,13 +116,16 @@ class Run:
 
     def _submit(self, stream: int, work: Callable[[], object]) -> None:
         captured = stream in self._cuda.capturing
-        waits = 0 if captured else 1
+        waits, changes = 0 if captured else 1, self.life.changes
 
         def run() -> None:
             self.life.pending -= waits
             self.engine._pending -= waits
             if not self.life.alive:
                 raise MisuseError("a run begins after its context is gone")
+            # Developer guide, CUDA graphs: a context of its own for each captured graph.
+            if captured and self.life.changes != changes:
+                raise MisuseError("a graph is launched after its context was bound to something else")
             self._check_memory()
             work()
 

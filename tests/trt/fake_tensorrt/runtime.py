@@ -82,8 +82,9 @@ def _content(source: Any) -> bytes:
 
 def _runs_here(plan: Plan) -> bool:
     gpu = Current.get().gpu
-    if gpu is None or plan.gpu is None:
-        return False
+    # There is neither a builder nor a runtime without one.
+    assert gpu is not None
+    assert plan.gpu is not None
     return {
         "NONE": plan.gpu.name == gpu.name and plan.gpu.capability == gpu.capability,
         "AMPERE_PLUS": gpu.capability >= (8, 0),
