@@ -137,8 +137,12 @@ def _into(folder: Path, make: Callable[[Path], None]) -> None:
         made = Path(scratch) / folder.name
         made.mkdir()
         make(made)
-        if not folder.is_dir():
+        try:
             made.rename(folder)
+        except OSError:
+            # Another process was quicker.
+            if not folder.is_dir():
+                raise
 
 
 def _run(command: list[str], environment: dict[str, str] | None = None) -> str:
