@@ -181,7 +181,7 @@ class TrtEngine(SteppingEngine):
 
         Everything waits for the card meanwhile, and nothing is a CUDA graph.
         """
-        with self.without_graphs(), layer_times(self.executions()) as times:
+        with self.without_graphs(), layer_times(self.executions(), self._memory) as times:
             yield times
 
     @contextmanager
@@ -190,7 +190,7 @@ class TrtEngine(SteppingEngine):
 
         Empty unless the engine was built with ``--debug-layers``.
         """
-        with layer_values((self._vision, self._prefill_run), self._cuda) as values:
+        with layer_values((self._vision, self._prefill_run), self._memory) as values:
             yield values
 
     def encode_image(self, image: ImageInputs) -> Floats:

@@ -39,7 +39,7 @@ class Execution:
         self.renew()
 
     def renew(self) -> None:
-        """Begin anew, without anything that was bound, or is listening.
+        """Begin anew, without anything that was bound, or is listening; earlier runs must be done.
 
         Raises:
             EngineError: TensorRT can't.

@@ -29,7 +29,7 @@ def plan_layers(plan: Plan) -> list[str]:
 
 @contextmanager
 def timed_layers(execution: Execution) -> Iterator[dict[str, float]]:
-    """Collect the milliseconds of each layer over all runs of the block.
+    """Collect the milliseconds of each layer over all runs of the block, which must be done when it ends.
 
     Runs are slower meanwhile, and wait for the card.
     """
@@ -54,7 +54,8 @@ def timed_layers(execution: Execution) -> Iterator[dict[str, float]]:
 
 @contextmanager
 def watched_values(execution: Execution, fetch: Fetch) -> Iterator[dict[str, NDArray[Any]]]:
-    """Collect the values that a plan was built to show (``--debug-layers``), of the runs of the block.
+    """Collect the values that a plan was built to show (``--debug-layers``), of the runs of the block, which
+    must be done when it ends.
 
     Args:
         execution: what runs.
