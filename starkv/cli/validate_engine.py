@@ -70,6 +70,7 @@ def engine(
         manifest.compute_dtype,
         manifest.quantization,
         None if chosen.checkpoint else read_manifest(chosen.directory).quantization,
+        manifest.text.layers,
     )
     tested = open_engine(directory)
     cases = [
@@ -82,7 +83,7 @@ def engine(
             (chosen.name, lambda case: outputs_of(expected, tokenizer, cases[case])),
             (tested.info.backend, lambda case: outputs_of(tested, tokenizer, cases[case])),
             len(cases),
-            bounds.values,
+            bounds.of,
             save_polygraphy,
         )
     blank = Check("engine", tested.info.backend, "", "passed", chosen.name, manifest.compute_dtype)
