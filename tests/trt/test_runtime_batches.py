@@ -5,12 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_cuda import FakeCuda
 from fake_tensorrt.context import IExecutionContext
 from runtime_cases import Engines, admit, batch_rope, prefilled, step, tokens
 from trt_engines import Exports
 
-from starkv.errors import EngineError, UsageError
+from starkv.errors import UsageError
 from starkv.methods.budget import Budget
 from starkv.methods.names import STAR_KV
 from starkv.runtime.engines import trt_pools
@@ -246,45 +245,3 @@ def test_float16_says_what_the_host_says(engines: Engines, host: OrtEngine) -> N
     for index in range(3):
         ours, theirs = (step(each, pool, tokens(3, index), 160) for each, pool in pools.items())
         assert np.abs(ours - theirs).max() < 0.01 * np.abs(theirs).max()
-
-
-@pytest.mark.parametrize("version", ["10.3.0.26", "11.1.0.106"])
-def test_memory_goes_back_without_waiting_for_the_collector(engines: Engines, version: str) -> None:
-    cuda = FakeCuda()
-    engine = engines.open(version, cuda)
-    pool = filled(engine)
-    for index in range(3):
-        step(engine, pool, tokens(3, index), 160)
-    assert cuda.in_use > 0
-    graphs = device_kv(pool.kv).steps[3]._graphs
-    (graph,) = graphs
-    del pool
-    assert graph.alive, "the next pool of this size uses it"
-    del engine
-    assert not graph.alive
-    assert cuda.leaks() == []
-    assert not any(cuda.queued.values())
-
-
-def test_a_pool_outlives_its_engine_in_peace(engines: Engines) -> None:
-    cuda = FakeCuda()
-    engine = engines.open(cuda=cuda)
-    pool = filled(engine)
-    step(engine, pool, tokens(3), 160)
-    del engine
-    del pool
-    assert cuda.leaks() == []
-
-
-def test_a_spare_pool_makes_room(engines: Engines) -> None:
-    """Memory that is only kept for later is given up before anything is refused."""
-    cuda = FakeCuda()
-    engine = engines.open(cuda=cuda)
-    pool = engine.new_pool(4, 500)
-    spare = pool.kv.bytes_reserved
-    del pool
-    cuda.total = cuda.in_use + cuda.reserved + 1000
-    arena = engine.new_arena(300)
-    assert 1000 < arena.kv.bytes_reserved < spare
-    with pytest.raises(EngineError, match="no room for the prompt's KV rows"):
-        engine.new_arena(2000)

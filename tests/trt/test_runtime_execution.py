@@ -15,35 +15,16 @@ from fake_tensorrt.context import IExecutionContext
 from fake_tensorrt.engine import ICudaEngine
 from fake_tensorrt.state import State
 from small_engines import ATTENDING_SHAPES, CHAINED_SHAPES, Small, attending, chained, trt
+from small_plans import opened, ready, room
 from trt_engines import plugin_library
 
 from starkv.errors import EngineError
 from starkv.trt_compat import plan_reader
 from starkv.trt_compat.execution import Execution
-from starkv.trt_compat.inspecting import plan_layers, timed_layers, watched_values
-from starkv.trt_compat.module import load_tensorrt
-from starkv.trt_compat.running import Plan, Runtime, numpy_dtype
+from starkv.trt_compat.running import Plan, numpy_dtype
 
 ALIASES = {"present_k": "past_k", "present_v": "past_v"}
 ROWS, CAPACITY = 4, 64
-
-
-def opened(small: Small, folder: Path) -> Plan:
-    """What a small network's plan file says."""
-    content = small.build()
-    assert content is not None, small.said
-    path = folder / "small.plan"
-    path.write_bytes(content)
-    return Runtime(load_tensorrt()).open(path)
-
-
-def ready(small: Small, plan: Plan, aliases: dict[str, str] | None = None) -> Execution:
-    size = plan.scratch_bytes(0)
-    return Execution(plan, 0, small.place("scratch", size), size, small.stream, aliases)
-
-
-def room(small: Small, name: str) -> int:
-    return small.place(name, 1 << 16)
 
 
 @pytest.fixture
@@ -121,7 +102,7 @@ def test_what_is_not_bound(
 def test_every_tensor_needs_an_address(chain: Small, plan: Plan) -> None:
     execution = ready(chain, plan)
     execution.bind("x", room(chain, "x"), (3,))
-    with pytest.raises(EngineError, match="y has no address"):
+    with pytest.raises(EngineError, match=r"^small.plan: y has no address$"):
         execution.enqueue()
 
 
@@ -235,57 +216,3 @@ def test_a_plan_is_never_in_memory_as_a_whole(
         assert kinds == {bytes}
     else:
         assert kinds == {memoryview}
-
-
-def test_layers_have_names_and_times(chain: Small, run: Execution) -> None:
-    assert plan_layers(run.plan) == ["times", "root", "plus"]
-    with timed_layers(run) as times:
-        for _ in range(2):
-            run.bind("x", room(chain, "x"), (3,))
-            run.bind("y", room(chain, "y"), (3,))
-            run.enqueue()
-    assert times.keys() == {"times", "root", "plus"}
-    assert all(ms >= 0 for ms in times.values())
-    before = dict(times)
-    run.bind("x", room(chain, "x"), (3,))
-    run.bind("y", room(chain, "y"), (3,))
-    run.enqueue()
-    chain.cuda.synchronize(chain.stream)
-    assert times == before
-
-
-@pytest.fixture
-def watched(chain: Small, tmp_path: Path) -> Execution:
-    chain.marked = ("a", "b")
-    return ready(chain, opened(chain, tmp_path))
-
-
-def observe(small: Small, run: Execution, fetch: Callable[..., None]) -> dict[str, Any]:
-    with watched_values(run, fetch) as values:
-        run.bind("x", room(small, "x"), (2,))
-        run.bind("y", room(small, "y"), (2,))
-        small.put("x", np.array([4, 9], np.float32))
-        run.enqueue()
-        small.cuda.synchronize(small.stream)
-    return values
-
-
-def test_values_inside_of_a_plan(chain: Small, watched: Execution) -> None:
-    def fetch(address: int, array: np.ndarray, stream: int) -> None:
-        chain.cuda.download(array, address, stream)
-        chain.cuda.synchronize(stream)
-
-    values = observe(chain, watched, fetch)
-    assert {name: list(array) for name, array in values.items()} == {"a": [16, 36], "b": [4, 6]}
-
-
-def test_values_that_can_not_be_fetched(chain: Small, watched: Execution) -> None:
-    """TensorRT swallows what a listener raises."""
-
-    def fetch(address: int, array: np.ndarray, stream: int) -> None:
-        chain.cuda.synchronize(stream)
-        raise EngineError("cudaMemcpyAsync: launch failure")
-
-    with pytest.raises(EngineError, match="launch failure"):
-        observe(chain, watched, fetch)
-    chain.cuda.synchronize(chain.stream)

@@ -12,7 +12,7 @@ import pytest
 from command import Command
 from fake_cuda import FakeCuda
 from fake_tensorrt import H100, ORIN
-from runtime_cases import Engines, open_on, prefilled, tokens
+from runtime_cases import Engines, open_on
 from trt_engines import SCREEN, Exports
 
 from starkv.errors import EngineError, StarkvError
@@ -251,34 +251,6 @@ def test_a_kernel_library_for_something_else_leaves_picking_to_the_host(engines:
     (copy / "libstarkv_kernels.so").write_text("kernels")
     assert trt_opening.kernels_beside(copy) is None
     assert not open_on(state, copy, kernels=None).picks_on_device
-
-
-# --- the card's memory ---
-
-
-def test_a_card_without_room_for_the_engine(engines: Engines) -> None:
-    directory = engines.directory()
-    engines.install()
-    message = refused(directory, FakeCuda(total=8 << 20))
-    assert "MiB of device memory for a short prompt" in message
-    assert "for weights" in message
-    for knob in ("--max-pixels", "--prefill-rows", "--sessions", "--weight-streaming"):
-        assert knob in message
-
-
-def test_a_card_without_room_for_a_prompt(engines: Engines) -> None:
-    cuda = FakeCuda()
-    engine = engines.open(cuda=cuda)
-    cuda.total = cuda.in_use + cuda.reserved + (1 << 20)
-    with pytest.raises(EngineError, match=r"no room for the prompt's KV rows, 4 MiB: .*smaller images"):
-        engine.new_arena(2000)
-    with pytest.raises(EngineError, match=r"sessions' KV rows, 16 MiB: .*--kv-budget, --kv-capacity"):
-        engine.new_pool(4, 2000)
-    before = cuda.in_use
-    arena, _ = prefilled(engine, tokens(10))
-    assert arena.kv.lengths.max() == 10
-    del arena
-    assert cuda.in_use == before
 
 
 def test_a_share_of_weights_that_is_no_number(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
