@@ -1,140 +1,126 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``starkv validate engine`` compares an engine with, and what it makes of the differences."""
+"""What ``starkv validate engine`` makes of the outputs of an engine, its reference and a rounded run."""
 
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, replace
+from itertools import chain
 
 import numpy as np
 
-from starkv.cli.engine_layers import OnnxLayers, TensorRTLayers, shown_layers
-from starkv.cli.engine_outputs import KEPT_ROWS, TOKENS, Case
-from starkv.cli.engine_runner import Comparison, Difference, agreement
-from starkv.cli.engine_tolerances import Tolerances
-from starkv.cli.engines import engine_directory
-from starkv.errors import UsageError
-from starkv.manifest import MANIFEST_NAME, Manifest, read_manifest
-from starkv.runtime.engines.base import Engine, Rope
-from starkv.runtime.engines.opening import open_engine
-from starkv.runtime.engines.trt import TrtEngine
-from starkv.runtime.preprocess.image import preprocess
-from starkv.runtime.preprocess.positions import rope_tables, text_positions
+from starkv.cli.engine_outputs import KEPT_ROWS, TOKENS, Outputs
+from starkv.cli.engine_reference import Match
+from starkv.cli.engine_tolerances import (
+    Tolerances,
+    float32_tolerances,
+    other_weights_tolerances,
+    rounded_tolerances,
+)
+from starkv.validation.outputs import MEASURES, Deviation, share_of_equal, summaries
 from starkv.validation.report import Check
 
-_LAYER_ROWS = 128
-"""Rows of the prompt that layers are compared on; one prefill call holds it."""
+_AGREEMENTS = (KEPT_ROWS, TOKENS)
 
 
-@dataclass(frozen=True)
-class Reference:
-    """What an engine is compared with."""
-
-    name: str
-    directory: Path
-    """An ONNX Runtime engine in float32 activations."""
-    checkpoint: Path | None
-    """Of the PyTorch reference; None where the engine itself is the reference."""
+def deviations(reference: Sequence[Outputs], engine: Sequence[Outputs]) -> dict[str, Deviation]:
+    """Tensor → how far it is off, over all cases."""
+    return summaries([_numbers(each) for each in reference], [_numbers(each) for each in engine])
 
 
-def find_reference(
-    directory: Path, manifest: Manifest, given: Path | None, against: str, checkpoint: Path | None
-) -> Reference:
-    """What to compare with.
+def agreement(reference: Sequence[Outputs], engine: Sequence[Outputs], name: str) -> float:
+    """Share of equal entries of kept rows or tokens, over all cases.
 
-    Raises:
-        UsageError: there is none, or it is the engine itself.
+    Args:
+        reference: of each case.
+        engine: likewise.
+        name: ``kept_rows`` or ``tokens``.
     """
-    if against == "torch" and checkpoint is None:
-        raise UsageError("--against torch needs the weights: --checkpoint FOLDER")
-    if against == "ort" and checkpoint is not None:
-        raise UsageError("--checkpoint is for --against torch")
-    own = manifest.backend == "ort" and manifest.compute_dtype == "float32"
-    preset = manifest.quantization.preset
-    place = given or (directory if own else engine_directory(manifest.name, "ort", preset))
-    if not (place / MANIFEST_NAME).is_file():
-        raise UsageError(
-            f"there is no engine at {place} to compare with; build it with `starkv build {manifest.name} "
-            f"--backend ort --quant {preset}`, or name one with --reference"
-        )
-    if against == "ort" and place.resolve() == directory.resolve():
-        raise UsageError(f"{directory} would be compared with itself; name another engine with --reference")
-    found = read_manifest(place)
-    if found.backend != "ort" or found.compute_dtype != "float32":
-        raise UsageError(f"{place} is no engine of ONNX Runtime for processors; name one with --reference")
-    if (found.text, found.vision) != (manifest.text, manifest.vision):
-        raise UsageError(f"{place} is another model than {directory}; name one of {manifest.name}")
-    return Reference("PyTorch" if checkpoint else "ONNX Runtime", place, checkpoint)
+    pairs = [(right[name], other[name]) for right, other in zip(reference, engine, strict=True)]
+    shares = [share_of_equal(*pair) for pair in pairs]
+    return float(np.average(shares, weights=[right.size for right, _ in pairs]))
 
 
-def open_reference(reference: Reference) -> Engine:
-    """The engine to compare with."""
-    if reference.checkpoint is None:
-        return open_engine(reference.directory)
-    from starkv.runtime.engines.torch_reference import TorchReferenceEngine
+def bounds_for(match: Match, reference: Sequence[Outputs], rounded: Sequence[Outputs] | None) -> Tolerances:
+    """What the engine is held to.
 
-    return TorchReferenceEngine.load(reference.directory, reference.checkpoint)
+    Args:
+        match: the engines.
+        reference: what came out, for each case.
+        rounded: likewise of the rounded reference; None if there was none.
+    """
+    if rounded is not None:
+        seen = deviations(reference, rounded)
+        if TOKENS not in reference[0]:
+            return rounded_tolerances(seen)
+        rows, tokens = (agreement(reference, rounded, name) for name in _AGREEMENTS)
+        return rounded_tolerances(seen, rows, tokens, sum(each[TOKENS].size for each in reference))
+    if match.same_weights and match.manifest.compute_dtype == "float32":
+        return float32_tolerances()
+    return other_weights_tolerances(match.manifest.quantization)
 
 
-def output_checks(comparison: Comparison, bounds: Tolerances, blank: Check) -> Iterator[Check]:
-    """One check for each kind of output, and one each for kept rows and tokens."""
-    kinds: dict[str, list[Difference]] = defaultdict(list)
-    for difference in comparison.differences:
-        kinds[difference.name.partition(" ")[0].partition(".")[0]].append(difference)
-    for kind, found in kinds.items():
-        check = replace(blank, case=kind)
-        worst = max(found, key=lambda difference: difference.error)
-        measures = {"error": worst.error, "mean_error": worst.mean_error, "tolerance": bounds.values}
-        if not bounds.applies_to(kind):
-            reason = "the weights were rounded differently"
-            yield replace(check, status="skipped", reason=reason, measures=measures)
-            continue
-        failures = [] if all(each.passed for each in found) else [f"{worst.name} is off by {worst.error:.1e}"]
-        yield check.finished(failures, measures)
+def _numbers(outputs: Outputs) -> Outputs:
+    return {name: tensor for name, tensor in outputs.items() if name not in _AGREEMENTS}
+
+
+def output_checks(
+    reference: Sequence[Outputs], engine: Sequence[Outputs], bounds: Tolerances, blank: Check
+) -> Iterator[Check]:
+    """One check for each kind of output, such as the keys of all layers, and for kept rows and tokens."""
+    kinds: dict[str, dict[str, Deviation]] = defaultdict(dict)
+    for name, found in deviations(reference, engine).items():
+        kinds[name.partition(".")[0]][name] = found
+    for kind, tensors in kinds.items():
+        yield _kind_check(tensors, bounds, replace(blank, case=kind))
     for name, least in ((KEPT_ROWS, bounds.kept_rows), (TOKENS, bounds.tokens)):
-        share = agreement(comparison, name)
+        share = agreement(reference, engine, name)
         failures = [] if share >= least else [f"only {share:.1%} are the same"]
         yield replace(blank, case=name).finished(failures, {"kept_agreement": share, "tolerance": least})
 
 
-def compare_layers(
-    tested: Engine,
-    directory: Path,
-    reference: Reference,
-    case: Case,
-    bounds: Tolerances,
-    blank: Check,
+def layer_checks(
+    reference: Sequence[Outputs], engine: Sequence[Outputs], bounds: Tolerances, blank: Check
 ) -> list[Check]:
-    """One check for each layer, in their order."""
-    if reference.checkpoint is not None:
-        raise UsageError("--layers compares with ONNX Runtime; leave --against torch out")
-    manifest = tested.manifest
-    image = preprocess(case.prompt.image, manifest.vision, manifest.image)
-    ids = (np.arange(_LAYER_ROWS) * 7919 % manifest.text.vocab).tolist()
-    embeds = tested.embed(ids)
-    if case.image_embeds is not None:
-        embeds = np.concatenate([embeds[: _LAYER_ROWS // 2], case.image_embeds])[:_LAYER_ROWS]
-    rope = Rope(*rope_tables(text_positions(len(embeds)).values, manifest.text))
-    with shown_layers(reference.directory) as shown:
-        expected = shown.layers(image, embeds, rope)
-        if isinstance(tested, TrtEngine):
-            actual = TensorRTLayers(tested).layers(image, embeds, rope)
-        else:
-            with shown_layers(directory) as own:
-                source: OnnxLayers = own
-                actual = source.layers(image, embeds, rope)
-    checks, first = [], True
-    for name, array in expected.items():
+    """One check for each layer, in their order; the first one of vision tower and decoder that differs is
+    named."""
+    checks, wrong = [], set()
+    shown = set(chain.from_iterable(engine))
+    for name, found in deviations(reference, engine).items():
         check = replace(blank, case=name)
-        if name not in actual:
+        if name not in shown:
             checks.append(replace(check, status="skipped", reason="the engine does not show it"))
             continue
-        difference = np.abs(actual[name].astype(np.float32).reshape(array.shape) - array)
-        error = float(difference.max() / (np.abs(array).max() or 1.0))
-        failures = []
-        if not error <= bounds.values:
-            failures = ["the first layer that differs" if first else f"off by {error:.1e}"]
-            first = False
-        measures = {"error": error, "mean_error": float(difference.mean()), "tolerance": bounds.values}
-        checks.append(check.finished(failures, measures))
+        check = _kind_check({name: found}, bounds, check)
+        tower = name.partition(".")[0]
+        if check.status == "failed" and tower not in wrong:
+            wrong.add(tower)
+            part = "vision tower" if tower == "blocks" else "decoder"
+            check = replace(check, reason=f"the first layer of the {part} that differs: {check.reason}")
+        checks.append(check)
     return checks
+
+
+def _kind_check(tensors: Mapping[str, Deviation], bounds: Tolerances, check: Check) -> Check:
+    """The check of a kind of tensors; its measures are those of the one that is nearest to its bounds, or
+    farthest beyond."""
+    limits = {name: limit for name in tensors if (limit := bounds.of(name))}
+    if not limits:
+        reason = "the weights were rounded differently"
+        farthest = max(tensors.values(), key=lambda found: found.total)
+        return replace(check, status="skipped", reason=reason, measures=_measures(farthest, ""))
+    worst = max(limits, key=lambda name: _excess(tensors[name], limits[name]))
+    found, limit = tensors[worst], limits[worst]
+    beyond = ", ".join(f"{measure} {getattr(found, measure):.1e}" for measure in found.beyond(limit))
+    failures = [f"{worst} is off: {beyond}"] if beyond else []
+    return check.finished(failures, _measures(found, "") | _measures(limit, "tolerance_"))
+
+
+def _excess(found: Deviation, limit: Deviation) -> float:
+    shares: list[float] = [value / bound for value, bound in zip(astuple(found), astuple(limit), strict=True)]
+    return max(shares)
+
+
+def _measures(deviation: Deviation, prefix: str) -> dict[str, float]:
+    """As a report names them: ``error`` is the largest, everywhere."""
+    names = ("error", *(f"{name}_error" for name in MEASURES[1:]))
+    return {prefix + name: value for name, value in zip(names, astuple(deviation), strict=True)}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything that an engine puts out on a prompt, by name, for comparing two engines output by output."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 from starkv.calibration.prompts import GuiPrompt
 from starkv.methods.budget import Budget
 from starkv.methods.names import STAR_KV
+from starkv.methods.rows import PromptRows
 from starkv.runtime.engines.base import Engine, Floats, Rope
 from starkv.runtime.engines.device_kv import DeviceArena
-from starkv.runtime.kv.buffers import Arena
+from starkv.runtime.kv.buffers import Arena, Pool
 from starkv.runtime.kv.policy import KvPolicy
 from starkv.runtime.kv.prompt import describe_prompt
-from starkv.runtime.preprocess.image import preprocess
+from starkv.runtime.preprocess.image import ImageInputs, preprocess
 from starkv.runtime.preprocess.positions import prompt_positions, rope_tables, text_positions
 from starkv.runtime.preprocess.tokenizer import ChatTokenizer, expand_image_tokens
 from starkv.runtime.prompts.dialects import opening
@@ -23,17 +24,55 @@ from starkv.runtime.prompts.dialects import opening
 Outputs = dict[str, NDArray[Any]]
 KEPT_ROWS = "kept_rows"
 TOKENS = "tokens"
+_AFTER_COMPRESSION = 4
+"""Tokens that are decoded behind the kept rows."""
 
 
 @dataclass
 class Case:
-    """A prompt, and what the reference said to it: the other engine gets the same image tokens and reply."""
+    """A prompt, and what the reference said to it: the other engines get the same image tokens and reply."""
 
     prompt: GuiPrompt
     budget: float
     new_tokens: int
+    in_parts: bool = False
+    """Prefilled in two calls, the second behind the rows of the first."""
     image_embeds: Floats | None = None
     tokens: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PromptInputs:
+    """What a prefill takes."""
+
+    image: ImageInputs
+    embeds: Floats
+    """``[S, hidden]``"""
+    rope: Rope
+    rows: PromptRows
+    next_position: int
+
+    def first_rows(self, count: int) -> "PromptInputs":
+        """The same image, and a prompt of so many rows at most."""
+        rope = Rope(self.rope.cos[:, :count], self.rope.sin[:, :count])
+        return replace(self, embeds=self.embeds[:count], rope=rope)
+
+
+def prompt_inputs(engine: Engine, tokenizer: ChatTokenizer, case: Case) -> PromptInputs:
+    """Inputs of a prompt whose image tokens are known; zeros stand for those that are not."""
+    manifest = engine.manifest
+    image = preprocess(case.prompt.image, manifest.vision, manifest.image)
+    grid = image.merged_grid
+    rendered = tokenizer.encode(tokenizer.render(opening(case.prompt.instruction, 1, manifest.prompt)))
+    ids = expand_image_tokens(rendered, manifest.tokens.image_pad, [grid[0] * grid[1]])
+    embeds = engine.embed(ids)
+    embeds[np.asarray(ids) == manifest.tokens.image_pad] = (
+        0.0 if case.image_embeds is None else case.image_embeds
+    )
+    positions = prompt_positions(ids, manifest.tokens.image_pad, [grid], manifest.text)
+    rope = Rope(*rope_tables(positions.values, manifest.text))
+    rows = describe_prompt(ids, [grid], manifest, tokenizer)
+    return PromptInputs(image, embeds, rope, rows, positions.next_position)
 
 
 def outputs_of(engine: Engine, tokenizer: ChatTokenizer, case: Case) -> Outputs:
@@ -44,52 +83,64 @@ def outputs_of(engine: Engine, tokenizer: ChatTokenizer, case: Case) -> Outputs:
 
     Returns:
         ``image_embeds``, ``logits``, ``q_window``, ``hidden_norm``, ``keys.i`` and ``values.i`` of the
-        prompt's rows, ``kept_rows`` [L, C] bool after compression, ``decode.n`` logits of the reply,
-        ``tokens``.
+        prompt's rows, ``kept_rows`` [L, S] bool after compression, ``decode_kept.n`` logits behind those,
+        ``decode.n`` logits of the reply behind all rows, ``tokens``.
     """
-    manifest = engine.manifest
-    image = preprocess(case.prompt.image, manifest.vision, manifest.image)
-    grid = image.merged_grid
-    rendered = tokenizer.encode(tokenizer.render(opening(case.prompt.instruction, 1, manifest.prompt)))
-    ids = expand_image_tokens(rendered, manifest.tokens.image_pad, [grid[0] * grid[1]])
+    image = preprocess(case.prompt.image, engine.manifest.vision, engine.manifest.image)
     found: Outputs = {"image_embeds": engine.encode_image(image)}
     if case.image_embeds is None:
         case.image_embeds = found["image_embeds"]
-    embeds = engine.embed(ids)
-    embeds[np.asarray(ids) == manifest.tokens.image_pad] = case.image_embeds
-    positions = prompt_positions(ids, manifest.tokens.image_pad, [grid], manifest.text)
-    arena = engine.new_arena(len(ids))
-    rope = Rope(*rope_tables(positions.values, manifest.text))
-    found["logits"] = engine.prefill(arena, embeds, rope)
+    prompt = prompt_inputs(engine, tokenizer, case)
+    length = len(prompt.embeds)
+    arena = engine.new_arena(length)
+    found["logits"] = _prefill(engine, arena, prompt, case.in_parts)
     found |= _cache(arena, engine)
-    rows = describe_prompt(ids, [grid], manifest, tokenizer)
     policy = KvPolicy(STAR_KV, Budget(case.budget))
-    room = max(engine.most_kept_rows(len(ids), policy), len(ids)) + case.new_tokens
+    room = max(engine.most_kept_rows(length, policy), length) + case.new_tokens
     pool = engine.new_pool(1, room, STAR_KV)
-    kept = engine.compress(arena, pool, pool.acquire(), rows, policy)
-    found[KEPT_ROWS] = _marked(kept.rows, len(ids))
+    reply = _reply(engine, arena, pool, prompt, case, found["logits"])
     pool.release(pool.handles[0])
-    engine.compress(arena, pool, pool.acquire(), rows, KvPolicy())
-    found |= _decode(engine, pool, case, found["logits"], positions.next_position)
-    return found
+    kept = engine.compress(arena, pool, pool.acquire(), prompt.rows, policy)
+    found[KEPT_ROWS] = _marked(kept.rows, length)
+    for index, token in enumerate(case.tokens[:_AFTER_COMPRESSION]):
+        found[f"decode_kept.{index}"] = _decode(engine, pool, token, prompt.next_position + index)
+    return found | reply
 
 
-def _decode(engine: Engine, pool: Any, case: Case, logits: Floats, position: int) -> Outputs:
-    """Logits of each token of the reply: the reference's own, or those that it said."""
+def _prefill(engine: Engine, arena: Arena, prompt: PromptInputs, in_parts: bool) -> Floats:
+    """Logits of the last row; of two parts the second holds all rows that compression looks at."""
+    length = len(prompt.embeds)
+    first = max(0, min(length // 2, length - engine.manifest.observation_window)) if in_parts else 0
+    parts = [slice(0, first), slice(first, length)] if first else [slice(0, length)]
+    for part in parts:
+        rope = Rope(prompt.rope.cos[:, part], prompt.rope.sin[:, part])
+        logits = engine.prefill(arena, prompt.embeds[part], rope)
+    return logits
+
+
+def _reply(
+    engine: Engine, arena: Arena, pool: Pool, prompt: PromptInputs, case: Case, logits: Floats
+) -> Outputs:
+    """Logits of each token of the reply behind all rows: the reference's own reply, which the others read."""
+    engine.compress(arena, pool, pool.acquire(), prompt.rows, KvPolicy())
     found: Outputs = {}
-    said, forced = [int(logits.argmax())], case.tokens
+    said = [int(logits.argmax())]
     for index in range(case.new_tokens):
-        token = forced[index] if forced else said[-1]
+        token = case.tokens[index] if case.tokens else said[-1]
         if token in engine.manifest.tokens.end_of_text:
             break
-        rope = Rope(*rope_tables(text_positions(1, position + index).values, engine.manifest.text))
-        row = engine.decode(pool, engine.embed([token]), rope)[0].copy()
-        found[f"decode.{index}"] = row
+        found[f"decode.{index}"] = row = _decode(engine, pool, token, prompt.next_position + index)
         said.append(int(row.argmax()))
-    if not forced:
-        case.tokens = said
+    case.tokens = case.tokens or said
     found[TOKENS] = np.array(said, np.int64)
     return found
+
+
+def _decode(engine: Engine, pool: Pool, token: int, position: int) -> Floats:
+    rope = Rope(*rope_tables(text_positions(1, position).values, engine.manifest.text))
+    # Engines may write the next logits into the same memory.
+    logits: Floats = engine.decode(pool, engine.embed([token]), rope)[0].copy()
+    return logits
 
 
 def _cache(arena: Arena, engine: Engine) -> Outputs:

@@ -28,7 +28,9 @@ class Contestant:
     """Opens it; what it holds is given back after the block."""
 
 
-def run_engines(contestants: Sequence[Contestant], cases: int, save: Path | None = None) -> list[list[Outputs]]:
+def run_engines(
+    contestants: Sequence[Contestant], cases: int, save: Path | None = None
+) -> list[list[Outputs]]:
     """Run engines one after the other, so that only one of them holds memory.
 
     Args:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from starkv.cli.console import errors, note, results
 from starkv.cli.options import Json
+from starkv.runtime.engines.base import EngineInfo
 from starkv.validation.report import Check, Report, markdown_table, write_text
 
 Against = Literal["ort", "torch"]
@@ -56,65 +57,66 @@ def engine(
     Example: [bold]starkv validate engine engines/gui-tiny-trt-int4[/]
     """
     from starkv.calibration.prompts import drawn_prompts
-    from starkv.cli.engine_checks import compare_layers, find_reference, open_reference, output_checks
-    from starkv.cli.engine_outputs import Case, outputs_of
-    from starkv.cli.engine_runner import compare_engines
-    from starkv.cli.engine_tolerances import tolerances
-    from starkv.manifest import read_manifest
-    from starkv.runtime.engines.opening import open_engine
-    from starkv.runtime.preprocess.tokenizer import ChatTokenizer
+    from starkv.cli.engine_checks import bounds_for, layer_checks, output_checks
+    from starkv.cli.engine_outputs import Case
+    from starkv.cli.engine_reference import find_match, layer_contestants, output_contestants
+    from starkv.cli.engine_runner import run_engines
 
-    manifest = read_manifest(directory)
-    chosen = find_reference(directory, manifest, reference, against, checkpoint)
-    bounds = tolerances(
-        manifest.compute_dtype,
-        manifest.quantization,
-        None if chosen.checkpoint else read_manifest(chosen.directory).quantization,
-        manifest.text.layers,
-    )
-    tested = open_engine(directory)
+    match = find_match(directory, reference, against, checkpoint)
+    manifest = match.manifest
+    # Every other prompt in two parts: how the second finds the rows of the first is code of its own.
     cases = [
-        Case(prompt, _BUDGET, _NEW_TOKENS) for prompt in drawn_prompts(prompts, manifest.image.max_pixels)
+        Case(prompt, _BUDGET, _NEW_TOKENS, in_parts=bool(number % 2))
+        for number, prompt in enumerate(drawn_prompts(prompts, manifest.image.max_pixels))
     ]
-    tokenizer = ChatTokenizer.from_directory(directory)
-    expected = open_reference(chosen)
+    infos: list[EngineInfo] = []
+    contestants = output_contestants(match, cases, infos.append)
+    in_layers = layer_contestants(match, cases) if layers else []
+    blank = Check("engine", manifest.backend, "", "passed", match.reference_name, manifest.compute_dtype)
     with errors.status(f"{prompts} prompts"):
-        comparison = compare_engines(
-            (chosen.name, lambda case: outputs_of(expected, tokenizer, cases[case])),
-            (tested.info.backend, lambda case: outputs_of(tested, tokenizer, cases[case])),
-            len(cases),
-            bounds.of,
-            save_polygraphy,
-        )
-    blank = Check("engine", tested.info.backend, "", "passed", chosen.name, manifest.compute_dtype)
-    checks = list(output_checks(comparison, bounds, blank))
-    if layers:
-        checks += compare_layers(tested, directory, chosen, cases[0], bounds, blank)
-    report = Report.of("validate engine", checks, tested.info.device)
+        expected, actual, *others = run_engines(contestants, prompts, save_polygraphy)
+        bounds = bounds_for(match, expected, others[0] if others else None)
+        checks = [*output_checks(expected, actual, bounds, blank)]
+    if in_layers:
+        with errors.status("layers"):
+            expected, actual, *others = run_engines(in_layers, prompts)
+            bounds = bounds_for(match, expected, others[0] if others else None)
+            checks += layer_checks(expected, actual, bounds, blank)
+    report = Report.of("validate engine", checks, infos[0].device)
     _write(report, out)
     if json:
         print(report.to_json())
     else:
         results.print(_table(report))
         counts = ", ".join(f"{report.count(status)} {status}" for status in ("passed", "failed", "skipped"))
-        note(f"{directory} against {chosen.name}: {counts}")
+        note(f"{directory} against {match.reference_name}: {counts}")
     if not report.passed:
         raise typer.Exit(1)
 
 
+_HEADER = ("", "output", "largest", "total", "typical", "same", "")
+
+
 def _rows(report: Report) -> Sequence[tuple[str, ...]]:
-    def show(check: Check) -> tuple[str, ...]:
-        measures = check.measures
-        error = f"{measures['error']:.1e}" if "error" in measures else ""
-        share = f"{measures['kept_agreement']:.1%}" if "kept_agreement" in measures else ""
-        bound = measures.get("tolerance")
-        limit = "" if bound is None else f"{bound:.1e}" if error else f"{bound:.1%}"
-        return check.case, error, share, limit, check.reason
+    """Cells of each check: what was measured, and its bound."""
 
-    return [(check.status, *show(check)) for check in report.checks]
+    def show(check: Check, name: str, form: str) -> str:
+        if name not in check.measures:
+            return ""
+        bound = check.measures.get("tolerance" if name == "kept_agreement" else f"tolerance_{name}")
+        limit = "" if bound is None else f" of {bound:{form}}"
+        return f"{check.measures[name]:{form}}{limit}"
 
-
-_HEADER = ("", "output", "error", "same", "bound", "")
+    return [
+        (
+            check.status,
+            check.case,
+            *(show(check, name, ".1e") for name in ("error", "total_error", "typical_error")),
+            show(check, "kept_agreement", ".1%"),
+            check.reason,
+        )
+        for check in report.checks
+    ]
 
 
 def _table(report: Report) -> Table:
