@@ -70,7 +70,7 @@ def weight_bytes(text: TextShape, vision: VisionShape, quantization: Quantizatio
     logits = _Stored(quantization.head, quantization.block_size)
     layers = decoder.bytes_of(shapes)
     if quantization.preset == CALIBRATED:
-        layers += text.layers * text.hidden * _NARROW
+        layers += text.layers * text.hidden * _WIDE
     tower_shapes = qwen2_tower_shapes if vision.window_size is None else qwen2_5_tower_shapes
     tower = _Stored(quantization.vision, quantization.block_size)
     return WeightBytes(

@@ -259,7 +259,7 @@ def _content(script: Script) -> dict[str, Any]:
                 self.logger.log(Severity.ERROR, "Cuda Runtime (out of memory)")
                 return None
             old = isinstance(reader, StreamReader)
-            return Engine(reader.read(1000) if old else reader.read(1000, 0))
+            return Engine(bytes(reader.read(1000) if old else reader.read(1000, 0)))
 
     class StreamReader:
         pass
