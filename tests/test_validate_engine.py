@@ -148,5 +148,3 @@ def test_another_model_is_no_reference(starkv: Command, engines: dict[str, Path]
     done = starkv("validate", "engine", engines["fp32"], "--reference", tiny.engine)  # type: ignore[attr-defined]
     assert done.code == 2
     assert "is another model than" in done.err
-
-
