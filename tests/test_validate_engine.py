@@ -3,17 +3,23 @@
 
 import json
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 from command import Command
+from conftest import TinyModel
 
 from starkv.export.build.ort import build_ort_engine
 from starkv.export.cards import load_card
 from starkv.export.export_model import export_model
 from starkv.export.quantize.presets import load_preset
+from starkv.manifest import MANIFEST_NAME, read_manifest, seal
 
+Change = Callable[[onnx.ModelProto], None]
 MODEL = Path(__file__).resolve().parent.parent / "models" / "gui-tiny"
 
 
@@ -27,18 +33,19 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-def wrong(engine: Path, folder: Path, graph: str, change: "object") -> Path:
-    """A copy of an engine with one graph changed."""
+def wrong(engine: Path, folder: Path, graph: str, change: Change) -> Path:
+    """A copy of an engine with one graph changed, and a manifest that knows no hashes."""
     shutil.copytree(engine, folder)
     model = onnx.load(folder / f"{graph}.onnx", load_external_data=False)
-    change(model)  # type: ignore[operator]
+    change(model)
     onnx.save(model, folder / f"{graph}.onnx")
-    manifest = folder / "manifest.json"
-    content = json.loads(manifest.read_text())
-    content["files"] = {}
-    content["manifest_sha256"] = ""
-    manifest.write_text(json.dumps(content))
+    manifest = read_manifest(folder).model_copy(update={"files": {}, "manifest_sha256": ""})
+    (folder / MANIFEST_NAME).write_text(seal(manifest))
     return folder
+
+
+def checks_of(output: str) -> dict[str, dict[str, Any]]:
+    return {check["case"]: check for check in json.loads(output)["checks"]}
 
 
 def test_an_engine_equals_pytorch(starkv: Command, engines: dict[str, Path], tmp_path: Path) -> None:
@@ -59,19 +66,59 @@ def test_an_engine_equals_pytorch(starkv: Command, engines: dict[str, Path], tmp
 def test_quantized_weights_are_held_to_logits_only(
     starkv: Command, engines: dict[str, Path], tmp_path: Path
 ) -> None:
-    saved, table = tmp_path / "outputs.json", tmp_path / "report.md"
+    table = tmp_path / "new" / "report.md"
     done = starkv(
         *("validate", "engine", engines["int4"], "--reference", engines["fp32"], "--prompts", 1, "--layers"),
-        *("--save-polygraphy", saved, "--out", table, "--json"),
+        *("--out", table, "--json"),
     )
     assert done.code == 0, done.out + done.err
-    checks = {check["case"]: check for check in json.loads(done.out)["checks"]}
-    assert checks["keys"]["status"] == "skipped"
-    assert checks["logits"]["status"] == "passed"
-    assert {"blocks.0", "blocks.1", "layers.0", "layers.3"} <= checks.keys()
-    assert checks["layers.0"]["measures"]["error"] < checks["layers.3"]["measures"]["error"]
-    assert saved.stat().st_size > 1000
-    assert table.read_text().startswith("# validate engine")
+    checks = checks_of(done.out)
+    assert {case for case, check in checks.items() if check["status"] == "passed"} == {
+        *("image_embeds", "logits", "kept_rows", "tokens")
+    }
+    assert {"keys", "decode", "blocks.0", "layers.0", "layers.3"} <= checks.keys()
+    assert checks["keys"]["reason"] == "the weights were rounded differently"
+    assert checks["layers.0"]["measures"]["total_error"] < checks["layers.3"]["measures"]["total_error"]
+    lines = table.read_text().splitlines()
+    assert lines[0].startswith("# validate engine")
+    assert sum(line.startswith("| skipped | layers.") for line in lines) == 4
+
+
+def test_outputs_are_kept_for_polygraphy(starkv: Command, engines: dict[str, Path], tmp_path: Path) -> None:
+    from polygraphy.comparator import RunResults
+
+    saved = tmp_path / "new" / "outputs.json"
+    copy = tmp_path / "copy"
+    shutil.copytree(engines["fp32"], copy)
+    done = starkv(
+        *("validate", "engine", copy, "--reference", engines["fp32"], "--prompts", 2),
+        *("--save-polygraphy", saved),
+    )
+    assert done.code == 0, done.out + done.err
+    assert "0 failed" in done.err
+    results = RunResults.load(str(saved))
+    assert {name: len(iterations) for name, iterations in results} == {"ONNX Runtime": 2, "engine": 2}
+    first = results["engine"][0]
+    assert {"image_embeds", "logits", "keys.3", "decode.0", "decode_kept.0", "tokens"} <= first.keys()
+
+
+def test_nothing_stays_beside_an_engine(starkv: Command, engines: dict[str, Path]) -> None:
+    place = engines["int4"].parent
+    before = sorted(place.iterdir())
+    done = starkv(
+        *("validate", "engine", engines["int4"], "--reference", engines["fp32"], "--prompts", 1, "--layers")
+    )
+    assert done.code == 0
+    assert sorted(place.iterdir()) == before
+
+
+def test_polygraphy_is_asked_for(
+    starkv: Command, engines: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "polygraphy.comparator", None)
+    done = starkv("validate", "engine", engines["int4"], "--reference", engines["fp32"], "--prompts", 1)
+    assert done.code == 2
+    assert "comparing engines needs the package polygraphy; `pip install polygraphy`" in done.err
 
 
 def _spoil_norm(model: onnx.ModelProto) -> None:
@@ -93,11 +140,20 @@ def _forget_mask(model: onnx.ModelProto) -> None:
             del node.input[3]
 
 
+def _scale_queries(model: onnx.ModelProto) -> None:
+    """The scores of one layer are a twentieth too large."""
+    attention = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"][3]
+    cache = next(each for each in model.graph.input if each.name == "past_k.3")
+    head_dim = cache.type.tensor_type.shape.dim[-1].dim_value
+    attention.attribute.append(onnx.helper.make_attribute("scale", 1.05 * head_dim**-0.5))
+
+
 @pytest.mark.parametrize(
     ("graph", "change", "failed", "first"),
     [
-        ("decoder", _spoil_norm, {"logits", "decode"}, "layers.2"),
-        ("decoder", _swap_rotation, {"keys", "q_window"}, "layers.0"),
+        ("decoder", _spoil_norm, {"logits", "decode", "keys", "values"}, "layers.2"),
+        ("decoder", _scale_queries, {"logits"}, "layers.3"),
+        ("decoder", _swap_rotation, {"logits", "keys", "q_window", "kept_rows", "tokens"}, "layers.0"),
         ("vision", _forget_mask, {"image_embeds"}, "blocks.0"),
     ],
 )
@@ -106,24 +162,33 @@ def test_a_wrong_engine_fails_and_its_first_wrong_layer_is_named(
     engines: dict[str, Path],
     tmp_path: Path,
     graph: str,
-    change: object,
+    change: Change,
     failed: set[str],
     first: str,
 ) -> None:
     broken = wrong(engines["fp32"], tmp_path / "broken", graph, change)
-    # The manifest's own hash is gone with the change, and verification with it.
-    content = json.loads((broken / "manifest.json").read_text())
-    from starkv.manifest import Manifest, seal
-
-    (broken / "manifest.json").write_text(seal(Manifest.model_validate(content)))
     done = starkv(
         *("validate", "engine", broken, "--reference", engines["fp32"], "--prompts", 2, "--layers", "--json")
     )
     assert done.code == 1
-    checks = {check["case"]: check for check in json.loads(done.out)["checks"]}
-    assert failed & {case for case, check in checks.items() if check["status"] == "failed"}
-    named = [case for case, check in checks.items() if "first layer" in check["reason"]]
+    checks = checks_of(done.out)
+    assert failed <= {case for case, check in checks.items() if check["status"] == "failed"}
+    named = [case for case, check in checks.items() if "the first layer of" in check["reason"]]
     assert named == [first]
+
+
+def test_a_wrong_decoder_is_found_against_pytorch(
+    starkv: Command, engines: dict[str, Path], tmp_path: Path
+) -> None:
+    broken = wrong(engines["fp32"], tmp_path / "broken", "decoder", _scale_queries)
+    done = starkv(
+        *("validate", "engine", broken, "--against", "torch", "--checkpoint", MODEL, "--prompts", 1, "--json")
+    )
+    assert done.code == 1
+    checks = checks_of(done.out)
+    assert checks["logits"]["status"] == "failed"
+    assert checks["logits"]["reference"] == "PyTorch"
+    assert checks["keys"]["status"] == "passed"
 
 
 @pytest.mark.parametrize(
@@ -131,12 +196,13 @@ def test_a_wrong_engine_fails_and_its_first_wrong_layer_is_named(
     [
         (("--against", "torch"), "needs the weights: --checkpoint FOLDER"),
         (("--checkpoint", "somewhere"), "--checkpoint is for --against torch"),
+        (("--against", "torch", "--checkpoint", MODEL, "--layers"), "leave --against torch out"),
         ((), "would be compared with itself"),
         (("--reference", "nowhere"), "there is no engine at nowhere to compare with"),
     ],
 )
 def test_what_can_not_be_compared_is_one_line(
-    starkv: Command, engines: dict[str, Path], options: tuple[str, ...], reason: str
+    starkv: Command, engines: dict[str, Path], options: tuple[object, ...], reason: str
 ) -> None:
     done = starkv("validate", "engine", engines["fp32"], *options)
     assert done.code == 2
@@ -144,7 +210,7 @@ def test_what_can_not_be_compared_is_one_line(
     assert not done.out
 
 
-def test_another_model_is_no_reference(starkv: Command, engines: dict[str, Path], tiny: "object") -> None:
-    done = starkv("validate", "engine", engines["fp32"], "--reference", tiny.engine)  # type: ignore[attr-defined]
+def test_another_model_is_no_reference(starkv: Command, engines: dict[str, Path], tiny: TinyModel) -> None:
+    done = starkv("validate", "engine", engines["fp32"], "--reference", tiny.engine)
     assert done.code == 2
     assert "is another model than" in done.err

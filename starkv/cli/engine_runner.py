@@ -50,12 +50,13 @@ def run_engines(
         from polygraphy.logger import G_LOGGER
     except ImportError:
         raise UsageError(
-            "comparing engines needs the package polygraphy; pip install 'starkv[trt]' or polygraphy"
+            "comparing engines needs the package polygraphy; `pip install polygraphy`, or `starkv[trt]`"
         ) from None
     G_LOGGER.module_severity = G_LOGGER.CRITICAL
     feeds = [{_CASE: np.array([case])} for case in range(cases)]
     results = Comparator.run([_runner(each) for each in contestants], data_loader=feeds)
     if save is not None:
+        save.parent.mkdir(parents=True, exist_ok=True)
         results.save(str(save))
     return [[dict(results[each.name][case].items()) for case in range(cases)] for each in contestants]
 
