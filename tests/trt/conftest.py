@@ -8,6 +8,7 @@ import pytest
 from fake_cuda import FakeCuda
 from fake_tensorrt import install
 from fake_tensorrt.state import Current, State
+from runtime_cases import Engines
 from small_engines import (
     ATTENDING_SHAPES,
     CHAINED_SHAPES,
@@ -19,6 +20,8 @@ from small_engines import (
     trt,
 )
 from trt_engines import Exports, plugin_library
+
+from starkv.runtime.engines.ort import OrtEngine
 
 
 @pytest.fixture(scope="session")
@@ -67,3 +70,17 @@ def attention(state: State, tmp_path: Path) -> Small:
 def chain(state: State, tmp_path: Path) -> Small:
     """Three layers."""
     return Small(chained(tmp_path / "c.onnx"), CHAINED_SHAPES, state.cuda.new_stream(), state.cuda)
+
+
+@pytest.fixture
+def engines(
+    exports: Exports, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Engines:
+    """gui-tiny's TensorRT engines, each form built once."""
+    return Engines(exports, tmp_path_factory.getbasetemp() / "trt-engines", monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def host(exports: Exports) -> OrtEngine:
+    """gui-tiny on the processor, in float32."""
+    return OrtEngine(exports.processor_engine, threads=1)

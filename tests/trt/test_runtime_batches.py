@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from fake_tensorrt.context import IExecutionContext
 from runtime_cases import Engines, admit, batch_rope, prefilled, step, tokens
-from trt_engines import Exports
 
 from starkv.errors import UsageError
 from starkv.methods.budget import Budget
@@ -27,20 +26,8 @@ GREEDY = SamplingParameters()
 
 
 @pytest.fixture
-def engines(
-    exports: Exports, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> Engines:
-    return Engines(exports, tmp_path_factory.getbasetemp() / "trt-engines", monkeypatch)
-
-
-@pytest.fixture
 def engine(engines: Engines) -> TrtEngine:
     return engines.open()
-
-
-@pytest.fixture(scope="module")
-def host(exports: Exports) -> OrtEngine:
-    return OrtEngine(exports.processor_engine, threads=1)
 
 
 def filled(engine: Engine, lengths: tuple[int, ...] = LENGTHS) -> Pool:

@@ -5,19 +5,11 @@ it was for."""
 import pytest
 from fake_cuda import FakeCuda
 from runtime_cases import Engines, admit, prefilled, step, tokens
-from trt_engines import Exports
 
 from starkv.errors import EngineError
 from starkv.runtime.engines.device_kv import device_kv
 from starkv.runtime.engines.trt import TrtEngine
 from starkv.runtime.kv.buffers import Pool
-
-
-@pytest.fixture
-def engines(
-    exports: Exports, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> Engines:
-    return Engines(exports, tmp_path_factory.getbasetemp() / "trt-engines", monkeypatch)
 
 
 def admitted(engine: TrtEngine) -> Pool:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from fake_cuda import FakeCuda
 from runtime_cases import Engines, Kernels, open_on, prefilled, rope, step, tokens
-from trt_engines import Exports
 
 from starkv.errors import EngineError, UsageError
 from starkv.manifest import read_manifest
@@ -34,20 +33,8 @@ ON_HOST = tuple(method for method in ENGINE_METHODS if method not in (FULL, STAR
 
 
 @pytest.fixture
-def engines(
-    exports: Exports, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> Engines:
-    return Engines(exports, tmp_path_factory.getbasetemp() / "trt-engines", monkeypatch)
-
-
-@pytest.fixture
 def engine(engines: Engines) -> TrtEngine:
     return engines.open()
-
-
-@pytest.fixture(scope="module")
-def host(exports: Exports) -> OrtEngine:
-    return OrtEngine(exports.processor_engine, threads=1)
 
 
 def compressed(engine: Engine, method: str, ratio: float = 0.5) -> tuple[Pool, Compressed]:

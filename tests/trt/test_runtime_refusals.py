@@ -30,13 +30,6 @@ ADA = Gpu("NVIDIA L4", (8, 9), 24 << 30, (13, 0))
 
 
 @pytest.fixture
-def engines(
-    exports: Exports, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> Engines:
-    return Engines(exports, tmp_path_factory.getbasetemp() / "trt-engines", monkeypatch)
-
-
-@pytest.fixture
 def copy(engines: Engines, tmp_path: Path) -> Path:
     """An engine that a test may spoil."""
     return shutil.copytree(engines.directory(), tmp_path / "engine")

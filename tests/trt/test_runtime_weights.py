@@ -10,7 +10,6 @@ import onnx
 import pytest
 from fake_cuda import FakeCuda
 from runtime_cases import Engines, admit, open_on, step, tokens
-from trt_engines import Exports
 
 from starkv.errors import EngineError
 from starkv.manifest import Manifest, read_manifest
@@ -19,13 +18,6 @@ from starkv.runtime.engines.trt import TrtEngine
 from starkv.runtime.engines.trt_memory import WEIGHTS_VARIABLE
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def engines(
-    exports: Exports, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> Engines:
-    return Engines(exports, tmp_path_factory.getbasetemp() / "trt-engines", monkeypatch)
 
 
 def some_logits(engine: TrtEngine, steps: int = 3) -> np.ndarray:
