@@ -75,7 +75,9 @@ def output_checks(
     for name, least in ((KEPT_ROWS, bounds.kept_rows), (TOKENS, bounds.tokens)):
         share = agreement(reference, engine, name)
         failures = [] if share >= least else [f"only {share:.1%} are the same"]
-        yield replace(blank, case=name).finished(failures, {"kept_agreement": share, "tolerance": least})
+        yield replace(blank, case=name).finished(
+            failures, {"kept_agreement": share, "tolerance_kept_agreement": least}
+        )
 
 
 def layer_checks(

@@ -33,8 +33,10 @@ class Case:
     """A prompt, and what the reference said to it: the other engines get the same image tokens and reply."""
 
     prompt: GuiPrompt
-    budget: float
-    new_tokens: int
+    budget: float = 0.5
+    """Share of the rows that compression keeps."""
+    new_tokens: int = 16
+    """Longest reply."""
     in_parts: bool = False
     """Prefilled in two calls, the second behind the rows of the first."""
     image_embeds: Floats | None = None

@@ -23,7 +23,7 @@ _OTHER_WEIGHTS = {"int8": 0.5, "int4": 1.0}
 """Largest deviation of logits from those of weights that were not rounded, where no rounded run has the same
 weights."""
 _ONE_ROW = ("logits", "decode", "decode_kept")
-"""Outputs whose tensors have one row each, so that nothing but their number evens out a row that is far off."""
+"""Outputs whose tensors have one row each: a row that is far off is the typical one."""
 _REPLY = "decode"
 """How the logits of replies begin. A model that wavers between two tokens makes their largest deviation."""
 _SAME_IN_ALL = ("image_embeds", "logits")

@@ -8,11 +8,11 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from starkv.cli.console import note, results
+from starkv.cli.console import results
 from starkv.cli.kv import KvBudget, KvCapacity, KvMethod, KvMode, kv_policy
 from starkv.cli.options import Json, NoVerify
-from starkv.errors import EngineError, UsageError
-from starkv.manifest import Manifest, TensorRTBuild, read_manifest, verify_files
+from starkv.errors import UsageError
+from starkv.manifest import Manifest, read_manifest, verify_files
 from starkv.methods.names import FULL
 
 MIB = 2**20
@@ -64,7 +64,7 @@ def inspect(
     timings: Annotated[
         int | None,
         typer.Option(
-            help="Of a TensorRT engine, on its machine: time its layers over so many rounds.",
+            help="Of a TensorRT engine, on its machine: time each layer, over so many rounds.",
             min=1,
             show_default=False,
         ),
@@ -98,7 +98,9 @@ def inspect(
     if not no_verify:
         verify_files(engine, manifest)
     if manifest.tensorrt is not None:
-        _inspect_tensorrt(engine, manifest, manifest.tensorrt, timings, json)
+        from starkv.cli.inspect_tensorrt import inspect_tensorrt
+
+        inspect_tensorrt(engine, manifest, timings, as_json=json)
         if json:
             return
     elif timings:
@@ -109,31 +111,6 @@ def inspect(
     results.print(_facts(manifest))
     results.print(_files(engine, manifest))
     results.print("hashes not checked" if no_verify else "all files have the hashes of the build")
-
-
-def _inspect_tensorrt(
-    directory: Path, manifest: Manifest, build: TensorRTBuild, rounds: int | None, json: bool
-) -> None:
-    """What the manifest says of a TensorRT engine, and its plans where this machine opens them."""
-    import json as json_module
-
-    from starkv.cli import inspect_tensorrt as shown
-
-    opened = shown.open_here(directory)
-    if isinstance(opened, str) and rounds:
-        raise EngineError(f"the layers can't be timed here: {opened}")
-    plans = [] if isinstance(opened, str) else shown.plan_rows(opened)
-    times = {} if isinstance(opened, str) or not rounds else shown.layer_timings(opened, rounds)
-    if json:
-        print(json_module.dumps(shown.as_json(manifest, plans, times)))
-        return
-    results.print(shown.build_table(build))
-    for plan in plans:
-        results.print(shown.plan_table(plan))
-    for part, layers in times.items():
-        results.print(shown.timing_table(part, layers))
-    if isinstance(opened, str):
-        note(f"the plans can't be opened here: {opened}")
 
 
 def _facts(manifest: Manifest) -> Table:

@@ -1,26 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """``starkv inspect`` of a TensorRT engine: its manifest, and its plans where they can be opened."""
 
-from collections.abc import Callable
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from starkv.errors import StarkvError
+from starkv.cli.console import note, results
+from starkv.cli.layer_timings import layer_timings
+from starkv.errors import EngineError, StarkvError
 from starkv.manifest import Manifest, TensorRTBuild
-from starkv.runtime.engines.base import Rope
 from starkv.runtime.engines.trt import TrtEngine
-from starkv.runtime.preprocess.image import ImageInputs
-from starkv.runtime.preprocess.positions import rope_tables, text_positions
+from starkv.runtime.preprocess.tokenizer import ChatTokenizer
 
 _MIB = 1 << 20
-_ROWS, _GRID = 512, (16, 16)
-"""Prompt and image whose layers are timed."""
 _SHOWN = 12
+"""Layers of a plan whose times are printed, the slowest ones."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,42 @@ class PlanRows:
     name: str
     layers: int
     tensors: list[TensorRow]
+
+
+def inspect_tensorrt(directory: Path, manifest: Manifest, rounds: int | None, as_json: bool) -> None:
+    """Print what the manifest says of an engine, and its plans where this machine opens them.
+
+    Args:
+        directory: the engine.
+        manifest: its own.
+        rounds: how often to time the layers; not at all if None.
+        as_json: as JSON, with all fields of the manifest.
+
+    Raises:
+        EngineError: the layers are to be timed, and the plans can't be opened here.
+    """
+    plans, times, reason = [], {}, ""
+    try:
+        engine = TrtEngine(directory, verify=False)
+    except StarkvError as error:
+        if rounds:
+            raise EngineError(f"the layers can't be timed here: {error}") from None
+        reason = str(error)
+    else:
+        plans = plan_rows(engine)
+        times = layer_timings(engine, ChatTokenizer.from_directory(directory), rounds) if rounds else {}
+    if as_json:
+        shown = [asdict(plan) for plan in plans]
+        print(json.dumps({**manifest.model_dump(), "plans": shown, "layer_milliseconds": times}))
+        return
+    if manifest.tensorrt is not None:
+        results.print(build_table(manifest.tensorrt))
+    for plan in plans:
+        results.print(plan_table(plan))
+    for part, layers in times.items():
+        results.print(timing_table(part, layers))
+    if reason:
+        note(f"the plans can't be opened here: {reason}")
 
 
 def build_table(build: TensorRTBuild) -> Table:
@@ -69,14 +102,6 @@ def build_table(build: TensorRTBuild) -> Table:
     return table
 
 
-def open_here(directory: Path) -> TrtEngine | str:
-    """The engine, or why it can't be opened on this machine."""
-    try:
-        return TrtEngine(directory, verify=False)
-    except StarkvError as error:
-        return str(error)
-
-
 def plan_rows(engine: TrtEngine) -> list[PlanRows]:
     """What the plans say."""
     from starkv.trt_compat.inspecting import plan_layers
@@ -99,7 +124,7 @@ def plan_rows(engine: TrtEngine) -> list[PlanRows]:
 
 def plan_table(plan: PlanRows) -> Table:
     """Inputs and outputs of a plan; the many caches of a decoder as one."""
-    title = f"{plan.name}.plan, {plan.layers} layers after fusion"
+    title = f"{plan.name}.plan, {_layers(plan.layers)} after fusion"
     table = Table(
         "tensor",
         "",
@@ -119,68 +144,19 @@ def plan_table(plan: PlanRows) -> Table:
     return table
 
 
+def _layers(count: int) -> str:
+    return f"{count} layer{'' if count == 1 else 's'}"
+
+
 def _shape(sizes: list[int]) -> str:
     return "x".join("?" if size < 0 else str(size) for size in sizes)
-
-
-def layer_timings(engine: TrtEngine, rounds: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of each layer, the mean of some rounds: an image, a prefill of 512 rows, decode steps.
-
-    Args:
-        engine: opened.
-        rounds: how many.
-    """
-    text = engine.manifest.text
-    rows = min(_ROWS, engine.manifest.max_context - rounds - 1)
-    embeds = np.zeros((rows, text.hidden), np.float32)
-    run = _round(engine, embeds, Rope(*rope_tables(text_positions(rows).values, text)))
-    # The first round chooses kernels' workspaces and is none of those that count.
-    run()
-    with engine.timed_layers() as times:
-        for _ in range(rounds):
-            run()
-    return {part: {name: ms / rounds for name, ms in layers.items()} for part, layers in times.items()}
-
-
-def _round(engine: TrtEngine, embeds: np.ndarray[Any, Any], rope: Rope) -> Callable[[], None]:
-    text, vision = engine.manifest.text, engine.manifest.vision
-    merge = vision.spatial_merge_size
-    rows, columns = _GRID
-    values = 3 * vision.temporal_patch_size * vision.patch_size**2
-    pixels = np.zeros((rows * columns, values), np.float32)
-    side = vision.patch_size
-    image = ImageInputs(
-        pixels, rows, columns, (rows // merge, columns // merge), rows * side, columns * side, 1, 1
-    )
-    one = Rope(*rope_tables(text_positions(1, len(embeds)).values, text))
-
-    def run() -> None:
-        engine.encode_image(image)
-        arena = engine.new_arena(len(embeds))
-        engine.prefill(arena, embeds, rope)
-        pool = engine.new_pool(1, 64)
-        pool.acquire()
-        engine.decode(pool, embeds[:1], one)
-
-    return run
 
 
 def timing_table(part: str, layers: dict[str, float]) -> Table:
     """The slowest layers of a plan."""
     total = sum(layers.values())
-    title = f"{part}: {total:.2f} ms in {len(layers)} layers"
+    title = f"{part}: {total:.2f} ms in {_layers(len(layers))}"
     table = Table("layer", "ms", "%", title=Text(title), title_justify="left")
     for name, ms in sorted(layers.items(), key=lambda entry: -entry[1])[:_SHOWN]:
         table.add_row(Text(name), f"{ms:.3f}", f"{ms / total:.0%}" if total else "")
     return table
-
-
-def as_json(
-    manifest: Manifest, plans: list[PlanRows], timings: dict[str, dict[str, float]]
-) -> dict[str, Any]:
-    """Everything for a script: the manifest's fields, and what the plans said."""
-    return {
-        **manifest.model_dump(),
-        "plans": [asdict(plan) for plan in plans],
-        "layer_milliseconds": timings,
-    }

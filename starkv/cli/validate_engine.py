@@ -3,18 +3,19 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
 
 from starkv.cli.console import errors, note, results
 from starkv.cli.options import Json
-from starkv.runtime.engines.base import EngineInfo
 from starkv.validation.report import Check, Report, markdown_table, write_text
 
+if TYPE_CHECKING:
+    from starkv.runtime.engines.base import EngineInfo
+
 Against = Literal["ort", "torch"]
-_BUDGET, _NEW_TOKENS = 0.5, 16
 _MARKS = {"passed": "[green]passed[/]", "failed": "[bold red]failed[/]", "skipped": "[yellow]skipped[/]"}
 
 
@@ -29,7 +30,8 @@ def engine(
         ),
     ] = None,
     against: Annotated[
-        Against, typer.Option(help="ort: that engine; torch: PyTorch, with its embedding and vision tower.")
+        Against,
+        typer.Option(help="ort: that engine; torch: PyTorch, with that engine's embedding and vision tower."),
     ] = "ort",
     checkpoint: Annotated[
         Path | None,
@@ -66,10 +68,10 @@ def engine(
     manifest = match.manifest
     # Every other prompt in two parts: how the second finds the rows of the first is code of its own.
     cases = [
-        Case(prompt, _BUDGET, _NEW_TOKENS, in_parts=bool(number % 2))
+        Case(prompt, in_parts=bool(number % 2))
         for number, prompt in enumerate(drawn_prompts(prompts, manifest.image.max_pixels))
     ]
-    infos: list[EngineInfo] = []
+    infos: "list[EngineInfo]" = []
     contestants = output_contestants(match, cases, infos.append)
     in_layers = layer_contestants(match, cases) if layers else []
     blank = Check("engine", manifest.backend, "", "passed", match.reference_name, manifest.compute_dtype)
@@ -94,24 +96,21 @@ def engine(
         raise typer.Exit(1)
 
 
-_HEADER = ("", "output", "largest", "total", "typical", "same", "")
+_HEADER = ("", "output", "largest / bound", "total / bound", "typical / bound", "same / bound", "")
 
 
 def _rows(report: Report) -> Sequence[tuple[str, ...]]:
-    """Cells of each check: what was measured, and its bound."""
+    """Cells of each check: what was measured, and behind it the bound."""
 
     def show(check: Check, name: str, form: str) -> str:
-        if name not in check.measures:
-            return ""
-        bound = check.measures.get("tolerance" if name == "kept_agreement" else f"tolerance_{name}")
-        limit = "" if bound is None else f" of {bound:{form}}"
-        return f"{check.measures[name]:{form}}{limit}"
+        measured = (check.measures.get(key) for key in (name, f"tolerance_{name}"))
+        return " / ".join(f"{value:{form}}" for value in measured if value is not None)
 
     return [
         (
             check.status,
             check.case,
-            *(show(check, name, ".1e") for name in ("error", "total_error", "typical_error")),
+            *(show(check, name, ".2g") for name in ("error", "total_error", "typical_error")),
             show(check, "kept_agreement", ".1%"),
             check.reason,
         )
