@@ -71,7 +71,7 @@ def engine(
         Case(prompt, in_parts=bool(number % 2))
         for number, prompt in enumerate(drawn_prompts(prompts, manifest.image.max_pixels))
     ]
-    infos: "list[EngineInfo]" = []
+    infos: list[EngineInfo] = []
     contestants = output_contestants(match, cases, infos.append)
     in_layers = layer_contestants(match, cases) if layers else []
     blank = Check("engine", manifest.backend, "", "passed", match.reference_name, manifest.compute_dtype)
