@@ -56,7 +56,7 @@ $(VENV)/run-ready: pyproject.toml
 # JetPack has TensorRT as a package of the system's Python: the environment looks there last.
 TENSORRT_FOLDER = $(shell $(PYTHON) -c 'import os, tensorrt; print(os.path.dirname(tensorrt.__path__[0]))' 2>&-)
 # Old ones run on new drivers, too.
-CUDA_BINDINGS   = 'cuda-bindings>=12.6.1,<13' 'polygraphy>=0.49'
+CUDA_BINDINGS   = 'cuda-bindings>=12.6.1,<13' 'polygraphy>=0.49.26'
 $(VENV)/trt-ready: pyproject.toml $(VENV)/run-ready
 	@if [ -n '$(TENSORRT_FOLDER)' ]; then \
 		echo "using TensorRT of $(TENSORRT_FOLDER)"; \
