@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What several tests of TensorRT start from."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,3 +85,11 @@ def engines(
 def host(exports: Exports) -> OrtEngine:
     """gui-tiny on the processor, in float32."""
     return OrtEngine(exports.processor_engine, threads=1)
+
+
+@pytest.fixture
+def hears_ctrl_c() -> Iterator[None]:
+    """A process that a shell starts in the background is told to ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -156,6 +156,7 @@ def test_full_disk_is_one_line(
     assert "no room for the engine" in refused(starkv, tiny.exports["fp32"], "--backend", "trt")
 
 
+@pytest.mark.usefixtures("hears_ctrl_c")
 def test_ctrl_c_stops_tensorrt_and_leaves_nothing_but_what_was_there(
     script: Script, tiny: TinyModel, tmp_path: Path
 ) -> None:

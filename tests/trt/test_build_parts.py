@@ -60,6 +60,7 @@ def test_a_stopped_build_is_told_so_at_its_next_step() -> None:
     assert not monitor.step_complete("outer")
 
 
+@pytest.mark.usefixtures("hears_ctrl_c")
 def test_ctrl_c_waits_until_the_work_has_stopped() -> None:
     stopped, ended = threading.Event(), threading.Event()
 
