@@ -10,12 +10,13 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
-from common import Reference, engines, report, wilson_interval
+from common import Reference, engines, report
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from splits import held_out
 
+from starkv.evaluation.statistics import wilson_interval
 from starkv.runtime.actions.types import Click
 from starkv.runtime.agent import Agent
 from starkv.runtime.generation import SamplingParameters

@@ -2,7 +2,6 @@
 """What the benchmarks share: the embedded model in both worlds, and how results are kept."""
 
 import json
-import math
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -70,16 +69,6 @@ def engines(*presets: str) -> Iterator[dict[str, Path]]:
             built[preset] = Path(scratch) / preset
             build_ort_engine(exported, built[preset])
         yield built
-
-
-def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Bounds of a share at 95 % confidence (Wilson 1927)."""
-    if not trials:
-        return 0.0, 1.0
-    share, spread = successes / trials, z * z / trials
-    center = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / trials + spread / trials / 4) / (1 + spread)
-    return center - half, center + half
 
 
 def report(table: list[tuple[str, ...]], figures: dict[str, Any], out: Path | None) -> None:

@@ -14,12 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from common import engines, report, wilson_interval
+from common import engines, report
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from splits import held_out
 
+from starkv.evaluation.statistics import wilson_interval
 from starkv.methods.budget import Budget
 from starkv.methods.names import ENGINE_METHODS, FULL, STAR_KV
 from starkv.methods.star_kv_config import StarKVConfig

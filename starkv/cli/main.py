@@ -13,6 +13,7 @@ from starkv.cli.build import build
 from starkv.cli.chat import chat
 from starkv.cli.console import fail
 from starkv.cli.doctor import doctor
+from starkv.cli.eval import evaluate
 from starkv.cli.export import export
 from starkv.cli.inspect import inspect
 from starkv.cli.run import run
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 for command in (export, build, run, chat, inspect, doctor, bench):
     app.command()(command)
+app.command("eval")(evaluate)
 app.add_typer(validate_app, name="validate")
 
 

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rule of single clicks."""
+
+from starkv.evaluation.answers import Answer
+from starkv.evaluation.boxes import Box
+
+POINT_IN_BOX = "point-in-box"
+
+
+def point_in_box(answer: Answer, box: Box) -> float:
+    """1 if the place of the first action lies in the element's box, edges included.
+
+    Which action it is does not matter: hovering over the right element is right.
+
+    Args:
+        answer: of the model.
+        box: pixels of the screenshot.
+    """
+    first = answer.first
+    if first is None or first.place is None:
+        return 0.0
+    return float(box.holds(*answer.pixels(first.place)))
