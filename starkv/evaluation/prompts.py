@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a sample to the turns that a model is asked with, earlier steps included.
 
-Trajectories are laid out as the official driver of AgentNetBench does: each earlier step is its screenshot and
-what should have been answered to it, and the instruction comes last, with the current screenshot. The last few
-steps keep their screenshots, older ones their words only. How the answers read is our own choice.
+Trajectories are laid out as the official driver of AgentNetBench does: each earlier step is its screenshot
+and what should have been answered to it, and the instruction comes last, with the current screenshot. The
+last few steps keep their screenshots, older ones their words only. How the answers read is our own choice.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures that others have published, to read one's own beside them. None of them was measured with starkv."""
+"""Figures that others have published, to read one's own beside them. None was measured with starkv."""
 
 from importlib.resources import files
 

@@ -114,7 +114,7 @@ def _check_settings(path: Path, settings: Settings, records: Path) -> None:
     differences = list(_differences(found, settings.model_dump(mode="json")))
     if differences:
         raise UsageError(
-            f"{path.parent} holds another run: {'; '.join(differences[:3])}; choose another --out, or delete it"
+            f"{path.parent} holds another run: {'; '.join(differences[:3])}; choose another --out"
         )
 
 

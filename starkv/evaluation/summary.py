@@ -89,9 +89,9 @@ class Summary:
         capacity = f", at most {kv.capacity} rows" if kv.capacity else ""
         limited = f", limited to the first {self.limit}" if self.limit else ""
         return (
-            f"{self.samples} samples answered{limited}, {self.skipped} skipped, {self.no_action} answers that "
-            f"are no action; KV method {kv.method}{mode}, budget {kv.budget:.0%}{capacity}, {self.kept_share:.1%} "
-            f"of the prompts' rows kept; prompt {self.settings.dialect}, replies of up to "
+            f"{self.samples} samples answered{limited}, {self.skipped} skipped, {self.no_action} "
+            f"answers are no action; KV method {kv.method}{mode}, budget {kv.budget:.0%}{capacity}, "
+            f"{self.kept_share:.1%} of the prompts' rows kept; prompt {self.settings.dialect}, replies of up to "
             f"{self.settings.max_new_tokens} tokens."
         )
 

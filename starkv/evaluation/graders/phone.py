@@ -5,8 +5,9 @@
 within a tenth of the screen's width and height, or 72 pixels if that is more; a scroll also in the opposite
 direction; a typed text also if it is part of the right one or the right one is part of it.
 
-``strict-14%-or-box`` is nearer to the literature: a tap counts within 14 % of the screen, or in the box of the
-element that was tapped; direction and normalised text have to be right. Both demand the type of the action.
+``strict-14%-or-box`` is nearer to the literature: a tap counts within 14 % of the screen, or in the box of
+the element that was tapped; direction and normalised text have to be right. Both demand the type of the
+action.
 """
 
 import math

@@ -19,11 +19,11 @@ class _Position(Entry):
 
 class _Params(Entry):
     position: _Position | None = None
-    text: str | None = Field(None, validation_alias=AliasChoices("text", "content"))
+    text: str | None = Field(default=None, validation_alias=AliasChoices("text", "content"))
     keys: list[str] | str | None = None
     status: str | None = None
     direction: str | None = None
-    amount: float | None = Field(None, validation_alias=AliasChoices(*_AMOUNTS))
+    amount: float | None = Field(default=None, validation_alias=AliasChoices(*_AMOUNTS))
 
 
 class _MetadataBox(Entry):
@@ -37,14 +37,14 @@ class _MetadataBox(Entry):
 
 
 class _Metadata(Entry):
-    bboxes: list[_MetadataBox] = []
+    bboxes: list[_MetadataBox] = Field(default_factory=list)
 
 
 class ActionEntry(Entry):
     """One recorded action."""
 
     type: str = Field(min_length=1)
-    params: _Params = _Params()
+    params: _Params = Field(default_factory=_Params)
     metadata: _Metadata | None = None
 
     @model_validator(mode="after")
@@ -85,7 +85,9 @@ class ActionEntry(Entry):
 
 class _Monologue(Entry):
     thought: str = ""
-    summary: str = Field("", validation_alias=AliasChoices("low_level_instruction", "action", "summary"))
+    summary: str = Field(
+        default="", validation_alias=AliasChoices("low_level_instruction", "action", "summary")
+    )
 
 
 class StepEntry(Entry):
@@ -94,7 +96,7 @@ class StepEntry(Entry):
     image: str = Field(min_length=1)
     ground_truth_actions: list[ActionEntry] = Field(min_length=1)
     alternative_options: list[list[ActionEntry] | ActionEntry] | None = None
-    inner_monologue: _Monologue = _Monologue()
+    inner_monologue: _Monologue = Field(default_factory=_Monologue)
 
     @field_validator("inner_monologue", mode="before")
     @classmethod

@@ -90,7 +90,7 @@ class _Entry(Entry):
     step_instruction: str = ""
     previous_actions: list[str] | str | None = None
     action: _Action
-    accessibility_tree: list[_Element] = []
+    accessibility_tree: list[_Element] = Field(default_factory=list)
 
 
 def load(directory: Path, level: Level) -> Loaded:
@@ -129,14 +129,11 @@ def load(directory: Path, level: Level) -> Loaded:
 
 def _instruction(entry: _Entry, level: Level) -> str:
     earlier = entry.previous_actions or []
-    listed = (
-        earlier
-        if isinstance(earlier, str)
-        else "\n".join(f"{i}. {text}" for i, text in enumerate(earlier, 1))
-    )
+    if not isinstance(earlier, str):
+        earlier = "\n".join(f"{number}. {text}" for number, text in enumerate(earlier, 1))
     parts = [entry.goal]
-    if listed.strip():
-        parts.append(f"Previous actions:\n{listed}")
+    if earlier.strip():
+        parts.append(f"Previous actions:\n{earlier}")
     if level == "low":
         parts.append(f"Next step: {entry.step_instruction}")
     return "\n\n".join(parts)
