@@ -46,7 +46,8 @@ class Answer:
 
     def pixels(self, place: Place) -> tuple[float, float]:
         """Pixels of the screenshot at a place."""
-        return place.x * self.screen.width, place.y * self.screen.height
+        # Edges belong to boxes: the way through shares must not push a point over one.
+        return round(place.x * self.screen.width, 6), round(place.y * self.screen.height, 6)
 
 
 def answer_of(reply: AgentReply, convention: CoordinateConvention) -> Answer:

@@ -91,8 +91,8 @@ class Summary:
         return (
             f"{self.samples} samples answered{limited}, {self.skipped} skipped, {self.no_action} "
             f"answers are no action; KV method {kv.method}{mode}, budget {kv.budget:.0%}{capacity}, "
-            f"{self.kept_share:.1%} of the prompts' rows kept; prompt {self.settings.dialect}, replies of up to "
-            f"{self.settings.max_new_tokens} tokens."
+            f"{self.kept_share:.1%} of the prompts' rows kept; prompt {self.settings.dialect}, "
+            f"replies of up to {self.settings.max_new_tokens} tokens."
         )
 
 
