@@ -10,9 +10,10 @@ from starkv.evaluation.metrics import Metric, share
 from starkv.evaluation.published import all_published, published_for
 from starkv.evaluation.records import KvSettings, Record, RecordFile, Settings
 from starkv.evaluation.runner import finished_ids
-from starkv.evaluation.samples import Sample
+from starkv.evaluation.samples import Problem, Sample
 from starkv.evaluation.statistics import wilson_interval
 from starkv.evaluation.suites.registry import SUITES
+from starkv.evaluation.summary import summarise
 
 SETTINGS = Settings(
     suite="screenspot-v2",
@@ -185,3 +186,20 @@ def test_an_interrupted_trajectory_starts_over() -> None:
     samples = [sample("a/0", "a"), sample("a/1", "a"), sample("b/0", "b"), sample("b/1", "b")]
     # "c" is of a run with a higher limit.
     assert finished_ids(samples, ["a/0", "a/1", "b/0", "c"]) == {"a/0", "a/1", "c"}
+
+
+def test_others_figures_stand_beside_ones_own_and_are_marked(tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"suite": "screenspot-pro", "engine": "ui-tars-1.5-7b"})
+    facets = {"group": "Office", "application": "word", "platform": "linux", "type": "text"}
+    records = [record("a", 1, facets=facets), record("b", 0, facets=facets)]
+    problems = [Problem("a.json", "entry 3", "bbox: missing", 2)]
+    summary = summarise(SUITES["screenspot-pro"], settings, records, problems, [], limit=4)
+    assert (summary.headline.value, summary.skipped, summary.kept_share) == (0.5, 2, 0.2)
+    summary.write(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    own, others = text.split("Published by others")
+    assert "| action_acc | point-in-box | 50.00% | 9.5%–90.5% | 2 |" in own
+    assert "| star_kv | 20% | 40.90% | action_acc | STaR-KV, README" in others
+    assert "table 5; second-hand |" in others
+    assert "* a.json, entry 3: bbox: missing" in others
+    assert "10%" not in others

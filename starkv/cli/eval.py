@@ -66,6 +66,7 @@ def evaluate(
     from starkv.evaluation.summary import summarise
     from starkv.manifest import read_manifest
     from starkv.runtime.agent import Agent
+    from starkv.runtime.engines.base import check_kv_method
     from starkv.runtime.generation import SamplingParameters
     from starkv.runtime.prompts.dialects import parse_dialect
 
@@ -85,6 +86,7 @@ def evaluate(
     # Refused before the engine is loaded: that takes minutes for a large one.
     records = _open(out, settings, samples)
     agent = Agent.load(directory, not no_verify, threads, device)
+    check_kv_method(agent.engine.info, policy.method)
     asking = Asking(
         agent, policy, SamplingParameters(settings.max_new_tokens), parse_dialect(settings.dialect)
     )
@@ -121,9 +123,7 @@ def _nothing_left(data: Path, problems: Sequence["Problem"]) -> str:
     if not problems:
         return f"{data} holds no samples"
     lost = sum(problem.samples for problem in problems)
-    return (
-        f"nothing of {data} could be asked: {lost} samples were skipped, the first because of {problems[0]}"
-    )
+    return f"nothing of {data} could be asked; {lost} of {lost} samples were skipped, first {problems[0]}"
 
 
 def _open(out: Path | None, settings: "Settings", samples: Sequence["Sample"]) -> "RecordFile | None":
@@ -152,15 +152,18 @@ def _ask_all(
     answered = dict(records.records) if records else {}
     problems: list[Problem] = []
     remaining = [sample for sample in samples if sample.id not in answered]
+
+    def skip(problem: "Problem") -> None:
+        problems.append(problem)
+        _tell_problem(problem)
+
     with progress() as stages:
         stages.start(title, len(remaining))
-        for record in ask(remaining, asking, problems.append):
+        for record in ask(remaining, asking, skip):
             answered[record.id] = record
             if records:
                 records.add(record)
             stages.advance(record.id)
-    for problem in problems:
-        _tell_problem(problem)
     return [answered[sample.id] for sample in samples if sample.id in answered], problems
 
 
