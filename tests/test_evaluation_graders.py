@@ -200,6 +200,12 @@ def test_writing_and_submitting_are_one_action() -> None:
     assert grades_of(answer(TypeText("hello"), Press("enter")), *wanted) == (1, 1)
 
 
+def test_moving_and_clicking_there_are_one_action() -> None:
+    move, away = DesktopAction("moveto", BOXED.place, boxes=BOXED.boxes), DesktopAction("moveto", Place(0, 0))
+    assert grades_of(answer(Click(ANYWHERE), at=(0.6, 0.6)), move, BARE) == (1, 1)
+    assert grades_of(answer(Click(ANYWHERE), at=(0.5, 0.5)), away, BARE) == (0, 0)
+
+
 def test_a_drag_is_a_movement_and_a_drag() -> None:
     start, end = Place(0.2, 0.2), Place(0.8, 0.8)
     given = answer(Drag(ANYWHERE, ANYWHERE), at=start, end=end)

@@ -40,6 +40,7 @@ DECAY = 120
 SIMILAR = 0.8
 """Similarity from which a typed text is right."""
 _SIMPLE = {Click: "click", DoubleClick: "doubleclick", TripleClick: "tripleclick", RightClick: "rightclick"}
+_CLICKS = frozenset(_SIMPLE.values())
 _SUBMITS = (("enter",), ("return",))
 
 
@@ -103,11 +104,18 @@ def grade_step(answer: Answer, options: Sequence[Sequence[DesktopAction]]) -> di
 
 
 def joined(actions: Sequence[DesktopAction]) -> list[DesktopAction]:
-    """Writing followed by the enter key as one: a line feed at the end of the text, as UI-TARS says it."""
+    """Actions as UI-TARS says them, where the data set takes two for one.
+
+    Writing and then the enter key is a text with a line feed at its end; moving to a place and then clicking
+    there is the click.
+    """
     result: list[DesktopAction] = []
     for action in actions:
-        if result and result[-1].type == "write" and action.type == "keys" and action.keys in _SUBMITS:
-            result[-1] = replace(result[-1], text=result[-1].text + "\n")
+        before = result[-1] if result else None
+        if before and before.type == "write" and action.type == "keys" and action.keys in _SUBMITS:
+            result[-1] = replace(before, text=before.text + "\n")
+        elif before and before.type == "moveto" and action.type in _CLICKS and action.place == before.place:
+            result[-1] = replace(action, boxes=action.boxes or before.boxes)
         else:
             result.append(action)
     return result

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """AgentNetBench: every next step of recorded desktop tasks.
 
-``test_data/*.json``, each a task (or a list of them): ``{"task_id", "high_level_task_description" |
+``test_data/*.json`` (or ``single_data/``), each a task (or a list of them): ``{"task_id", "high_level_task_description" |
 "user_task_description", "steps": [{"image", "ground_truth_actions": [{"type", "params", "metadata"}],
-"alternative_options", "inner_monologue"}]}``; images are found in ``test_data/images/``, ``images/``,
-``test_data/`` or the folder itself.
+"alternative_options", "inner_monologue"}]}``; images are found in ``images/`` beside the tasks,
+in ``images/`` of the folder, beside the tasks, or in the folder itself.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from starkv.evaluation.answers import Answer
 from starkv.evaluation.files import UnreadableFileError, find_image, first_error, read_json
-from starkv.evaluation.graders.desktop import LENIENT, STRICT, DesktopAction, grade_step
+from starkv.evaluation.graders.desktop import LENIENT, STRICT, DesktopAction, grade_step, joined
 from starkv.evaluation.metrics import Metric, share, shares_by
 from starkv.evaluation.records import Record
 from starkv.evaluation.samples import Level, Loaded, PastStep, Problem, Sample
@@ -23,6 +23,7 @@ from starkv.evaluation.suites.agentnet_entries import TaskEntry
 from starkv.evaluation.suites.base import LayoutError, Suite, checked_directory
 
 NAME = "agentnet-bench"
+FOLDERS = ("test_data", "single_data")
 _EXPECTED = "test_data/*.json and the images that they name"
 
 
@@ -38,10 +39,11 @@ def load(directory: Path, level: Level) -> Loaded:
         UsageError: the layout is wrong.
     """
     checked_directory(directory, NAME, _EXPECTED)
-    data, loaded, seen = directory / "test_data", Loaded(), set[str]()
-    paths = sorted(data.glob("*.json"))
-    if not paths:
+    loaded, seen = Loaded(), set[str]()
+    data = next((directory / name for name in FOLDERS if any((directory / name).glob("*.json"))), None)
+    if data is None:
         raise LayoutError(directory, NAME, _EXPECTED)
+    paths = sorted(data.glob("*.json"))
     folders = [data / "images", directory / "images", data, directory]
     for path in paths:
         for where, raw in _tasks(path, loaded):
@@ -96,7 +98,7 @@ def _samples(task: TaskEntry, folders: Sequence[Path]) -> list[Sample] | str:
                 task.task_id,
                 image,
                 task.instruction,
-                {"action": actions[0].type},
+                {"action": joined(actions)[0].type},
                 partial(_grade, options=options),
                 tuple(past),
             )
