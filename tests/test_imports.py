@@ -24,7 +24,9 @@ def test_importing_the_package_loads_nothing_else() -> None:
     assert not any(name.startswith("starkv.") for name in loaded)
 
 
-@pytest.mark.parametrize("module", ["starkv.cli.main", "starkv.runtime.agent", "starkv.export.cards"])
+@pytest.mark.parametrize(
+    "module", ["starkv.cli.main", "starkv.runtime.agent", "starkv.export.cards", "starkv.evaluation.runner"]
+)
 def test_light_modules_load_nothing_heavy(module: str) -> None:
     loaded = modules_after(f"import {module}")
     assert module in loaded

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """AgentNetBench: every next step of recorded desktop tasks.
 
-``test_data/*.json`` (or ``single_data/``), each a task (or a list of them): ``{"task_id", "high_level_task_description" |
-"user_task_description", "steps": [{"image", "ground_truth_actions": [{"type", "params", "metadata"}],
-"alternative_options", "inner_monologue"}]}``; images are found in ``images/`` beside the tasks,
-in ``images/`` of the folder, beside the tasks, or in the folder itself.
+``test_data/*.json`` (or ``single_data/``), each a task or a list of them: ``{"task_id",
+"high_level_task_description" | "user_task_description", "steps": [{"image", "ground_truth_actions":
+[{"type", "params", "metadata"}], "alternative_options", "inner_monologue"}]}``; images are found in
+``images/`` beside the tasks, in ``images/`` of the folder, beside the tasks, or in the folder itself.
 """
 
 from collections.abc import Iterator, Sequence
