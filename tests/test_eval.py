@@ -191,7 +191,7 @@ def test_what_is_skipped_is_named_and_counted(evaluate: Evaluate, spots: Path) -
         "skipped: screenspot_web_v2.json, entry 5: image 'gone.png' is missing",
         "skipped: broken.png, web/6: ",
         "warning: screenspot_mobile_v2.json is missing",
-        "warning: 3 samples were skipped",
+        "warning: samples skipped: 3;",
     ):
         assert line in ran.err
     summary = json.loads(ran.out)

@@ -190,6 +190,9 @@ BAD_ENTRIES = [
     ),
     ("screenspot-v2", partial(v2, img_filename="gone.png"), "entry 1: image 'gone.png' is missing in", 1),
     ("screenspot-v2", partial(v2, img_filename="../x.png"), "'../x.png' leads out of the data set", 1),
+    ("screenspot-v2", partial(v2, img_filename="a\0b"), "'a\\x00b' is no name of a file", 1),
+    ("screenspot-v2", partial(v2, img_filename="a" * 300), "aaa' is no name of a file", 1),
+    ("screenspot-v2", partial(v2, instruction="\ud800"), "entry 1: instruction: Input should be a valid", 1),
     ("screenspot-pro", partial(large, id="a"), "all.json, entry 1: the id 'a' occurred before", 1),
     ("screenspot-pro", partial(large, bbox=[9, 9, 5, 12]), "entry 1: bbox: Value error", 1),
     (

@@ -90,6 +90,7 @@ def test_cards_and_the_embedded_model_are_in_it(names: set[str]) -> None:
     assert "model.safetensors" in files
     assert {f"starkv/models/{name}" for name in cards} <= names
     assert {f"starkv/models/gui-tiny/{name}" for name in files} <= names
+    assert "starkv/evaluation/published.json" in names
     assert configs
     assert {f"starkv/models/configs/{name}" for name in configs} <= names
 

@@ -103,7 +103,7 @@ def evaluate(
     else:
         _print(summary)
     if summary.skipped:
-        note(f"warning: {summary.skipped} samples were skipped; the figures are about the others")
+        note(f"warning: samples skipped: {summary.skipped}; the figures are about the others")
 
 
 def _tell(loaded: "Loaded") -> None:

@@ -87,11 +87,14 @@ def find_image(name: str, folders: Sequence[Path]) -> Path | str:
     """The image called ``name`` in the first folder that has it, or why there is none."""
     for folder in folders:
         path = folder / name
-        # Annotations come from elsewhere; they have no business outside the data set.
-        if not path.resolve().is_relative_to(folder.resolve()):
-            return f"{name!r} leads out of the data set"
-        if path.is_file():
-            return path
+        try:
+            # Annotations come from elsewhere; they have no business outside the data set.
+            if not path.resolve().is_relative_to(folder.resolve()):
+                return f"{name!r} leads out of the data set"
+            if path.is_file():
+                return path
+        except (OSError, ValueError):
+            return f"{name[:40]!r} is no name of a file"
     return f"image {name!r} is missing in {' and '.join(str(folder) for folder in folders)}"
 
 

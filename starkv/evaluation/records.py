@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from starkv import __version__
 from starkv.errors import UsageError
 from starkv.validation.report import write_text
 
@@ -53,6 +54,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = 1
+    starkv: str = __version__
+    """Rules and engines may change with it."""
     suite: str
     data: str
     """Hash of the data set."""
