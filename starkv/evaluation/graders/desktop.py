@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rules of AgentNetBench's steps.
 
-``first-action-exp-distance`` is what the driver of STaR-KV's and GUI-KV's authors computes: the first action
+``first-action-exp-distance`` follows the driver of STaR-KV's authors: the first action
 counts alone, a place outside the boxes earns exp(−120·(d − 0.0141)) for a distance of d in shares of the
 screen's sides, every scroll is right, and keys may come in any order.
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rules of AndroidControl's steps.
 
-``lenient-10%-or-72px`` is what the driver of STaR-KV's and GUI-KV's authors takes as right: a tap counts
+``lenient-10%-or-72px`` follows the driver of STaR-KV's authors: a tap counts
 within a tenth of the screen's width and height, or 72 pixels if that is more; a scroll also in the opposite
 direction; a typed text also if it is part of the right one or the right one is part of it.
 
