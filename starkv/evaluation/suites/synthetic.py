@@ -5,13 +5,11 @@ No folder is read: split, seed and number say which samples these are, on any ma
 """
 
 import hashlib
-import io
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from starkv.errors import UsageError
@@ -23,6 +21,7 @@ from starkv.evaluation.records import Record
 from starkv.evaluation.samples import Loaded, Sample
 from starkv.evaluation.suites.base import Suite
 from starkv.evaluation.suites.registry import SYNTHETIC_NAME
+from starkv.runtime.preprocess.image import png_bytes
 from starkv.synthetic import suite as drawn
 from starkv.synthetic.samples import Sample as DrawnSample
 
@@ -82,18 +81,25 @@ def sample_of(sample: DrawnSample, remembers: bool) -> Sample:
         sample: frames as arrays; they are kept as PNG, which takes a fraction of the memory.
         remembers: whether compression remembers the earlier samples of its group.
     """
-    *earlier, shown = map(_png, sample.frames)
-    box = Box(*map(float, sample.box))
-    return Sample(
-        id=sample.id,
-        group=sample.group if remembers else sample.id,
-        image=shown,
-        instruction=sample.question,
-        facets={"task": sample.task},
-        grade=partial(_grade, box=box),
-        earlier=tuple(earlier),
-        target=box,
-    )
+    *earlier, shown = (png_bytes(Image.fromarray(frame)) for frame in sample.frames)
+    asked = single_click(sample.id, sample.task, shown, sample.question, sample.box)
+    return replace(asked, group=sample.group if remembers else sample.id, earlier=tuple(earlier))
+
+
+def single_click(
+    name: str, kind: str, image: bytes, instruction: str, target: tuple[int, int, int, int]
+) -> Sample:
+    """A question that a click inside a box answers, and that stands alone.
+
+    Args:
+        name: unique among the samples.
+        kind: of question, by which figures are broken down.
+        image: the screenshot, as the bytes of a file.
+        instruction: what to do.
+        target: x0, y0, x1, y1 in pixels; right and lower edge don't belong to the box.
+    """
+    box = Box(*map(float, target))
+    return Sample(name, name, image, instruction, {"task": kind}, partial(_grade, box=box), target=box)
 
 
 def summarise(records: Sequence[Record]) -> list[Metric]:
@@ -103,12 +109,6 @@ def summarise(records: Sequence[Record]) -> list[Metric]:
 
 def _grade(answer: Answer, box: Box) -> dict[str, float]:
     return {CLICK_IN_BOX: click_in_box(answer, box)}
-
-
-def _png(frame: NDArray[np.uint8]) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(frame).save(stream, "PNG", compress_level=1)
-    return stream.getvalue()
 
 
 SYNTHETIC = Suite(SYNTHETIC_NAME, summarise, "ui_tars_grounding", 128)
