@@ -16,14 +16,11 @@ _TEMPLATE = """<!doctype html>
 <title>{{ document.title }}</title>
 <style>
 :root { color-scheme: light dark; --ink: #1c2733; --muted: #5b6875; --line: #d5dce2; --paper: #fff;
-  --band: #f4f7f9;
-  --good: #00785a; --bad: #c0185c; --none: #8a6d00; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6ebf0; --muted: #9aa7b4; --line: #37424d; --paper:
-  #151b21;
-  --band: #1d252d; --good: #4cc9a0; --bad: #ff6fa5; --none: #e0c050; } }
-body { margin: 0 auto; max-width: 1180px; padding: 24px 20px 60px; background: var(--paper); color:
-  var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; }
+  --band: #f4f7f9; --good: #00785a; --bad: #c0185c; --none: #8a6d00; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6ebf0; --muted: #9aa7b4; --line: #37424d;
+  --paper: #151b21; --band: #1d252d; --good: #4cc9a0; --bad: #ff6fa5; --none: #e0c050; } }
+body { margin: 0 auto; max-width: 1180px; padding: 24px 20px 60px; background: var(--paper);
+  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 25px; margin: 0 0 12px; } h2 { font-size: 18px; margin: 36px 0 4px; }
 p { color: var(--muted); margin: 0 0 10px; max-width: 80ch; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 0; }
@@ -33,17 +30,16 @@ dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 th { text-align: left; color: var(--muted); font-weight: 600; } td, th { padding: 5px 12px 5px 0;
   border-bottom: 1px solid var(--line); vertical-align: top; }
-.passed { color: var(--good); } .failed { color: var(--bad); font-weight: 700; } .skipped { color:
-  var(--none); }
+.passed { color: var(--good); } .failed { color: var(--bad); font-weight: 700; } .skipped {
+  color: var(--none); }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: 18px; }
 figure { margin: 0; } img { width: 100%; height: auto; border: 1px solid var(--line); }
 figcaption { font-size: 13px; } code { font-size: 12px; overflow-wrap: anywhere; color: var(--muted); }
 </style>
 </head>
 <body>
-<h1>{{ document.title }}:
-{% set verdict = "passed" if document.passed else "failed" %}<span class="{{ verdict }}">{{ verdict
-  }}</span></h1>
+{% set verdict = "passed" if document.passed else "failed" %}
+<h1>{{ document.title }}: <span class="{{ verdict }}">{{ verdict }}</span></h1>
 <dl>{% for name, value in document.facts %}<dt>{{ name }}</dt><dd>{{ value }}</dd>{% endfor %}</dl>
 {% for note in document.notes %}<p class="note">{{ note }}</p>
 {% endfor %}

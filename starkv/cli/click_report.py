@@ -224,7 +224,8 @@ _SECTIONS: Sequence[tuple[str, str, tuple[str, ...], tuple[str, ...], _Row]] = (
     (
         "Memory",
         "KiB of the KV cache, mean over the questions: of the prompt, kept of it, held after the reply, "
-        "reserved at the peak. MiB at the process's peak, or in use on a GPU. Bound: kept ≤ full, held ≤ reserved.",
+        "reserved at the peak. MiB at the process's peak, or in use on a GPU. Bound: kept ≤ full, held ≤ "
+        "reserved.",
         (MEMORY,),
         ("", "task", "cache", "full", "kept", "held", "reserved", "peak, MiB", "why"),
         _memory,

@@ -62,14 +62,15 @@ def clicks(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of report.html, .md and .json; ENGINE.clicks beside the engine by default.",
+            help="Folder of the report; ENGINE.clicks beside the engine by default.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
     """Compare an engine's clicks with PyTorch's, with fp32's, and with those of smaller KV caches.
 
-    Also how fast it is, in how much memory. Questions have known answers. Exits with code 1 where clicks are lost that should not be.
+    Also how fast it is, in how much memory. Questions have known answers. Exits with code 1 where
+    clicks are lost that should not be.
 
     Example: [bold]starkv validate clicks --engine gui-tiny --n 200[/]
     """
