@@ -22,6 +22,9 @@ REASON = "why"
 """Header of the last column, where a check says why it failed or was skipped."""
 _DEFAULT_BUDGETS = (0.2, 0.4, 0.8)
 _REPORT_ONLY = ("bound", REASON, "compared", "reference", "same clicks", "off by, px")
+_SHORT = {"same replies": "same", "compress, ms": "ms"}
+_FEW = 6
+"""Columns of a table that has room for intervals."""
 _STYLES = {"passed": "[green]passed[/]", "failed": "[bold red]failed[/]", "skipped": "[yellow]skipped[/]"}
 
 
@@ -147,9 +150,12 @@ def _print(document: "Document") -> None:
             box=None, header_style="dim", title=section.title, title_justify="left", padding=(0, 1, 0, 0)
         )
         for index in shown:
-            table.add_column(section.header[index], no_wrap=True)
+            name = section.header[index]
+            table.add_column(_SHORT.get(name, name), no_wrap=True)
         for row in section.rows:
-            status, *cells = (row[index] for index in shown)
+            # Intervals fit into 80 columns where there are few of them; the report has them all.
+            brief = [row[index] if len(shown) <= _FEW else row[index].partition(" [")[0] for index in shown]
+            status, *cells = brief
             # Of the case only the task: the number of questions is the same in all rows.
             table.add_row(_STYLES[status], cells[0].partition(",")[0], *cells[1:])
         results.print(table)
