@@ -136,7 +136,7 @@ def test_the_guided_head_looks_where_the_answer_is_found(
             inside = looks[(one.segments[0] == number) & (looks >= 0)]
             parts = [2 * number] if question.task != "instruction" else [2 * number, 2 * number + 1]
             assert inside.unique().tolist() == parts
-            # The last digits are written while the head looks at the target: its cells lie on the target's box.
+            # The last digits are written while the head looks at the target.
             cells = evidence[inside[-1]].reshape(2, 8, 8).nonzero()
             x0, y0, x1, y1 = question.box
             assert all(y0 - 28 < 28 * y < y1 and x0 - 28 < 28 * x < x1 for _, y, x in cells.tolist())

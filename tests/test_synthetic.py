@@ -2,7 +2,7 @@
 """The synthetic suite: what its screens promise, and that its answers are right."""
 
 from collections import Counter
-from itertools import combinations, islice
+from itertools import combinations, islice, pairwise
 
 import numpy as np
 import pytest
@@ -138,7 +138,7 @@ def test_tasks_are_balanced_and_screens_large(clicks: list[Sample], steps: list[
 
 
 def test_frames_of_successive_steps_are_the_same_arrays(steps: list[Sample]) -> None:
-    for one, two in zip(steps, steps[1:], strict=False):
+    for one, two in pairwise(steps):
         if one.group == two.group and len(one.frames) == len(two.frames):
             # All but the oldest; the last one got the pointer meanwhile.
             assert all(a is b for a, b in zip(one.frames[1:-1], two.frames[:-2], strict=True))

@@ -62,7 +62,7 @@ def make_widget(random: np.random.Generator, name: Name, kind: Kind | None = Non
 
 
 def place_new(random: np.random.Generator, scene: Scene, names: Names) -> Scene:
-    """The scene with an element that was not there before; the same scene if there is no name or room left."""
+    """The scene with a new element; the same scene if there is no name or room left."""
     name = names.take(icon=bool(random.random() < 0.5))
     if name is None:
         return scene
