@@ -102,8 +102,10 @@ def earlier_questions(random: np.random.Generator, view: Sequence[Scene]) -> Ite
 
 
 def changed_question(random: np.random.Generator, view: Sequence[Scene]) -> Question | None:
-    """The one element that the frame before did not show: "Click what is new."; None unless exactly one is new
-    and nothing moved."""
+    """The one element that the frame before did not show: "Click what is new."
+
+    None unless exactly one is new and nothing moved.
+    """
     last = len(view) - 1
     new = [element for element in view[-1].elements if view[-2].find(element.name) is None]
     moved = [
