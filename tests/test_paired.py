@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from starkv.evaluation.paired import Discordance, cluster_intervals
+from starkv.evaluation.paired import Discordance, cluster_intervals, holm
 
 
 @pytest.mark.parametrize(
@@ -62,3 +62,10 @@ def test_intervals_do_not_depend_on_their_company() -> None:
 def test_questions_without_clusters_are_refused(values: list[float], clusters: list[str]) -> None:
     with pytest.raises(ValueError, match="names of clusters"):
         cluster_intervals(np.array(values), clusters)
+
+
+def test_holm_adjusts_step_by_step() -> None:
+    # 4 * 0.005, 3 * 0.01, then 2 * 0.03 carries over the larger 0.04.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []

@@ -75,3 +75,13 @@ def cluster_intervals(
     tail = (1 - confidence) / 2
     bounds: NDArray[np.float64] = np.quantile(means, [tail, 1 - tail], axis=1).T
     return bounds
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values of a family of tests, adjusted so that one wrong rejection among all of them is as unlikely as
+    each would be alone (Holm 1979), in the given order."""
+    adjusted, worst = [1.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = worst
+    return adjusted
