@@ -145,7 +145,9 @@ class Asker:
         engine, policy, acted = self._agent.engine, job.row.policy(job.budget), ()
         request = None
         if job.row.method == ORACLE:
-            keep_rows(asked.arena, pool, handle, oracle_rows(asked, Budget(job.budget).rows(asked.prompt.length)))
+            keep_rows(
+                asked.arena, pool, handle, oracle_rows(asked, Budget(job.budget).rows(asked.prompt.length))
+            )
         else:
             key = (job.row.name, job.budget)
             memory = self._memories.get(key)

@@ -66,6 +66,11 @@ class Figure:
     """Component → questions in which it had a say."""
     comparisons: Mapping[str, Comparison] = field(default_factory=dict)
 
+    @property
+    def row_is_star_kv(self) -> bool:
+        """Whether the row has components that may act."""
+        return self.row.startswith(("star_kv", "native"))
+
 
 def figures_of(suite: str, records: Sequence[TableRecord], task: str = ALL) -> list[Figure]:
     """Figures of a suite or of one of its tasks.
@@ -97,7 +102,11 @@ def _figure(
 ) -> Figure:
     hits, count = sum(cell.hit for _, cell in answers), len(answers)
     low, high = wilson_interval(hits, count)
-    clicks = [(cell.distance, float(np.hypot(*record.size))) for record, cell in answers if cell.distance is not None]
+    clicks = [
+        (cell.distance, float(np.hypot(*record.size)))
+        for record, cell in answers
+        if cell.distance is not None
+    ]
     held = sum(cell.bytes for _, cell in answers)
     return Figure(
         suite=suite,

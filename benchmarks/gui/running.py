@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run: a suite's questions, asked in order, written down one by one, going on where it was interrupted."""
+"""One run: a suite's questions, asked in order; it goes on where it was interrupted."""
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby

@@ -15,7 +15,14 @@ from asking import Asker
 from cells import TableRecord, TableSettings
 from report import write_report
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rows import Place, Row, chosen_rows, rows_of
 from running import SUITES, TRAJECTORY, run
 
@@ -36,19 +43,27 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     Raises:
         UsageError: a budget or a number makes no sense, or a row is unknown.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--engine", required=True, help="directory, or name of a model")
     parser.add_argument("--quant", default="fp32", help="preset of a model's engine (default: %(default)s)")
     parser.add_argument("--task", nargs="+", choices=list(SUITES), default=list(SUITES))
     parser.add_argument("--split", choices=SPLITS, help="default: test; with --ablations validation")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=1000, help="questions of each task (default: %(default)s)")
+    parser.add_argument(
+        "--count", type=int, default=1000, help="questions of each task (default: %(default)s)"
+    )
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
-    parser.add_argument("--out", type=Path, required=True, help="directory of records, report, table and plots")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="directory of records, report, table and plots"
+    )
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, such as full snapkv")
     parser.add_argument("--ablations", action="store_true", help="native mode with one change off at a time")
     parser.add_argument("--reference", type=Path, metavar="CHECKPOINT", help="also ask the PyTorch reference")
-    parser.add_argument("--reference-count", type=int, default=200, help="questions for it (default: %(default)s)")
+    parser.add_argument(
+        "--reference-count", type=int, default=200, help="questions for it (default: %(default)s)"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--threads", type=int, help="default: all processors that may be used")
     args = parser.parse_args(arguments)
@@ -122,7 +137,13 @@ def main(arguments: list[str] | None = None) -> None:
 
         reference = TorchReferenceEngine.load(directory, args.reference, threads=args.threads)
         other = Agent(reference, ChatTokenizer.from_directory(directory))
-        fill(args, other, "reference", rows_of("reference", args.ablations), min(args.count, args.reference_count))
+        fill(
+            args,
+            other,
+            "reference",
+            rows_of("reference", args.ablations),
+            min(args.count, args.reference_count),
+        )
     write_report(args.out)
     print(f"report, table and plots are in {args.out}", file=sys.stderr)
 

@@ -132,7 +132,7 @@ def _check_settings(path: Path, settings: BaseModel, records: Path) -> None:
 
 def _differences(found: object, wanted: Mapping[str, object], prefix: str = "") -> Iterable[str]:
     if not isinstance(found, Mapping):
-        yield f"{prefix or SETTINGS_FILE} is no object there"
+        yield f"{prefix.rstrip('.') or SETTINGS_FILE} is no object there"
         return
     for name, value in wanted.items():
         there = found.get(name)
@@ -140,7 +140,7 @@ def _differences(found: object, wanted: Mapping[str, object], prefix: str = "") 
             yield from _differences(there, value, f"{prefix}{name}.")
         elif there != value:
             yield f"{prefix}{name} is {_short(there)} there and {_short(value)} here"
-    for name in found.keys() - wanted.keys():
+    for name in [name for name in found if name not in wanted]:
         yield f"{prefix}{name} is there and not here"
 
 
