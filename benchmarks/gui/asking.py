@@ -142,7 +142,7 @@ class Asker:
         return self._agent.engine.most_kept_rows(length, job.row.policy(job.budget))
 
     def _compress(self, asked: Prefilled, pool: Pool, handle: int, job: Job) -> _Kept:
-        engine, policy, acted = self._agent.engine, job.row.policy(job.budget), ()
+        engine, policy = self._agent.engine, job.row.policy(job.budget)
         request = None
         if job.row.method == ORACLE:
             keep_rows(
@@ -158,8 +158,7 @@ class Asker:
             if policy.method == STAR_KV and after is not None:
                 self._memories[key] = after
         lengths = pool.kv.lengths[:, pool.slot_of(handle)]
-        if request:
-            acted = components_acted(request, lengths.tolist())
+        acted = components_acted(request, lengths.tolist()) if request else ()
         return _Kept(float(lengths.mean()), int(lengths.sum()) * pool.kv.row_bytes, acted)
 
 

@@ -104,7 +104,7 @@ def draw(folder: Path, suite: str, figures: Sequence[Figure]) -> None:
     with pyplot.rc_context({"font.size": 10, "axes.edgecolor": MUTED, "text.color": INK}):
         for name, label, place in single:
             sheet, axes = pyplot.subplots(figsize=(8.6, 5.2), layout="constrained")
-            _panel(axes, whole, place, label, f"{suite}: clicks inside the box")
+            _panel(axes, whole, place, label, f"{suite}: clicks inside the box{_shaded(whole)}")
             _save(sheet, folder / f"{suite}-{name}.png")
         across = min(2, len(tasks))
         down = -(-len(tasks) // across)
@@ -118,6 +118,10 @@ def draw(folder: Path, suite: str, figures: Sequence[Figure]) -> None:
         for axes in list(grid.flat)[len(tasks) :]:
             axes.remove()
         _save(sheet, folder / f"{suite}-tasks.png")
+
+
+def _shaded(figures: Sequence[Figure]) -> str:
+    return f" (shaded: 95 % interval of {NATIVE})" if any(figure.row == NATIVE for figure in figures) else ""
 
 
 def _panel(

@@ -2,6 +2,7 @@
 """The report's words and tables."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from cells import TableRecord, TableSettings
 from components import COMPONENTS, LABELS
@@ -44,7 +45,7 @@ def suite_sections(
             f"### Difference to {baseline}, points\n",
             _by_budget(
                 [figure for figure in whole if baseline in figure.comparisons],
-                lambda figure, baseline=baseline: _difference(figure, baseline),
+                partial(_difference, baseline),
             ),
             "",
         ]
@@ -98,7 +99,7 @@ def _full(figures: Sequence[Figure]) -> str:
     return f"{_accuracy(found[0])} %, {_distance(found[0])}" if found else "not asked"
 
 
-def _difference(figure: Figure, baseline: str) -> str:
+def _difference(baseline: str, figure: Figure) -> str:
     compared = figure.comparisons[baseline]
     stars = sum(compared.p_adjusted < limit for limit in (0.05, 0.01, 0.001))
     bounds = f"{100 * compared.low:+.1f} to {100 * compared.high:+.1f}"

@@ -9,6 +9,7 @@ those of one budget are decoded as one batch. A run that was interrupted goes on
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from asking import Asker
@@ -117,7 +118,7 @@ def fill(args: argparse.Namespace, agent: Agent, place: Place, rows: tuple[Row, 
                 suite == TRAJECTORY,
                 Asker(agent, rows, args.budgets, args.max_new_tokens),
                 records,
-                lambda answered, bar=bar: progress.advance(bar, answered),
+                partial(progress.advance, bar),
             )
 
 
