@@ -117,10 +117,7 @@ def test_report_says_what_the_records_say() -> None:
     text = suite_sections("click", settings(), records, figures)
     assert "8 questions of 2 screens, prompts of 50 to 50 rows. The full cache: 100.0 (67.6–100.0) %" in text
     assert "| snapkv | 75.0 (40.9–92.9) |" in text
-    assert (
-        "spatial prior 3; temporal discount 0; entropy moved rows between layers 0; hidden-norm boost 8"
-        in text
-    )
+    assert "spatial prior 3; of these telling groups apart 0; temporal discount 0; entropy moved" in text
     assert "| snapkv | 10.0 px (20.0%), 88% click |" in text
     assert "| snapkv | +62.5 (+25.0 to +100.0) |" in text
 

@@ -143,7 +143,7 @@ class Asker:
 
     def _compress(self, asked: Prefilled, pool: Pool, handle: int, job: Job) -> _Kept:
         engine, policy = self._agent.engine, job.row.policy(job.budget)
-        request = None
+        request = stages = None
         if job.row.method == ORACLE:
             keep_rows(
                 asked.arena, pool, handle, oracle_rows(asked, Budget(job.budget).rows(asked.prompt.length))
@@ -154,11 +154,14 @@ class Asker:
             progress = memory.progress if memory else StarKVProgress()
             window = engine.manifest.observation_window
             request = request_of(policy, asked.prompt, progress, window)
-            after = engine.compress(asked.arena, pool, handle, asked.prompt, policy, memory).memory
-            if policy.method == STAR_KV and after is not None:
-                self._memories[key] = after
+            done = engine.compress(asked.arena, pool, handle, asked.prompt, policy, memory)
+            stages = done.stages
+            if policy.method == STAR_KV and done.memory is not None:
+                self._memories[key] = done.memory
         lengths = pool.kv.lengths[:, pool.slot_of(handle)]
-        acted = components_acted(request, lengths.tolist()) if request else ()
+        acted: tuple[str, ...] = ()
+        if request is not None and stages is not None:
+            acted = components_acted(request, lengths.tolist(), stages)
         return _Kept(float(lengths.mean()), int(lengths.sum()) * pool.kv.row_bytes, acted)
 
 

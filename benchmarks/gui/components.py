@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which parts of STaR-KV had a say in one compression.
 
-All but one follow from the plan, which the engine works out from the same counters before it looks at any
-score. Whether entropy moved rows between layers is seen from what the layers hold afterwards.
+Whether a part counts follows from the plan, which the engine works out from the same counters before it looks
+at any score. Two things are seen only afterwards: whether entropy moved rows between layers, from what the
+layers hold, and whether the spatial prior told groups apart, from the scores. It may count and weigh all groups
+alike: official mode's estimate is the same for all of them up to 144 tokens, native's may find nothing but
+chance.
 """
 
 from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from starkv.methods.names import STAR_KV
 from starkv.methods.rows import PromptRows
@@ -13,14 +19,20 @@ from starkv.methods.star_kv_plan import StarKVPlan, StarKVProgress
 from starkv.methods.star_kv_request import StarKVRequest, request_star_kv
 from starkv.runtime.kv.policy import KvPolicy
 
-BOOST, PRIOR, DISCOUNT, ENTROPY = "boost", "prior", "discount", "entropy"
-COMPONENTS = (PRIOR, DISCOUNT, ENTROPY, BOOST)
+BOOST, PRIOR, UNEVEN = "boost", "prior", "uneven_prior"
+DISCOUNT, ENTROPY = "discount", "entropy"
+COMPONENTS = (PRIOR, UNEVEN, DISCOUNT, ENTROPY, BOOST)
 LABELS = {
     PRIOR: "spatial prior",
+    UNEVEN: "of these telling groups apart",
     DISCOUNT: "temporal discount",
     ENTROPY: "entropy moved rows between layers",
     BOOST: "hidden-norm boost",
 }
+_BOOSTED, _WEIGHED = 1, 2
+"""Stages of the scores before and after the prior."""
+_ROUNDING = 1e-5
+"""Relative; a prior that weighs all groups alike multiplies with one, give or take a rounding error."""
 
 
 def request_of(
@@ -40,17 +52,23 @@ def request_of(
     return request_star_kv(policy.star_kv, prompt, kept, progress, observation_window)
 
 
-def components_acted(request: StarKVRequest, layer_rows: Sequence[int]) -> tuple[str, ...]:
+def components_acted(
+    request: StarKVRequest, layer_rows: Sequence[int], stages: NDArray[np.float32]
+) -> tuple[str, ...]:
     """Parts that had a say, as names of ``COMPONENTS``.
 
     Args:
         request: of the compression.
         layer_rows: rows that each layer holds after it.
+        stages: ``[L, 4, S]`` scores after each stage, see ``Compressed.stages``.
     """
     plan = request.plan
     even = request.window + request.limits.mean
+    prior = plan.mi_weight > 0 and plan.mi_usable
+    before, after = stages[:, _BOOSTED], stages[:, _WEIGHED]
     found = {
-        PRIOR: plan.mi_weight > 0 and plan.mi_usable,
+        PRIOR: prior,
+        UNEVEN: prior and bool((np.abs(after - before) > _ROUNDING * np.abs(before)).any()),
         DISCOUNT: _discounts(plan),
         ENTROPY: plan.layer_budget and any(rows != even for rows in layer_rows),
         BOOST: plan.boost > 0,
