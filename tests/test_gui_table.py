@@ -40,8 +40,8 @@ def test_a_batch_answers_as_one_by_one(agent: Agent) -> None:
 
 
 def test_answers_are_those_of_a_session(agent: Agent) -> None:
-    # The second prompt is shorter, so it gets the slots of the first.
-    samples = [sample(0, frames=2), sample(1)]
+    # The second prompt is shorter, so it gets the slots of the first; the third needs larger ones.
+    samples = [sample(0, frames=2), sample(1), sample(2, frames=3)]
     rows = chosen_rows(ENGINE_ROWS, ["full", NATIVE, OFFICIAL, "snapkv"])
     records = ask(agent, samples, rows, [0.3])
     for row in rows:

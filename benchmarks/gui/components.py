@@ -3,9 +3,9 @@
 
 Whether a part counts follows from the plan, which the engine works out from the same counters before it looks
 at any score. Two things are seen only afterwards: whether entropy moved rows between layers, from what the
-layers hold, and whether the spatial prior told groups apart, from the scores. It may count and weigh all groups
-alike: official mode's estimate is the same for all of them up to 144 tokens, native's may find nothing but
-chance.
+layers hold, and whether the spatial prior told groups apart, from the scores. It may count and weigh all of
+them alike: official mode's estimate is the same for every group up to 144 tokens, native's may find nothing
+but chance.
 """
 
 from collections.abc import Sequence
