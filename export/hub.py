@@ -60,7 +60,7 @@ def find_checkpoint(
     home = os.environ.get(HOME_VARIABLE)
     if home and (found := _in_directory(Path(home), name, repository, itself=False)):
         return found
-    download = download or _from_hub
+    download = download or from_hub
     if cached := _complete_copy(repository, download):
         return cached
     try:
@@ -108,7 +108,7 @@ def _is_complete(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
-def _from_hub(repository: str, offline: bool) -> Path:
+def from_hub(repository: str, offline: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(repository, allow_patterns=list(FILES), local_files_only=offline))

@@ -54,6 +54,13 @@ class ImageInputs:
     """Pixels of the upright image that came in, the space of screen coordinates."""
 
 
+def png_bytes(image: Image.Image) -> bytes:
+    """The image as a PNG file, compressed quickly rather than well."""
+    stream = io.BytesIO()
+    image.save(stream, "PNG", compress_level=1)
+    return stream.getvalue()
+
+
 def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     """Open, check and decode an image.
 

@@ -11,7 +11,7 @@ from PIL import Image
 from starkv.calibration.prompts import GuiPrompt, drawn_prompts
 from starkv.export.cards import ResolvedModel
 
-_FIRST_SCREEN = 1_000_000
+FIRST_SCREEN = 1_000_000
 """Calibration draws the screens from 0 on."""
 _QUESTIONS = 4
 """Asked about each screen of a model's own."""
@@ -22,7 +22,7 @@ def held_out_prompts(model: ResolvedModel, count: int) -> list[GuiPrompt]:
     train = model.folder / "train"
     if (train / "splits.py").is_file():
         return _own_prompts(train, math.isqrt(model.card.max_pixels), count)
-    return drawn_prompts(count, model.card.max_pixels, _FIRST_SCREEN)
+    return drawn_prompts(count, model.card.max_pixels, FIRST_SCREEN)
 
 
 def _own_prompts(train: Path, size: int, count: int) -> list[GuiPrompt]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``starkv eval``: accuracy on public benchmarks."""
+"""``starkv eval``: accuracy on public benchmarks and on drawn screens."""
 
 import json as json_module
 from collections.abc import Sequence
@@ -10,6 +10,13 @@ import typer
 from rich.table import Table
 
 from starkv.cli.console import note, progress, results
+from starkv.cli.eval_source import (
+    DEFAULT_COUNT,
+    DEFAULT_SEED,
+    DEFAULT_SPLIT,
+    DEFAULT_TASK,
+    SourceChoice,
+)
 from starkv.cli.kv import KvBudget, KvCapacity, KvMethod, KvMode, KvOptions
 from starkv.cli.options import Device, Dialect, Engine, Json, NoVerify, Threads
 from starkv.errors import UsageError
@@ -24,9 +31,32 @@ if TYPE_CHECKING:
 def evaluate(
     engine: Engine,
     suite: Annotated[
-        str, typer.Option(help="screenspot-v2, screenspot-pro, android-control or agentnet-bench.")
+        str,
+        typer.Option(
+            help="screenspot-v2, screenspot-pro, android-control, agentnet-bench; or synthetic, which needs "
+            "no data."
+        ),
     ],
-    data: Annotated[Path, typer.Option(help="Folder of the data set, laid out as docs/evaluation.md says.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the data set, laid out as docs/evaluation.md says.", show_default=False),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help=f"synthetic: click or trajectory. [{DEFAULT_TASK}]", show_default=False),
+    ] = None,
+    n: Annotated[
+        int | None,
+        typer.Option("--n", help=f"synthetic: samples. [{DEFAULT_COUNT}]", min=1, show_default=False),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help=f"synthetic: of the drawing. [{DEFAULT_SEED}]", min=0, show_default=False),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help=f"synthetic: train, validation or test. [{DEFAULT_SPLIT}]", show_default=False),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(help="Ask the first samples only.", min=1, show_default=False)
     ] = None,
@@ -54,15 +84,16 @@ def evaluate(
     no_verify: NoVerify = False,
     json: Json = False,
 ) -> None:
-    """Measure an engine's accuracy on a public benchmark, graded by named rules.
+    """Measure an engine's accuracy on a public benchmark or on drawn screens, graded by named rules.
 
     Example: [bold]starkv eval --suite screenspot-pro --data ScreenSpot-Pro --engine ui-tars-1.5-7b
     --kv-budget 0.2 --out runs/pro-20[/]
+
+    Without any data: [bold]starkv eval --suite synthetic --task click --n 200 --engine gui-tiny[/]
     """
     from starkv.cli.engines import find_engine
     from starkv.evaluation.plan import parse_level, settings_of
     from starkv.evaluation.runner import Asking
-    from starkv.evaluation.suites.registry import find_suite
     from starkv.evaluation.summary import summarise
     from starkv.manifest import read_manifest
     from starkv.runtime.agent import Agent
@@ -70,15 +101,15 @@ def evaluate(
     from starkv.runtime.generation import SamplingParameters
     from starkv.runtime.prompts.dialects import parse_dialect
 
-    chosen = find_suite(suite)
+    source = SourceChoice(suite, data, level, limit, task, n, seed, split)
     words = parse_dialect(dialect) if dialect else None
     kv_options = KvOptions(kv_method, kv_budget, kv_capacity, kv_mode)
     told = parse_level(level)
-    loaded = chosen.load(data, told)
+    chosen, loaded = source.read()
     _tell(loaded)
     samples = loaded.samples[:limit]
     if not samples:
-        raise UsageError(_nothing_left(data, loaded.problems))
+        raise UsageError(_nothing_left(source.place, loaded.problems))
     directory = find_engine(engine, device=device)
     manifest = read_manifest(directory)
     policy = kv_options.policy(manifest)
@@ -93,7 +124,7 @@ def evaluate(
     answered, problems = _ask_all(samples, asking, records, suite)
     problems = [*loaded.problems, *problems]
     if not answered:
-        raise UsageError(_nothing_left(data, problems))
+        raise UsageError(_nothing_left(source.place, problems))
     summary = summarise(chosen, settings, answered, problems, loaded.notes, limit)
     if out:
         summary.write(out)
@@ -119,7 +150,7 @@ def _tell_problem(problem: "Problem") -> None:
     note(f"skipped{lost}: {problem}")
 
 
-def _nothing_left(data: Path, problems: Sequence["Problem"]) -> str:
+def _nothing_left(data: str, problems: Sequence["Problem"]) -> str:
     if not problems:
         return f"{data} holds no samples"
     lost = sum(problem.samples for problem in problems)
@@ -169,13 +200,14 @@ def _ask_all(
 
 def _print(summary: "Summary") -> None:
     """The figures on stdout, beside what others have published, and how they came about on stderr."""
-    from starkv.evaluation.summary import METRIC_HEADER, PUBLISHED_HEADER, metric_row, published_row
+    from starkv.evaluation.summary import PUBLISHED_HEADER, metric_table, published_row
 
     settings = summary.settings
-    table = Table(*METRIC_HEADER, box=None, header_style="dim", title_justify="left")
+    header, rows = metric_table(summary.metrics)
+    table = Table(*header, box=None, header_style="dim", title_justify="left")
     table.title = f"{settings.suite}, {settings.engine}, {settings.kv.method} at {settings.kv.budget:.0%}"
-    for metric in summary.metrics:
-        table.add_row(*metric_row(metric))
+    for row in rows:
+        table.add_row(*row)
     results.print(table)
     if summary.published:
         beside = Table(*PUBLISHED_HEADER, box=None, header_style="dim")

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from starkv.cli.console import errors, note, results
 from starkv.cli.options import Json
+from starkv.cli.validate_clicks import clicks
 from starkv.cli.validate_engine import engine
 from starkv.cli.validate_quant import quant
 from starkv.validation.report import Check, Report
@@ -17,6 +18,7 @@ from starkv.validation.report import Check, Report
 app = typer.Typer(no_args_is_help=True)
 app.command()(quant)
 app.command()(engine)
+app.command()(clicks)
 
 Device = Literal["auto", "cpu", "cuda"]
 _MARKS = {"passed": "[green]passed[/]", "failed": "[bold red]failed[/]", "skipped": "[yellow]skipped[/]"}

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Boxes on a screen, and the two conventions in which data sets write them down."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -42,6 +43,10 @@ class Box(NamedTuple):
     @property
     def area(self) -> float:
         return (self.right - self.left) * (self.bottom - self.top)
+
+    def distance(self, x: float, y: float) -> float:
+        """From a point to the middle of the box, in the box's unit."""
+        return math.hypot(x - (self.left + self.right) / 2, y - (self.top + self.bottom) / 2)
 
     def holds(self, x: float, y: float) -> bool:
         """Whether a point lies in the box; its edges belong to it."""

@@ -22,17 +22,28 @@ class Metric:
     low: float | None = None
     """Lower bound at 95 % confidence (Wilson); None for means of figures, which have no such interval."""
     high: float | None = None
+    distance: float | None = None
+    """Mean pixels from a place to the middle of the right box, over the answers that have one; None where no
+    answer has, or nobody knows the boxes."""
 
 
 def share(name: str, rule: str, records: Sequence[Record], **facets: str) -> Metric:
     """Mean grade by a rule, over the records that have it and these facets."""
-    grades = [
-        record.grades[rule]
+    graded = [
+        record
         for record in records
         if rule in record.grades and all(record.facets.get(key) == value for key, value in facets.items())
     ]
-    total, count = sum(grades), len(grades)
-    return Metric(name, rule, total / count if count else 0.0, count, *wilson_interval(total, count))
+    total, count = sum(record.grades[rule] for record in graded), len(graded)
+    distances = [record.distance for record in graded if record.distance is not None]
+    return Metric(
+        name,
+        rule,
+        total / count if count else 0.0,
+        count,
+        *wilson_interval(total, count),
+        distance=sum(distances) / len(distances) if distances else None,
+    )
 
 
 def shares_by(facet: str, rule: str, records: Sequence[Record]) -> list[Metric]:

@@ -63,7 +63,7 @@ def question_of(sample: Sample, dialect: PromptDialect, manifest: Manifest) -> Q
     if sample.image_size and Size(*current.size) != sample.image_size:
         width, height = sample.image_size
         raise ImageError(
-            f"{sample.image.name} has {current.width}x{current.height} pixels, img_size says {width}x{height}"
+            f"{sample.source} has {current.width}x{current.height} pixels, img_size says {width}x{height}"
         )
     messages: list[Message] = []
     images: list[Image.Image] = []
@@ -75,7 +75,8 @@ def question_of(sample: Sample, dialect: PromptDialect, manifest: Manifest) -> Q
             messages.append({"role": "user", "content": [{"type": "image"}]})
             images.append(image)
         messages.append({"role": "assistant", "content": past_reply(step, dialect, image, manifest)})
-    turns = opening(sample.instruction, 1, dialect)
+    images += [load_image(image) for image in sample.earlier]
+    turns = opening(sample.instruction, 1 + len(sample.earlier), dialect)
     system = [turn for turn in turns if turn["role"] == "system"]
     return Question([*system, *messages, *turns[len(system) :]], [*images, current])
 

@@ -40,6 +40,8 @@ class Record(Identified):
     """Why the reply is no action."""
     grades: dict[str, float]
     """Rule → grade."""
+    distance: float | None = None
+    """Pixels from the place to the middle of the right box; None without a place, or where none is known."""
     kv_tokens_full: int
     kv_tokens_kept: float
     timings: dict[str, float]

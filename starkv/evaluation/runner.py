@@ -58,29 +58,41 @@ def ask(samples: Sequence[Sample], asking: Asking, on_problem: Callable[[Problem
         session = Session(asking.agent.engine, asking.agent.tokenizer, asking.policy)
         for number, sample in enumerate(steps):
             try:
-                record = _ask_one(sample, asking, session)
+                record = ask_one(sample, asking, session)
             except StarkvError as error:
-                on_problem(Problem(sample.image.name, sample.id, str(error), len(steps) - number))
+                on_problem(Problem(sample.source, sample.id, str(error), len(steps) - number))
                 break
             yield record
 
 
-def _ask_one(sample: Sample, asking: Asking, session: Session) -> Record:
+def ask_one(sample: Sample, asking: Asking, session: Session) -> Record:
+    """Ask one sample.
+
+    Args:
+        sample: the question.
+        asking: the model and how to ask it.
+        session: of the sample's group.
+
+    Raises:
+        StarkvError: it can't be asked.
+    """
     manifest = asking.agent.engine.manifest
     question = question_of(sample, asking.dialect, manifest)
     text = "".join(session.reply(question.messages, question.images, asking.parameters))
     reply = understand(text, session, asking.dialect)
     answer = answer_of(reply, manifest.coordinates)
     place = answer.first.place if answer.first else None
+    point = answer.pixels(place) if place else None
     return Record(
         id=sample.id,
         group=sample.group,
         facets=dict(sample.facets),
         reply=text,
         action=dict(reply.action_json[0]) if reply.action_json else None,
-        point=answer.pixels(place) if place else None,
+        point=point,
         error=reply.error.reason if reply.error else None,
         grades=dict(sample.grade(answer)),
+        distance=sample.target.distance(*point) if sample.target and point else None,
         kv_tokens_full=reply.timings.kv_tokens_full,
         kv_tokens_kept=reply.timings.kv_tokens_kept,
         timings={name: round(value, 3) for name, value in asdict(reply.timings).items()},

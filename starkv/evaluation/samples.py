@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 from starkv.evaluation.answers import Answer
+from starkv.evaluation.boxes import Box
 from starkv.evaluation.graders.desktop import DesktopAction
 from starkv.runtime.actions.coordinates import Size
 
 Level = Literal["high", "low"]
 """What AndroidControl tells the model: the goal alone, or the next step in words as well."""
+Screenshot = Path | bytes
+"""A file, or the bytes of one."""
 Grades = Mapping[str, float]
 """Rule → how right the answer is, from 0 to 1. A rule that does not apply to a sample is left out."""
 
@@ -35,15 +38,25 @@ class Sample:
     """Unique within the data set."""
     group: str
     """Samples of one group follow each other: a trajectory, whose compression remembers earlier steps."""
-    image: Path
+    image: Screenshot
+    """What the user sees."""
     instruction: str
     facets: Mapping[str, str]
     """What figures are broken down by, such as ``{"platform": "web", "type": "icon"}``."""
     grade: Callable[[Answer], Grades]
     history: tuple[PastStep, ...] = ()
     """Earlier steps, oldest first."""
+    earlier: tuple[Screenshot, ...] = ()
+    """Earlier screenshots, oldest first, where nothing is told about what was done on them."""
+    target: Box | None = None
+    """Pixels of the image; how far a place is from its middle goes into the records."""
     image_size: Size | None = None
     """Of the image, where the data set says."""
+
+    @property
+    def source(self) -> str:
+        """What the image is called in messages."""
+        return self.image.name if isinstance(self.image, Path) else self.group
 
 
 @dataclass(frozen=True)
@@ -72,3 +85,5 @@ class Loaded:
     """Parts of the data set that are not there."""
     annotations: list[Path] = field(default_factory=list)
     """Files that were read, in order."""
+    identity: str = ""
+    """Names the data where they come from no files."""

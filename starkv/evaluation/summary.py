@@ -14,6 +14,7 @@ from starkv.evaluation.suites.base import Suite
 from starkv.validation.report import installed_versions, markdown_table, write_text
 
 METRIC_HEADER = ("figure", "rule", "accuracy", "95 % interval", "samples")
+DISTANCE = "mean distance, px"
 PUBLISHED_HEADER = ("published by others", "budget", "accuracy", "figure", "source")
 
 
@@ -72,7 +73,7 @@ class Summary:
 
     def _markdown(self) -> str:
         parts = [f"# {self.settings.suite}, {self.settings.engine}", self.conditions()]
-        parts.append(markdown_table(METRIC_HEADER, [metric_row(metric) for metric in self.metrics]))
+        parts.append(markdown_table(*metric_table(self.metrics)))
         if self.published:
             parts.append("Published by others, with their own code, prompts and machines:")
             rows = [published_row(figure) for figure in self.published]
@@ -129,6 +130,15 @@ def summarise(
         notes=notes,
         published=published_for(suite.name, settings.engine, budget),
     )
+
+
+def metric_table(metrics: Sequence[Metric]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows; with how far places are off where that is known."""
+    rows = [metric_row(metric) for metric in metrics]
+    if all(metric.distance is None for metric in metrics):
+        return METRIC_HEADER, rows
+    distances = ["–" if metric.distance is None else f"{metric.distance:.1f}" for metric in metrics]
+    return (*METRIC_HEADER, DISTANCE), [(*row, far) for row, far in zip(rows, distances, strict=True)]
 
 
 def metric_row(metric: Metric) -> tuple[str, ...]:

@@ -8,11 +8,16 @@ from tokens import VOCABULARY_SIZE
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 PATCH, MERGE, WINDOW = 14, 2, 112
+FIRST_LAYERS, LAYERS = 4, 6
+"""Decoder layers at first, and once the model has grown."""
+GROWN_AT = 2
+"""New layers come in front of this one: behind those in which visual tokens learn what they show, and before
+those that look at the target and write down where it is."""
 CELL = PATCH * MERGE
 """Pixels per side of the square that one visual token covers."""
 
 
-def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
+def build_config(tokenizer: PreTrainedTokenizerFast, layers: int) -> Qwen2_5_VLConfig:
     """Sizes that every backend's kernels take: head_dim 64, grouped queries, widths in blocks of 128."""
     token = tokenizer.convert_tokens_to_ids
     return Qwen2_5_VLConfig(
@@ -20,7 +25,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
             "vocab_size": VOCABULARY_SIZE,
             "hidden_size": 256,
             "intermediate_size": 512,
-            "num_hidden_layers": 4,
+            "num_hidden_layers": layers,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 4096,
@@ -53,13 +58,36 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2_5_VLForConditionalGeneration:
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, seed: int, layers: int
+) -> Qwen2_5_VLForConditionalGeneration:
     """A freshly initialised model in fp32."""
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(build_config(tokenizer))
+    model = Qwen2_5_VLForConditionalGeneration(build_config(tokenizer, layers))
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             deviation = 0.02 if "embed_tokens" in name else 0.7 / math.sqrt(parameter.flatten(1).shape[1])
             torch.nn.init.normal_(parameter, 0.0, deviation)
+    model.tie_weights()
+    return model
+
+
+def grow(
+    small: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, seed: int
+) -> Qwen2_5_VLForConditionalGeneration:
+    """A model of ``LAYERS`` layers that computes the same: what the new ones write is zero at first."""
+    model = build_model(tokenizer, seed, LAYERS)
+    added = LAYERS - small.config.text_config.num_hidden_layers
+    state = model.state_dict()
+    for name, value in small.state_dict().items():
+        head, layers, rest = name.partition("language_model.layers.")
+        number, _, parameter = rest.partition(".")
+        if layers and int(number) >= GROWN_AT:
+            name = f"{head}{layers}{int(number) + added}.{parameter}"
+        state[name] = value.float()
+    for number in range(GROWN_AT, GROWN_AT + added):
+        for parameter in ("self_attn.o_proj", "mlp.down_proj"):
+            state[f"model.language_model.layers.{number}.{parameter}.weight"].zero_()
+    model.load_state_dict(state)
     model.tie_weights()
     return model

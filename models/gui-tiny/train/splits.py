@@ -4,7 +4,7 @@
 import numpy as np
 from screens import Question, Screen, random_questions, random_screen
 
-SPLITS = {"vision": 0, "language": 1, "validation": 2, "test": 3}
+SPLITS = {"vision": 0, "language": 1, "validation": 2, "test": 3, "large": 4}
 TRAINING_RUN = 0
 """Part of every seed; another value makes other screens of the same kind."""
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenizer and chat template: Qwen2.5-VL's special tokens over a 512-entry byte-level BPE."""
+"""Tokenizer and chat template: Qwen2.5-VL's special tokens over a small byte-level BPE."""
 
 import itertools
 
@@ -7,7 +7,10 @@ from screens import COLOR_NAMES, SHAPES, VERBS, WORDS
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+BYTE_PAIRS = 500
+"""Most entries that byte-pair encoding makes."""
 VOCABULARY_SIZE = 512
+"""Rows of the embedding; the last few are spare."""
 SPECIAL_TOKENS = [
     "<|endoftext|>",
     "<|im_start|>",
@@ -20,6 +23,11 @@ SPECIAL_TOKENS = [
 ]
 # Constant parts of every answer are one token each: eight decoding steps less per click.
 ANSWER_START, ANSWER_END = "Action: click(start_box='(", ")')"
+PHRASES = (
+    *("Thought: ", " is done, next ", "Do: ", " what is", " where", " was", " new"),
+    *(" left of", " right of", " above", " below"),
+)
+"""Of questions about relations and trajectories, and of the thoughts that answer them: one token each."""
 SYSTEM_PROMPT = "You are a GUI agent."
 
 CHAT_TEMPLATE = """\
@@ -73,7 +81,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY_SIZE - 2,
+        vocab_size=BYTE_PAIRS,
         special_tokens=SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -85,5 +93,5 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<|endoftext|>",
         chat_template=CHAT_TEMPLATE,
     )
-    fast.add_tokens([ANSWER_START, ANSWER_END])
+    fast.add_tokens([ANSWER_START, ANSWER_END, *PHRASES])
     return fast

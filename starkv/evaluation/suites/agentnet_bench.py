@@ -20,7 +20,7 @@ from starkv.evaluation.metrics import Metric, share, shares_by
 from starkv.evaluation.records import Record
 from starkv.evaluation.samples import Level, Loaded, PastStep, Problem, Sample
 from starkv.evaluation.suites.agentnet_entries import TaskEntry
-from starkv.evaluation.suites.base import LayoutError, Suite, checked_directory
+from starkv.evaluation.suites.base import LayoutError, PublicSuite, checked_directory
 
 NAME = "agentnet-bench"
 FOLDERS = ("test_data", "single_data")
@@ -121,4 +121,4 @@ def summarise(records: Sequence[Record]) -> list[Metric]:
     ]
 
 
-AGENTNET_BENCH = Suite(NAME, load, summarise, "ui_tars_computer", 1000)
+AGENTNET_BENCH = PublicSuite(NAME, summarise, "ui_tars_computer", 1000, load)

@@ -29,7 +29,7 @@ from starkv.evaluation.graders.phone import (
 from starkv.evaluation.metrics import Metric, share, shares_by
 from starkv.evaluation.records import Record
 from starkv.evaluation.samples import Level, Loaded, Problem, Sample
-from starkv.evaluation.suites.base import LayoutError, Suite, checked_directory
+from starkv.evaluation.suites.base import LayoutError, PublicSuite, checked_directory
 
 NAME = "android-control"
 FILES = ("500_steps.json", "android_control_test.json")
@@ -167,4 +167,4 @@ def summarise(records: Sequence[Record]) -> list[Metric]:
     ]
 
 
-ANDROID_CONTROL = Suite(NAME, load, summarise, "ui_tars_mobile", 600)
+ANDROID_CONTROL = PublicSuite(NAME, summarise, "ui_tars_mobile", 600, load)

@@ -21,17 +21,23 @@ class LayoutError(UsageError):
 
 @dataclass(frozen=True)
 class Suite:
-    """A public data set with its rules."""
+    """Questions of one kind with their rules."""
 
     name: str
-    load: Callable[[Path, Level], Loaded]
-    """Reads a folder; raises a ``UsageError`` if it holds something else."""
     summarise: Callable[[Sequence[Record]], list[Metric]]
     """Figures as the official driver puts them together; the first is the one that is published."""
     ui_tars_dialect: PromptDialect
     """Words of the prompt for models that know UI-TARS's."""
     max_new_tokens: int
     """Longest reply, that of the official driver."""
+
+
+@dataclass(frozen=True)
+class PublicSuite(Suite):
+    """A public data set, which lies in a folder."""
+
+    load: Callable[[Path, Level], Loaded]
+    """Reads the folder; raises a ``UsageError`` if it holds something else."""
 
 
 def checked_directory(directory: Path, suite: str, expected: str) -> None:

@@ -20,7 +20,7 @@ from starkv.evaluation.graders.point import POINT_IN_BOX, point_in_box
 from starkv.evaluation.metrics import Metric, share, values_of
 from starkv.evaluation.records import Record
 from starkv.evaluation.samples import Level, Loaded, Problem, Sample
-from starkv.evaluation.suites.base import LayoutError, Suite, checked_directory
+from starkv.evaluation.suites.base import LayoutError, PublicSuite, checked_directory
 from starkv.runtime.actions.coordinates import Size
 
 NAME = "screenspot-pro"
@@ -101,4 +101,4 @@ def _accuracies(prefix: str, records: Sequence[Record], **facets: str) -> list[M
     return [action, *(metric for metric in kinds if metric.count)]
 
 
-SCREENSPOT_PRO = Suite(NAME, load, summarise, "ui_tars_grounding", 400)
+SCREENSPOT_PRO = PublicSuite(NAME, summarise, "ui_tars_grounding", 400, load)

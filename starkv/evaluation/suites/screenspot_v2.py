@@ -19,7 +19,7 @@ from starkv.evaluation.graders.point import POINT_IN_BOX, point_in_box
 from starkv.evaluation.metrics import Metric, mean_of, share, shares_by
 from starkv.evaluation.records import Record
 from starkv.evaluation.samples import Level, Loaded, Problem, Sample
-from starkv.evaluation.suites.base import LayoutError, Suite, checked_directory
+from starkv.evaluation.suites.base import LayoutError, PublicSuite, checked_directory
 
 NAME = "screenspot-v2"
 PLATFORMS = ("mobile", "desktop", "web")
@@ -97,4 +97,4 @@ def summarise(records: Sequence[Record]) -> list[Metric]:
     ]
 
 
-SCREENSPOT_V2 = Suite(NAME, load, summarise, "ui_tars_grounding", 200)
+SCREENSPOT_V2 = PublicSuite(NAME, summarise, "ui_tars_grounding", 200, load)

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The text decoder with a mask of its own, and looks inside for the auxiliary losses."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from fast_vision import rms_norm, rotate
+from torch import Tensor
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+TAPPED_LAYER = 1
+"""Layer after which visual tokens have to know what they show."""
+GUIDED_FROM_LAST = 2
+"""The layer of which one head is told where to look is the last but one: the last writes what was found."""
+COMPARED_FROM_LAST = 3
+"""Layer after which visual tokens have to know what changed since the frame before."""
+
+
+class Hidden(NamedTuple):
+    """What a forward pass of the decoder gives."""
+
+    packed: Tensor
+    """``[B, T, hidden]``: final states of the packed part."""
+    tapped: Tensor
+    """``[B, visual tokens, hidden]`` after layer ``TAPPED_LAYER``."""
+    compared: Tensor
+    """The same, further up."""
+    attended_log: Tensor
+    """``[B, T, visual tokens]``: log-probabilities with which the guided head's packed rows attend."""
+
+
+def decoder_hidden(
+    model: Qwen2_5_VLForConditionalGeneration,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    mask: Tensor,
+    prefix: int,
+    image_slots: Tensor,
+) -> Hidden:
+    """Run all layers.
+
+    Args:
+        model: its parameters are read at every call.
+        x: input embeddings ``[B, S, hidden]``.
+        cos, sin: rotary tables ``[B, 1, S, head_dim]``.
+        mask: ``[B, 1, S, S]``, true where a row may look.
+        prefix: rows before the packed part.
+        image_slots: rows of the visual tokens.
+    """
+    decoder = model.model.language_model
+    config = decoder.config
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    batch, length, _ = x.shape
+    tapped = compared = attended_log = x
+    for index, layer in enumerate(decoder.layers):
+        attention = layer.self_attn
+        h = rms_norm(x, layer.input_layernorm)
+        q = attention.q_proj(h).view(batch, length, heads, -1).transpose(1, 2)
+        k = attention.k_proj(h).view(batch, length, kv_heads, -1).transpose(1, 2)
+        v = attention.v_proj(h).view(batch, length, kv_heads, -1).transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if index == config.num_hidden_layers - GUIDED_FROM_LAST:
+            scores = q[:, 0, prefix:].float() @ k[:, 0].float().transpose(1, 2) / q.shape[-1] ** 0.5
+            seen = scores.masked_fill(~mask[:, 0, prefix:], float("-inf"))
+            attended_log = seen.log_softmax(-1)[:, :, image_slots]
+        k, v = (t.repeat_interleave(heads // kv_heads, 1) for t in (k, v))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + attention.o_proj(attended.transpose(1, 2).reshape(batch, length, -1))
+        h = rms_norm(x, layer.post_attention_layernorm)
+        x = x + layer.mlp.down_proj(F.silu(layer.mlp.gate_proj(h)) * layer.mlp.up_proj(h))
+        if index == TAPPED_LAYER:
+            tapped = x[:, image_slots]
+        if index == config.num_hidden_layers - COMPARED_FROM_LAST:
+            compared = x[:, image_slots]
+    return Hidden(rms_norm(x, decoder.norm)[:, prefix:], tapped, compared, attended_log)

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One stage of training: its lessons, its loss, its optimizers, its checkpoint."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from batches import Batch, Batches
+from evaluate import evaluate
+from lessons import Lesson
+from muon import Muon
+from packed import IGNORE, Layout, Packed, PackedForward
+from precision import has_fast_bfloat16
+from targets import COMPARED, CellHeads, guidance_loss, shown_heads
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
+
+log = logging.getLogger("train")
+VISION_WEIGHTS = (1.0, 1.0, 1.5, 1.5, 0.5, 0.5)
+"""Of kind, colour, shape, word, centre x and y while the tower learns alone."""
+AUXILIARY, GUIDANCE = 0.5, 0.2
+"""Weights of the dense losses and of the guided head while answers are learned."""
+WARM_UP = 50
+LOG_EVERY = 50
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """What a stage teaches, and how."""
+
+    name: str
+    lessons: Callable[[int, float], Sequence[Lesson]]
+    """Batch number and progress (0 … 1) → lessons of one layout."""
+    steps: int
+    batches: int
+    """Per step."""
+    matrix_rate: float = 0.02
+    """Muon's learning rate."""
+    rest_rate: float = 3e-3
+    """AdamW's."""
+    decays: bool = True
+    """Linearly to zero over the last 45 %, where most of the accuracy comes from."""
+    vision_alone: bool = False
+    validation: Callable[[], list[Sequence[Lesson]]] = field(default=list)
+
+    def rate(self, step: int) -> float:
+        """Share of the learning rates at a step."""
+        decay = (self.steps - step) / (0.45 * self.steps) if self.decays else 1.0
+        return min(1.0, (step + 1) / WARM_UP, max(0.0, decay))
+
+
+class Heads(nn.Module):
+    """Heads of the dense losses."""
+
+    def __init__(self, hidden: int, relative: bool) -> None:
+        super().__init__()
+        self.shown = shown_heads(hidden, relative)
+        self.compared = CellHeads(hidden, list(COMPARED.values()))
+
+
+class Stage:
+    """Trains a model.
+
+    Args:
+        spec: of the stage.
+        model: is changed.
+        tokenizer: of the answers.
+        work: folder of the checkpoints.
+        workers: processes that draw screens.
+        save_every: steps between checkpoints.
+    """
+
+    def __init__(
+        self,
+        spec: StageSpec,
+        model: Qwen2_5_VLForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerFast,
+        work: Path,
+        workers: int,
+        save_every: int,
+    ) -> None:
+        self.spec, self.model, self.workers, self.save_every = spec, model, workers, save_every
+        self.device = next(model.parameters()).device
+        self.heads = Heads(model.config.text_config.hidden_size, spec.vision_alone).to(self.device)
+        self.optimizers = _optimizers(model.model.visual if spec.vision_alone else model, self.heads, spec)
+        self.rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
+        self.checkpoint = work / f"{spec.name}.pt"
+        self.forward = lru_cache(maxsize=None)(lambda layout: PackedForward(model, tokenizer, layout))
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss and its parts, for the log: answer, guidance, then the heads in their order."""
+        layout, patches, facts = batch["layout"], batch["patches"], batch["facts"]
+        assert isinstance(layout, Layout) and isinstance(patches, Tensor) and isinstance(facts, Tensor)
+        forward, facts = self.forward(layout), facts.to(self.device)
+        visual = forward.vision(patches)
+        visual = visual.reshape(len(facts), -1, visual.shape[-1])
+        shown = self.spec.vision_alone
+        if shown:
+            parts = self.heads.shown.losses(visual, facts[:, :6])
+            return (parts * parts.new_tensor(VISION_WEIGHTS)).sum(), parts.detach()
+        packed, looks, evidence = batch["packed"], batch["looks"], batch["evidence"]
+        assert isinstance(packed, Packed) and isinstance(looks, Tensor) and isinstance(evidence, Tensor)
+        packed = packed.to(self.device)
+        hidden = forward.hidden(visual, packed)
+        counted = packed.targets != IGNORE
+        logits = forward.logits(hidden.packed[counted]).float()
+        answer = F.cross_entropy(logits, packed.targets[counted])
+        guidance = guidance_loss(hidden.attended_log, looks.to(self.device), evidence.to(self.device))
+        parts = torch.cat(
+            [
+                self.heads.shown.losses(hidden.tapped, facts[:, :6]),
+                self.heads.compared.losses(hidden.compared, facts[:, 6:]),
+            ]
+        )
+        loss = answer + GUIDANCE * guidance + AUXILIARY * parts.sum()
+        return loss, torch.cat([answer[None], guidance[None], parts]).detach()
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint, beside the last one until it is whole."""
+        beside = self.checkpoint.with_suffix(".part")
+        torch.save(
+            {
+                "step": step,
+                "model": self.model.state_dict(),
+                "heads": self.heads.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            },
+            beside,
+        )
+        beside.replace(self.checkpoint)
+
+    def restore(self) -> int:
+        """Load the checkpoint if there is one; returns the step to go on from."""
+        if not self.checkpoint.exists():
+            return 0
+        saved = torch.load(self.checkpoint, map_location=self.device)
+        self.model.load_state_dict(saved["model"])
+        self.heads.load_state_dict(saved["heads"])
+        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        return int(saved["step"])
+
+    def run(self, resume: bool) -> None:
+        """Train from the start, or from the checkpoint where ``resume`` asks for it, to the last step."""
+        spec, first = self.spec, self.restore() if resume else 0
+        count = spec.steps * spec.batches
+        data = Batches(lambda i: spec.lessons(i, i / count), self.forward, count, spec.vision_alone)
+        loader = DataLoader(
+            Subset(data, range(first * spec.batches, count)),
+            batch_size=None,
+            num_workers=self.workers,
+            prefetch_factor=8 if self.workers else None,
+        )
+        stream, started = iter(loader), time.monotonic()
+        history: list[np.ndarray] = []
+        bfloat16 = has_fast_bfloat16(self.device.type)
+        for step in range(first, spec.steps):
+            for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
+                optimizer.param_groups[0]["lr"] = rate * spec.rate(step)
+            for _ in range(spec.batches):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
+                    loss, parts = self.loss(next(stream))
+                (loss / spec.batches).backward()
+                history.append(parts.cpu().numpy())
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            done = step + 1
+            if done % LOG_EVERY == 0 or done == spec.steps:
+                losses = " ".join(f"{value:.3f}" for value in np.mean(history, 0))
+                history.clear()
+                minutes = (time.monotonic() - started) / 60
+                log.info("%s step %d/%d, %.1f min: losses %s", spec.name, done, spec.steps, minutes, losses)
+            if done % self.save_every == 0 or done == spec.steps:
+                self.save(done)
+                if lessons := spec.validation():
+                    log.info("validation: %s", json.dumps(evaluate(lessons, self.forward)))
+
+
+def _optimizers(model: nn.Module, heads: Heads, spec: StageSpec) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the network; AdamW for embeddings, first layer, norms, biases, heads."""
+    matrices: list[Tensor] = []
+    rest: list[Tensor] = list(heads.parameters())
+    for name, parameter in model.named_parameters():
+        inner = parameter.ndim == 2 and "embed_tokens" not in name and "lm_head" not in name
+        (matrices if inner else rest).append(parameter)
+    return [
+        Muon(matrices, lr=spec.matrix_rate),
+        torch.optim.AdamW(rest, lr=spec.rest_rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
