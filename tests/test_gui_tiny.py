@@ -4,11 +4,15 @@
 import json
 from pathlib import Path
 
+import batches
+import lessons
+import model
 import numpy as np
 import packed
 import pytest
 import screens
 import splits
+import stage
 import targets
 import tokens
 import torch
@@ -29,11 +33,6 @@ MODEL = Path(__file__).parent.parent / "models" / "gui-tiny"
 @pytest.fixture(scope="module")
 def reference() -> Qwen2_5_VLForConditionalGeneration:
     return Qwen2_5_VLForConditionalGeneration.from_pretrained(MODEL, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
-def forward(reference: Qwen2_5_VLForConditionalGeneration) -> packed.PackedForward:
-    return packed.PackedForward(reference, tokens.build_tokenizer(), size=224, questions=4)
 
 
 @pytest.fixture(scope="module", params=["fp32", "int8", "int4"])
@@ -65,38 +64,99 @@ def test_shipped_tokenizer_is_the_one_that_the_code_trains() -> None:
     assert (MODEL / "chat_template.jinja").read_text() == rebuilt.chat_template
 
 
+def forward_of(model: Qwen2_5_VLForConditionalGeneration, layout: packed.Layout) -> packed.PackedForward:
+    return packed.PackedForward(model, tokens.build_tokenizer(), layout)
+
+
+@pytest.mark.parametrize("layout", [packed.Layout(1, 224, 224), packed.Layout(3, 224, 336)])
 def test_packed_forward_equals_transformers(
-    reference: Qwen2_5_VLForConditionalGeneration, forward: packed.PackedForward
+    reference: Qwen2_5_VLForConditionalGeneration, layout: packed.Layout
 ) -> None:
-    screen, questions = splits.held_out("validation", 0, 224, forward.questions)
-    ids, _, _ = forward.pack(questions)
-    processor = Qwen2VLImageProcessorPil.from_pretrained(MODEL)
-    pixels = processor(images=[Image.fromarray(screen.image)], return_tensors="pt")
+    forward = forward_of(reference, layout)
+    make = lessons.scene_lesson if layout.frames == 1 else lessons.view_lesson
+    some = [make(np.random.default_rng(seed), layout) for seed in (1, 2)]
+    batch = batches.collate(some, lambda _: forward, relative=False)
+    together = batch["packed"]
     with torch.no_grad():
-        visual = forward.vision(forward.normalise(packed.patchify(screen.image[None])))
-        hidden, _, _ = forward.hidden(visual, torch.tensor([ids]))
-        logits = forward.logits(hidden)[0].view(forward.questions, forward.segment, -1)
-        for index in range(forward.questions):
-            segment = torch.tensor(ids[index * forward.segment : (index + 1) * forward.segment])
-            alone = torch.cat([forward.prefix, segment])[None]
-            expected = reference(
-                input_ids=alone,
-                pixel_values=pixels["pixel_values"].float(),
-                image_grid_thw=pixels["image_grid_thw"],
-                mm_token_type_ids=(alone == reference.config.image_token_id).int(),
-            ).logits[0, len(forward.prefix) :]
+        visual = forward.vision(batch["patches"]).reshape(2, layout.visual_tokens, -1)
+        logits = forward.logits(forward.hidden(visual, together).packed)
+    processor = Qwen2VLImageProcessorPil.from_pretrained(MODEL, min_pixels=1, max_pixels=10**7)
+    for row, lesson in enumerate(some):
+        images = [Image.fromarray(frame) for frame in lesson.frames]
+        pixels = processor(images=images, return_tensors="pt")
+        for number in (0, len(lesson.questions) - 1):
+            inside = together.segments[row] == number
+            alone = torch.cat([forward.prefix, together.ids[row, inside]])[None]
+            with torch.no_grad():
+                expected = reference(
+                    input_ids=alone,
+                    pixel_values=pixels["pixel_values"].float(),
+                    image_grid_thw=pixels["image_grid_thw"],
+                    mm_token_type_ids=(alone == reference.config.image_token_id).int(),
+                ).logits[0, len(forward.prefix) :]
             torch.testing.assert_close(
-                logits[index], expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item()
+                logits[row, inside], expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item()
             )
 
 
-def test_targets_of_packed_questions_are_the_answers(forward: packed.PackedForward) -> None:
-    _, questions = splits.held_out("validation", 1, 224, forward.questions)
-    _, wanted, _ = forward.pack(questions)
-    for index, question in enumerate(questions):
-        segment = wanted[index * forward.segment : (index + 1) * forward.segment]
-        text = forward.tokenizer.decode([token for token in segment if token != -100])
+def test_a_grown_model_computes_the_same(reference: Qwen2_5_VLForConditionalGeneration) -> None:
+    tokenizer = tokens.build_tokenizer()
+    small = model.build_model(tokenizer, 0, model.FIRST_LAYERS)
+    grown = model.grow(small, tokenizer, 1)
+    assert grown.config.text_config.num_hidden_layers == model.LAYERS > model.FIRST_LAYERS
+    ids = torch.arange(20, 60)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(grown(input_ids=ids).logits, small(input_ids=ids).logits)
+
+
+def test_targets_of_packed_questions_are_the_answers(reference: Qwen2_5_VLForConditionalGeneration) -> None:
+    layout = packed.Layout(1, 224, 224)
+    forward = forward_of(reference, layout)
+    lesson = lessons.scene_lesson(np.random.default_rng(0), layout)
+    one = forward.pack([q.text for q in lesson.questions], [q.answer for q in lesson.questions])
+    for number, question in enumerate(lesson.questions):
+        wanted = one.targets[one.segments == number].tolist()
+        text = forward.tokenizer.decode([token for token in wanted if token != packed.IGNORE])
         assert text == question.answer + "<|im_end|>"
+
+
+def test_the_guided_head_looks_where_the_answer_is_found(
+    reference: Qwen2_5_VLForConditionalGeneration,
+) -> None:
+    layout = packed.Layout(2, 224, 224)
+    forward = forward_of(reference, layout)
+    seen = set()
+    for seed in range(6):
+        lesson = lessons.view_lesson(np.random.default_rng(seed), layout)
+        batch = batches.collate([lesson], lambda _: forward, relative=False)
+        looks, one, evidence = batch["looks"][0], batch["packed"], batch["evidence"][0]
+        assert ((looks >= 0) == (one.targets[0] != packed.IGNORE)).all()
+        for number, question in enumerate(lesson.questions):
+            seen.add(question.task)
+            inside = looks[(one.segments[0] == number) & (looks >= 0)]
+            parts = [2 * number] if question.task != "instruction" else [2 * number, 2 * number + 1]
+            assert inside.unique().tolist() == parts
+            # The last digits are written while the head looks at the target.
+            cells = evidence[inside[-1]].reshape(2, 8, 8).nonzero()
+            x0, y0, x1, y1 = question.box
+            assert all(y0 - 28 < 28 * y < y1 and x0 - 28 < 28 * x < x1 for _, y, x in cells.tolist())
+            if question.task == "instruction":
+                assert {frame for frame, _, _ in cells.tolist()} <= {1}
+                before = evidence[2 * number].reshape(2, 8, 8).nonzero()
+                assert {frame for frame, _, _ in before.tolist()} <= {0}
+    assert seen == {"current", "earlier", "changed", "instruction"}
+
+
+def test_lessons_of_splits_differ_and_repeat() -> None:
+    for index in range(12):
+        first, again = (lessons.mixed_lessons("train", index) for _ in range(2))
+        other = lessons.mixed_lessons("validation", index)
+        assert len(first) == len(again)
+        for one, two in zip(first, again, strict=True):
+            assert one.questions == two.questions
+            np.testing.assert_array_equal(one.frames, two.frames)
+        same_layout = first[0].layout == other[0].layout
+        assert not same_layout or not np.array_equal(first[0].frames, other[0].frames)
 
 
 def test_screens_are_repeatable_and_questions_unambiguous() -> None:
@@ -128,48 +188,40 @@ def test_colour_alone_does_not_decide_on_half_of_the_screens() -> None:
     assert 0.4 < np.mean(shared) < 0.6
 
 
-def test_cell_targets_name_the_owner_of_each_cell() -> None:
-    screen = screens.empty_screen(np.random.default_rng(0), 224, 224)
-    icon = screens.Element("icon", color=2, shape=3, icon_size=20)
-    placed = screens._draw(screen, icon, 60, 90)
-    facts = targets.cell_targets(screen).reshape(6, 8, 8)
-    column, row = placed.center[0] // 28, placed.center[1] // 28
-    assert facts[:, row, column].tolist() == [1, 2, 3, targets.IGNORE, *placed.center]
-    assert facts[:, 0, 7].tolist() == [0] + [targets.IGNORE] * 5
+def test_cell_facts_name_the_owner_of_each_cell() -> None:
+    shown = [targets.Shown((60, 90, 86, 116), 2, 3, -1, new=True), targets.Shown((0, 0, 28, 28), -1, -1, 7)]
+    owners = targets.cell_owners([element.box for element in shown], 224, 336)
+    assert owners.shape == (8, 12)
+    facts = targets.cell_facts(shown, owners, relative=False, compared=True)
+    assert facts[:, 103 // 28, 73 // 28].tolist() == [1, 2, 3, targets.IGNORE, 73 // 4, 103 // 4, 1, 0]
+    assert facts[:, 0, 0].tolist() == [2, targets.IGNORE, targets.IGNORE, 7, 14 // 4, 14 // 4, 0, 0]
+    assert facts[:, 0, 7].tolist() == [0] + [targets.IGNORE] * 5 + [0, 0]
+    alone = targets.cell_facts(shown, owners, relative=True, compared=False)
+    assert (alone[6] == targets.IGNORE).all()
+    assert alone[4:6, 0, 0].tolist() == [10, 10]
 
 
 def test_interrupted_training_ends_where_an_uninterrupted_one_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = [
-        "--vision-steps",
-        "1",
-        "--language-steps",
-        "4",
-        "--batch",
-        "2",
-        "--accumulate",
-        "1",
-        "--questions",
-        "2",
-    ]
-    small += ["--save-every", "2", "--workers", "0", "--no-compile", "--device", "cpu"]
-    monkeypatch.setattr(train, "evaluate", lambda *_: {})
+    small = ["--stages", "vision", "language", "--vision-steps", "1", "--language-steps", "4"]
+    small += ["--save-every", "2", "--workers", "0", "--device", "cpu"]
+    monkeypatch.setattr(stage, "evaluate", lambda *_: {})
 
     def weights(out: str, work: str, *more: str) -> dict[str, torch.Tensor]:
         train.main([*small, "--out", str(tmp_path / out), "--work", str(tmp_path / work), *more])
         return Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / out).state_dict()
 
     expected = weights("straight", "a")
-    save = train.Stage.save
+    save = stage.Stage.save
 
-    def save_and_break(stage: train.Stage, step: int) -> None:
-        save(stage, step)
-        if stage.name == "language":
+    def save_and_break(one: stage.Stage, step: int) -> None:
+        save(one, step)
+        if one.spec.name == "language":
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Stage, "save", save_and_break)
+        patch.setattr(stage.Stage, "save", save_and_break)
         with pytest.raises(KeyboardInterrupt):
             weights("broken", "b")
     resumed = weights("resumed", "b", "--resume")

@@ -2,7 +2,6 @@
 """Prompts that no calibration has seen, to judge quantization by."""
 
 import importlib
-import math
 import sys
 from pathlib import Path
 
@@ -13,6 +12,8 @@ from starkv.export.cards import ResolvedModel
 
 FIRST_SCREEN = 1_000_000
 """Calibration draws the screens from 0 on."""
+_SIZE = 224
+"""Side of a model's own screens in pixels."""
 _QUESTIONS = 4
 """Asked about each screen of a model's own."""
 
@@ -21,11 +22,11 @@ def held_out_prompts(model: ResolvedModel, count: int) -> list[GuiPrompt]:
     """Prompts with known boxes: of the test split in the model's folder if it has one, or drawn ones."""
     train = model.folder / "train"
     if (train / "splits.py").is_file():
-        return _own_prompts(train, math.isqrt(model.card.max_pixels), count)
+        return _own_prompts(train, count)
     return drawn_prompts(count, model.card.max_pixels, FIRST_SCREEN)
 
 
-def _own_prompts(train: Path, size: int, count: int) -> list[GuiPrompt]:
+def _own_prompts(train: Path, count: int) -> list[GuiPrompt]:
     # The training scripts of the embedded model import each other by plain names.
     sys.path.insert(0, str(train))
     try:
@@ -34,7 +35,7 @@ def _own_prompts(train: Path, size: int, count: int) -> list[GuiPrompt]:
         sys.path.remove(str(train))
     prompts: list[GuiPrompt] = []
     for number in range(-(-count // _QUESTIONS)):
-        screen, questions = splits.held_out("test", number, size, _QUESTIONS)
+        screen, questions = splits.held_out("test", number, _SIZE, _QUESTIONS)
         image = Image.fromarray(screen.image)
         prompts += [
             GuiPrompt(image, question.text, question.answer, question.element.box, question.element.phrase)

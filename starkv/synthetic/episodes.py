@@ -7,7 +7,7 @@ from itertools import chain, zip_longest
 
 import numpy as np
 
-from starkv.synthetic.layout import Names, make_widget, new_widget, random_scene
+from starkv.synthetic.layout import Names, place_new, random_scene
 from starkv.synthetic.questions import (
     Question,
     changed_question,
@@ -21,6 +21,8 @@ from starkv.synthetic.widgets import Canvas, Name
 FEWEST_FRAMES, MOST_FRAMES = 3, 5
 """Screenshots in view."""
 LEAST_ELEMENTS = 5
+_TRIES = 20
+"""Elements tried until one fits."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,12 @@ def _next(random: np.random.Generator, scene: Scene, names: Names) -> Scene:
         count = int(random.integers(1, 4))
         movers = [elements[index] for index in random.permutation(len(elements))[:count]]
         return _moved(random, replace(scene, elements=tuple(elements)), movers)
-    return _added(random, replace(scene, elements=tuple(elements)), names)
+    scene = replace(scene, elements=tuple(elements))
+    for _ in range(_TRIES):
+        grown = place_new(random, scene, names)
+        if grown is not scene:
+            return grown
+    return scene
 
 
 def _moved(random: np.random.Generator, scene: Scene, movers: list[Element]) -> Scene:
@@ -108,11 +115,3 @@ def _moved(random: np.random.Generator, scene: Scene, movers: list[Element]) -> 
             others = tuple(other for other in scene.elements if other is not element)
             scene = replace(scene, elements=(*others, place))
     return scene
-
-
-def _added(random: np.random.Generator, scene: Scene, names: Names) -> Scene:
-    place = find_place(scene, new_widget(random, names), random)
-    if not place:
-        # Small icons fit where fields don't.
-        place = find_place(scene, make_widget(random, names.icon()), random, tries=200)
-    return replace(scene, elements=(*scene.elements, place)) if place else scene

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random screens: desktops of one to three windows, with rows of widgets or widgets all over the place."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +23,8 @@ from starkv.synthetic.widgets import (
 SMALLEST_WINDOW = 150
 """Pixels per side below which a desktop is not divided any further."""
 _WORD_KINDS: tuple[Kind, ...] = ("button", "check", "field")
+_KIND_OF_ROW: Mapping[str, Kind] = {"menu": "menu", "button": "button", "check": "check", "field": "field"}
+"""Sort of row → the kind of all its words; those of other rows differ."""
 
 
 class Names:
@@ -36,13 +38,14 @@ class Names:
             for index in random.permutation(count)
         ]
 
-    def icon(self) -> Name:
-        """The next icon. There are 64: a screen holds fewer."""
-        return self._icons.pop()
+    def take(self, icon: bool) -> Name | None:
+        """The next icon or word, or one of the other sort where those are used up; None if all are."""
+        wanted, others = (self._icons, self._words) if icon else (self._words, self._icons)
+        return wanted.pop() if wanted else others.pop() if others else None
 
-    def word(self) -> Name | None:
-        """The next word; None if all are used."""
-        return self._words.pop() if self._words else None
+    def give_back(self, name: Name) -> None:
+        """A name that was not used after all: it comes last."""
+        (self._icons if name.is_icon else self._words).insert(0, name)
 
 
 def make_widget(random: np.random.Generator, name: Name, kind: Kind | None = None) -> Widget:
@@ -58,10 +61,16 @@ def make_widget(random: np.random.Generator, name: Name, kind: Kind | None = Non
     return Widget(kind, name, decorated=kind == "check" and bool(random.random() < 0.5))
 
 
-def new_widget(random: np.random.Generator, names: Names) -> Widget:
-    """An icon or a word that was not there before."""
-    word = names.word() if random.random() < 0.5 else None
-    return make_widget(random, word or names.icon())
+def place_new(random: np.random.Generator, scene: Scene, names: Names) -> Scene:
+    """The scene with a new element; the same scene if there is no name or room left."""
+    name = names.take(icon=bool(random.random() < 0.5))
+    if name is None:
+        return scene
+    element = find_place(scene, make_widget(random, name), random)
+    if element is None:
+        names.give_back(name)
+        return scene
+    return replace(scene, elements=(*scene.elements, element))
 
 
 def _areas(random: np.random.Generator, height: int, width: int) -> list[Box]:
@@ -118,10 +127,12 @@ def _rows(random: np.random.Generator, window: Window, names: Names, most: int) 
         count = min(most - len(placed), int(random.integers(1, 6)))
         widgets = []
         for _ in range(count):
-            word = None if kind == "tools" or (kind == "mixed" and random.random() < 0.4) else names.word()
-            fixed: Kind | None = kind if kind in ("menu", "button", "check", "field") else None  # type: ignore[assignment]
-            widgets.append(make_widget(random, word or names.icon(), fixed if word else None))
+            name = names.take(icon=kind == "tools" or (kind == "mixed" and bool(random.random() < 0.4)))
+            if name:
+                widgets.append(make_widget(random, name, _KIND_OF_ROW.get(kind)))
         row = _row(random, window, y, widgets)
+        for widget in widgets[len(row) :]:
+            names.give_back(widget.name)
         placed += row
         tallest = max((element.widget.size[1] for element in row), default=16)
         y += tallest + GAP + 2 + int(random.integers(0, 16))
@@ -138,9 +149,8 @@ def random_scene(
     for window in scene.windows:
         if random.random() < 0.6:
             scene = replace(scene, elements=scene.elements + tuple(_rows(random, window, names, share)))
-    tries = 3 * wanted
-    while tries and (len(scene.elements) < wanted or len(scene.elements) < 2):
-        element = find_place(scene, new_widget(random, names), random)
-        scene = replace(scene, elements=(*scene.elements, element)) if element else scene
-        tries -= 1
+    for _ in range(3 * wanted):
+        if len(scene.elements) >= max(2, wanted):
+            break
+        scene = place_new(random, scene, names)
     return scene, names

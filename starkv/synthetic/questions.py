@@ -46,7 +46,7 @@ def _verb(random: np.random.Generator) -> str:
 
 
 def name_question(random: np.random.Generator, element: Element, frame: int = 0) -> Question:
-    """"Click 'Save'.": an element by its name.
+    """An element by its name: "Click 'Save'."
 
     Args:
         random: picks the verb.
@@ -59,7 +59,7 @@ def name_question(random: np.random.Generator, element: Element, frame: int = 0)
 
 
 def relation_questions(random: np.random.Generator, scene: Scene) -> Iterator[Question]:
-    """"Click what is right of 'Save'.": every element that is the clear neighbour of another, in random order."""
+    """Clear neighbours of other elements, in random order: "Click what is right of 'Save'." """
     pairs = [(element, relation) for element in scene.elements for relation in RELATIONS]
     for index in random.permutation(len(pairs)):
         reference, relation = pairs[index]
@@ -75,7 +75,7 @@ def relation_questions(random: np.random.Generator, scene: Scene) -> Iterator[Qu
 
 
 def current_questions(random: np.random.Generator, view: Sequence[Scene]) -> Iterator[Question]:
-    """"Click 'Save'." of what an earlier frame of the view shows elsewhere: stale screens have to be ignored."""
+    """What an earlier frame shows elsewhere, so that stale screens have to be ignored: "Click 'Save'." """
     last = len(view) - 1
     for element in _shuffled(random, view[-1].elements):
         before = [scene.find(element.name) for scene in view[:-1]]
@@ -86,7 +86,7 @@ def current_questions(random: np.random.Generator, view: Sequence[Scene]) -> Ite
 
 
 def earlier_questions(random: np.random.Generator, view: Sequence[Scene]) -> Iterator[Question]:
-    """"Click where 'Save' was.": of what is gone, and was always at the same place."""
+    """What is gone, and was always at the same place: "Click where 'Save' was." """
     gone = {element.name: element for scene in view[:-1] for element in scene.elements}
     gone = {name: element for name, element in gone.items() if view[-1].find(name) is None}
     for element in _shuffled(random, tuple(gone.values())):
@@ -102,8 +102,10 @@ def earlier_questions(random: np.random.Generator, view: Sequence[Scene]) -> Ite
 
 
 def changed_question(random: np.random.Generator, view: Sequence[Scene]) -> Question | None:
-    """"Click what is new.": the one element that the frame before did not show; None unless exactly one is new
-    and nothing moved."""
+    """The one element that the frame before did not show: "Click what is new."
+
+    None unless exactly one is new and nothing moved.
+    """
     last = len(view) - 1
     new = [element for element in view[-1].elements if view[-2].find(element.name) is None]
     moved = [
@@ -121,7 +123,7 @@ def changed_question(random: np.random.Generator, view: Sequence[Scene]) -> Ques
 def instruction_question(
     random: np.random.Generator, view: Sequence[Scene], clicked: Name, following: Element
 ) -> Question:
-    """"Do: 'Open', 'Save', the red star.": the step after the one that the pointer shows in the frame before.
+    """The step after the one that the pointer shows in the frame before: "Do: 'Open', 'Save', the red star."
 
     Args:
         random: picks the other steps.

@@ -8,7 +8,13 @@ import numpy as np
 from starkv.errors import UsageError
 from starkv.synthetic.episodes import FEWEST_FRAMES, MOST_FRAMES, Episode, random_episode
 from starkv.synthetic.layout import random_scene
-from starkv.synthetic.questions import CLICK_TASKS, TRAJECTORY_TASKS, Question, name_question, relation_questions
+from starkv.synthetic.questions import (
+    CLICK_TASKS,
+    TRAJECTORY_TASKS,
+    Question,
+    name_question,
+    relation_questions,
+)
 from starkv.synthetic.samples import Sample
 from starkv.synthetic.scene import render
 from starkv.synthetic.widgets import Canvas
@@ -45,7 +51,7 @@ def generator(kind: str, split: str, seed: int, number: int) -> np.random.Genera
 
 
 def click_samples(split: str, seed: int, count: int) -> Iterator[Sample]:
-    """``count`` questions about single screens: three per screen, one of each of ``CLICK_TASKS`` if it can be.
+    """``count`` questions about single screens, one of each of ``CLICK_TASKS`` per screen if it can be.
 
     Sparse and dense screens and their sizes take turns.
     """

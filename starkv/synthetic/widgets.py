@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Widgets of synthetic screens: their names, their sizes, and how they are drawn.
 
-Everything is drawn with numpy from masks that are rendered once: a screen costs milliseconds. Pillow's built-in
-bitmap font is used, never a system font, so the same widget looks the same on every machine.
+Everything is drawn with numpy from masks that are rendered once: a screen costs milliseconds. Pillow's
+built-in bitmap font is used, never a system font, so a widget looks the same on every machine.
 """
 
 from collections.abc import Mapping
@@ -161,11 +161,13 @@ def fill(canvas: Canvas, box: Box, color: Color) -> None:
     canvas[max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)] = color
 
 
-def _stamp(canvas: Canvas, mask: NDArray[np.bool_], x: int, y: int, color: Color) -> None:
+def stamp(canvas: Canvas, mask: NDArray[np.bool_], x: int, y: int, color: Color) -> None:
+    """Colour the pixels of a mask whose upper left corner is at a place, wholly on the canvas."""
     canvas[y : y + mask.shape[0], x : x + mask.shape[1]][mask] = color
 
 
-def _framed(canvas: Canvas, box: Box, border: Color, inside: Color) -> None:
+def framed(canvas: Canvas, box: Box, border: Color, inside: Color) -> None:
+    """A filled rectangle with a border of one pixel."""
     x0, y0, x1, y1 = box
     fill(canvas, box, border)
     fill(canvas, (x0 + 1, y0 + 1, x1 - 1, y1 - 1), inside)
@@ -177,24 +179,24 @@ def draw_widget(canvas: Canvas, widget: Widget, x: int, y: int, theme: Theme) ->
     box = (x, y, x + width, y + height)
     name = widget.name
     if widget.kind == "button" or (widget.kind == "icon" and widget.decorated):
-        _framed(canvas, box, theme.border, theme.button)
+        framed(canvas, box, theme.border, theme.button)
     if widget.kind == "icon":
         mask = ICON_MASKS[name.shape, widget.icon_size]
-        _stamp(canvas, mask, x + 3, y + 3, COLORS[COLOR_NAMES[name.color]])
+        stamp(canvas, mask, x + 3, y + 3, COLORS[COLOR_NAMES[name.color]])
         return
     mask = WORD_MASKS[name.word]
     if widget.kind == "button":
-        _stamp(canvas, mask, x + widget.padding, y + 3, theme.text)
+        stamp(canvas, mask, x + widget.padding, y + 3, theme.text)
     elif widget.kind == "menu":
-        _stamp(canvas, mask, x + 4, y + 2, theme.text)
+        stamp(canvas, mask, x + 4, y + 2, theme.text)
     elif widget.kind == "field":
-        _stamp(canvas, mask, x, y + 3, theme.text)
-        _framed(canvas, (box[2] - widget.padding, y, box[2], box[3]), theme.border, (255, 255, 255))
+        stamp(canvas, mask, x, y + 3, theme.text)
+        framed(canvas, (box[2] - widget.padding, y, box[2], box[3]), theme.border, (255, 255, 255))
     else:
-        _framed(canvas, (x, y, x + 11, y + 11), theme.border, (255, 255, 255))
+        framed(canvas, (x, y, x + 11, y + 11), theme.border, (255, 255, 255))
         if widget.decorated:
             fill(canvas, (x + 3, y + 3, x + 8, y + 8), (30, 90, 200))
-        _stamp(canvas, mask, x + 15, y, theme.text)
+        stamp(canvas, mask, x + 15, y, theme.text)
 
 
 def draw_pointer(canvas: Canvas, box: Box) -> None:

@@ -58,7 +58,10 @@ def collate(
     if lessons[0].questions:
         packer = forward(layout)
         packed = stack(
-            [packer.pack([q.text for q in one.questions], [q.answer for q in one.questions]) for one in lessons]
+            [
+                packer.pack([q.text for q in one.questions], [q.answer for q in one.questions])
+                for one in lessons
+            ]
         )
         done = packer.tokenizer.convert_tokens_to_ids(DONE)
         most = max(len(places) for places in evidence)
@@ -70,7 +73,7 @@ def collate(
 
 
 def _cells(lesson: Lesson, relative: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Facts ``[8, visual tokens]``, and where each question's two places lie ``[2 * questions, visual tokens]``."""
+    """Facts ``[8, visual tokens]``; each question's two places ``[2 * questions, visual tokens]``."""
     _, height, width = lesson.layout
     owners = [cell_owners([element.box for element in frame], height, width) for frame in lesson.shown]
     facts = [
@@ -91,8 +94,8 @@ def _cells(lesson: Lesson, relative: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def look_numbers(packed: Packed, done: int, questions: Sequence[Sequence[Asked]]) -> Tensor:
-    """Number of the place that each row should look at ``[B, T]``: of a question's first one, or of its second
-    one once the answer has said what is done; −1 for rows that write no answer."""
+    """Number of the place that each row should look at ``[B, T]``: of a question's first one, or of its
+    second one once the answer has said what is done; −1 for rows that write no answer."""
     looks = torch.where(packed.targets == IGNORE, -1, 2 * packed.segments)
     for row, asked in enumerate(questions):
         for number, question in enumerate(asked):

@@ -29,7 +29,7 @@ def evaluate(
         forward: of a layout.
 
     Returns:
-        kind → share, and number of questions. 
+        kind → share, and number of questions.
     """
     outcomes: dict[str, list[bool]] = defaultdict(list)
     for some in lessons:

@@ -3,7 +3,6 @@
 
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from fast_vision import rms_norm, rotate
 from torch import Tensor

@@ -44,7 +44,7 @@ LAYOUTS = (
     (0.06, Layout(4, 448, 448)),
     (0.04, Layout(5, 448, 448)),
 )
-"""Share of batches, and their layout. Small frames teach to compare and to look back at a quarter of the price."""
+"""Share of batches, and their layout. Small frames teach to look back at a quarter of the price."""
 
 
 @dataclass(frozen=True)

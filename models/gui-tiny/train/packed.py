@@ -90,7 +90,9 @@ class PackedForward:
         self.vision = FastVision(model, layout.height, layout.width)
         device = next(model.parameters()).device
         before = self._encode(f"<|im_start|>system\n{SYSTEM_PROMPT}<|im_end|>\n<|im_start|>user\n")
-        start, pad, end = (self._encode(f"<|{name}|>") for name in ("vision_start", "image_pad", "vision_end"))
+        start, pad, end = (
+            self._encode(f"<|{name}|>") for name in ("vision_start", "image_pad", "vision_end")
+        )
         rows, columns = layout.grid
         frame = start + pad * (rows * columns) + end
         ids = before + frame * layout.frames

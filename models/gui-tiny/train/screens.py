@@ -9,51 +9,21 @@ screen on every machine (Pillow's built-in bitmap font is used, never a system f
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
-_WORD_LIST = """
-Save Open Close Copy Paste Cut Undo Redo Find Help Print Edit View File Home Back Next Stop Play
-Send Mail Chat Call User Lock Menu Zoom Sort Tags Mute Sync Login Exit Apply Reset Cancel OK Yes No
-Search
-"""
-WORDS = tuple(_WORD_LIST.split())
-COLORS = {
-    "red": (220, 40, 40),
-    "green": (40, 170, 60),
-    "blue": (50, 90, 230),
-    "yellow": (240, 210, 40),
-    "purple": (150, 50, 190),
-    "orange": (245, 140, 30),
-    "cyan": (40, 200, 210),
-    "black": (25, 25, 25),
-}
-COLOR_NAMES = tuple(COLORS)
-SHAPES = ("circle", "square", "triangle", "star", "plus", "diamond", "ring", "arrow")
-VERBS = ("Click", "Click on", "Press", "Tap")
-ICON_SIZES = range(14, 23)
-
-Box = tuple[int, int, int, int]
-"""x0, y0, x1, y1 in pixels; the right and bottom edge are exclusive."""
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of a window and its widgets."""
-
-    desktop: tuple[int, int, int]
-    panel: tuple[int, int, int]
-    title_bar: tuple[int, int, int]
-    button: tuple[int, int, int]
-    text: tuple[int, int, int]
-    border: tuple[int, int, int]
-
-
-THEMES = (
-    Theme((200, 205, 215), (245, 245, 245), (70, 110, 180), (225, 225, 230), (20, 20, 20), (130, 130, 140)),
-    Theme((40, 44, 52), (70, 75, 85), (25, 27, 32), (100, 105, 120), (240, 240, 240), (20, 20, 20)),
-    Theme((0, 110, 120), (200, 200, 195), (0, 0, 110), (200, 200, 195), (0, 0, 0), (90, 90, 90)),
-    Theme((240, 230, 210), (255, 250, 240), (190, 120, 60), (250, 225, 180), (70, 40, 10), (160, 120, 80)),
-    Theme((180, 215, 190), (235, 250, 240), (60, 140, 90), (255, 255, 255), (20, 60, 30), (90, 150, 110)),
+from starkv.synthetic.questions import VERBS
+from starkv.synthetic.widgets import (
+    COLOR_NAMES,
+    COLORS,
+    ICON_MASKS,
+    SHAPES,
+    THEMES,
+    WORD_MASKS,
+    WORDS,
+    Box,
+    Theme,
+    fill,
+    framed,
+    stamp,
 )
 
 
@@ -108,59 +78,6 @@ class Screen:
     elements: list[Element] = field(default_factory=list)
 
 
-def _word_mask(word: str) -> np.ndarray:
-    font = ImageFont.load_default_imagefont()
-    _, _, right, bottom = font.getbbox(word)
-    image = Image.new("L", (int(right) + 1, int(bottom) + 1), 0)
-    ImageDraw.Draw(image).text((0, 0), word, font=font, fill=255)
-    mask = np.asarray(image) > 127
-    columns = np.where(mask)[1]
-    # The full line height stays, so that all words share one baseline.
-    return mask[:, columns.min() : columns.max() + 1]
-
-
-def _icon_mask(shape: str, size: int) -> np.ndarray:
-    scale = size * 4  # drawn large, then averaged down: cheap anti-aliasing before the threshold
-    image = Image.new("L", (scale, scale), 0)
-    draw, last, half = ImageDraw.Draw(image), scale - 1, scale / 2
-    if shape in ("circle", "ring"):
-        draw.ellipse((0, 0, last, last), fill=255)
-    if shape == "ring":
-        draw.ellipse((scale * 0.28, scale * 0.28, scale * 0.72, scale * 0.72), fill=0)
-    elif shape == "square":
-        draw.rectangle((scale * 0.06, scale * 0.06, last - scale * 0.06, last - scale * 0.06), fill=255)
-    elif shape == "triangle":
-        draw.polygon([(half, 0), (last, last), (0, last)], fill=255)
-    elif shape == "star":
-        angles = np.arange(10) * np.pi / 5
-        radii = np.where(np.arange(10) % 2 == 0, half, scale * 0.2)
-        points = zip(half + radii * np.sin(angles), half - radii * np.cos(angles), strict=True)
-        draw.polygon([(float(x), float(y)) for x, y in points], fill=255)
-    elif shape == "plus":
-        draw.rectangle((scale * 0.35, 0, scale * 0.65, last), fill=255)
-        draw.rectangle((0, scale * 0.35, last, scale * 0.65), fill=255)
-    elif shape == "diamond":
-        draw.polygon([(half, 0), (last, half), (half, last), (0, half)], fill=255)
-    elif shape == "arrow":
-        draw.polygon([(last, half), (scale * 0.45, 0), (scale * 0.45, last)], fill=255)
-        draw.rectangle((0, scale * 0.36, half, scale * 0.64), fill=255)
-    return np.asarray(image.resize((size, size), Image.Resampling.BOX)) > 110
-
-
-WORD_MASKS = tuple(_word_mask(word) for word in WORDS)
-ICON_MASKS = {
-    (index, size): _icon_mask(name, size) for index, name in enumerate(SHAPES) for size in ICON_SIZES
-}
-
-
-def _fill(image: np.ndarray, x0: int, y0: int, x1: int, y1: int, color: tuple[int, int, int]) -> None:
-    image[max(y0, 0) : y1, max(x0, 0) : x1] = color
-
-
-def _stamp(image: np.ndarray, mask: np.ndarray, x: int, y: int, color: tuple[int, int, int]) -> None:
-    image[y : y + mask.shape[0], x : x + mask.shape[1]][mask] = color
-
-
 def empty_screen(rng: np.random.Generator, height: int, width: int) -> Screen:
     """A desktop with one window of random place and theme."""
     theme = THEMES[rng.integers(len(THEMES))]
@@ -168,11 +85,10 @@ def empty_screen(rng: np.random.Generator, height: int, width: int) -> Screen:
     image[:] = theme.desktop
     x0, y0 = int(rng.integers(0, width // 8)), int(rng.integers(0, height // 8))
     x1, y1 = width - int(rng.integers(0, width // 8)), height - int(rng.integers(0, height // 8))
-    _fill(image, x0, y0, x1, y1, theme.border)
-    _fill(image, x0 + 1, y0 + 1, x1 - 1, y1 - 1, theme.panel)
-    _fill(image, x0 + 1, y0 + 1, x1 - 1, y0 + 13, theme.title_bar)
+    framed(image, (x0, y0, x1, y1), theme.border, theme.panel)
+    fill(image, (x0 + 1, y0 + 1, x1 - 1, y0 + 13), theme.title_bar)
     for index, color in enumerate(((220, 60, 60), (230, 190, 60), (70, 180, 80))):
-        _fill(image, x1 - 10 - index * 9, y0 + 4, x1 - 5 - index * 9, y0 + 9, color)
+        fill(image, (x1 - 10 - index * 9, y0 + 4, x1 - 5 - index * 9, y0 + 9), color)
     return Screen(image, theme, (x0 + 4, y0 + 16, x1 - 4, y1 - 4))
 
 
@@ -189,19 +105,17 @@ def _draw(screen: Screen, element: Element, x: int, y: int) -> Element:
     image, theme = screen.image, screen.theme
     width, height = _measure(element)
     if element.kind == "button" or (element.kind == "icon" and element.decorated):
-        _fill(image, x, y, x + width, y + height, theme.border)
-        _fill(image, x + 1, y + 1, x + width - 1, y + height - 1, theme.button)
+        framed(image, (x, y, x + width, y + height), theme.border, theme.button)
     if element.kind == "icon":
         color = COLORS[COLOR_NAMES[element.color]]
-        _stamp(image, ICON_MASKS[element.shape, element.icon_size], x + 3, y + 3, color)
+        stamp(image, ICON_MASKS[element.shape, element.icon_size], x + 3, y + 3, color)
     elif element.kind == "button":
-        _stamp(image, WORD_MASKS[element.word], x + element.padding, y + 3, theme.text)
+        stamp(image, WORD_MASKS[element.word], x + element.padding, y + 3, theme.text)
     else:
-        _fill(image, x, y, x + 11, y + 11, theme.border)
-        _fill(image, x + 1, y + 1, x + 10, y + 10, (255, 255, 255))
+        framed(image, (x, y, x + 11, y + 11), theme.border, (255, 255, 255))
         if element.decorated:
-            _fill(image, x + 3, y + 3, x + 8, y + 8, (30, 90, 200))
-        _stamp(image, WORD_MASKS[element.word], x + 15, y, theme.text)
+            fill(image, (x + 3, y + 3, x + 8, y + 8), (30, 90, 200))
+        stamp(image, WORD_MASKS[element.word], x + 15, y, theme.text)
     placed = Element(**{**element.__dict__, "box": (x, y, x + width, y + height)})
     screen.elements.append(placed)
     return placed

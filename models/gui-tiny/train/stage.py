@@ -98,16 +98,19 @@ class Stage:
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss and its parts, for the log: answer, guidance, then the heads in their order."""
         layout, patches, facts = batch["layout"], batch["patches"], batch["facts"]
-        assert isinstance(layout, Layout) and isinstance(patches, Tensor) and isinstance(facts, Tensor)
+        assert isinstance(layout, Layout)
+        assert isinstance(patches, Tensor)
+        assert isinstance(facts, Tensor)
         forward, facts = self.forward(layout), facts.to(self.device)
         visual = forward.vision(patches)
         visual = visual.reshape(len(facts), -1, visual.shape[-1])
-        shown = self.spec.vision_alone
-        if shown:
+        if self.spec.vision_alone:
             parts = self.heads.shown.losses(visual, facts[:, :6])
             return (parts * parts.new_tensor(VISION_WEIGHTS)).sum(), parts.detach()
         packed, looks, evidence = batch["packed"], batch["looks"], batch["evidence"]
-        assert isinstance(packed, Packed) and isinstance(looks, Tensor) and isinstance(evidence, Tensor)
+        assert isinstance(packed, Packed)
+        assert isinstance(looks, Tensor)
+        assert isinstance(evidence, Tensor)
         packed = packed.to(self.device)
         hidden = forward.hidden(visual, packed)
         counted = packed.targets != IGNORE

@@ -40,9 +40,7 @@ def screens(split: str, index: int, progress: float, batch: int) -> list[Lesson]
         "validation": (SMALL, 6, 12),
     }[split]
     questions = 0 if split == "vision" else 6
-    return [
-        screen_lesson(split, index * batch + row, size, fewest, most, questions) for row in range(batch)
-    ]
+    return [screen_lesson(split, index * batch + row, size, fewest, most, questions) for row in range(batch)]
 
 
 def _crowding(progress: float) -> tuple[int, int]:
