@@ -41,8 +41,13 @@ NEW_CMAKE   = awk 'NR == 1 {split($$3, v, "."); exit !(v[1] + 0 > 3 || v[2] >= 2
 BUILD_TOOLS = $(shell cmake --version 2>&1 | $(NEW_CMAKE) && command -v ninja >/dev/null \
 	|| echo $(VENV)/build-ready)
 
+# Of `make gui-table`: questions of each task, where to, and more options of benchmarks/gui/table.py.
+COUNT ?= 1000
+OUT   ?= runs/gui-table
+TABLE ?=
+
 .DEFAULT_GOAL := help
-.PHONY: help demo engine run chat bench plugin validate gpu-check trt-check test lint train clean
+.PHONY: help demo engine run chat bench plugin validate gui-table gpu-check trt-check test lint train clean
 
 help:  ## Show the targets.
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -109,6 +114,10 @@ plugin: $(BUILD_TOOLS)  ## Build CUDA kernels and TensorRT plugins: [TENSORRT_RO
 
 validate: $(VENV)/dev-ready  ## Compare all implementations of the operators: [DEVICE=auto|cpu|cuda].
 	$(STARKV) validate ops --device $(DEVICE)
+
+gui-table: $(VENV)/dev-ready  ## Every KV method and budget on synthetic tasks: [COUNT=1000] [OUT=…] [TABLE=--ablations].
+	$(BIN)/python benchmarks/gui/table.py --engine '$(MODEL)' $(if $(QUANT),--quant $(QUANT)) --count $(COUNT) \
+		--out '$(OUT)' $(TABLE)
 
 gpu-check:  ## On a machine with a GPU: build, test, sanitize, compare and measure the kernels. Installs nothing.
 	$(GPU_PYTHON) benchmarks/gpu_check.py $(if $(OFFICIAL),--official '$(OFFICIAL)')

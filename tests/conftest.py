@@ -92,6 +92,21 @@ def reciting(babbling: ChatModel, tmp_path_factory: pytest.TempPathFactory) -> C
 
 
 @pytest.fixture(scope="session")
+def gui_tiny_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """fp32 engine of the embedded model."""
+    from starkv.export.build.ort import build_ort_engine
+    from starkv.export.cards import resolve_model
+    from starkv.export.export_model import export_model
+    from starkv.export.quantize.presets import PRESETS
+
+    root = tmp_path_factory.mktemp("gui-tiny")
+    resolved = resolve_model("gui-tiny")
+    export_model(resolved.folder, resolved.card, root / "export", PRESETS["fp32"])
+    build_ort_engine(root / "export", root / "engine")
+    return root / "engine"
+
+
+@pytest.fixture(scope="session")
 def screenshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A noisy PNG of 200 x 150 pixels."""
     pixels = np.random.default_rng(0).integers(0, 256, (150, 200, 3), np.uint8)

@@ -133,12 +133,12 @@ def test_published_figures_have_sources_and_marks() -> None:
 
 
 def test_records_come_back_without_the_line_that_was_cut_off(tmp_path: Path) -> None:
-    written = RecordFile(tmp_path, SETTINGS)
+    written = RecordFile(tmp_path, SETTINGS, Record)
     written.add(record("a"))
     written.add(record("b"))
     path = tmp_path / "records.jsonl"
     path.write_bytes(path.read_bytes()[:-7])
-    read = RecordFile(tmp_path, SETTINGS)
+    read = RecordFile(tmp_path, SETTINGS, Record)
     assert list(read.records) == ["a"]
     read.keep(["a"])
     assert path.read_text().count("\n") == 1
@@ -158,25 +158,25 @@ def test_records_come_back_without_the_line_that_was_cut_off(tmp_path: Path) -> 
 def test_records_of_other_settings_are_refused(
     tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
-    RecordFile(tmp_path, SETTINGS)
+    RecordFile(tmp_path, SETTINGS, Record)
     with pytest.raises(UsageError, match=message):
-        RecordFile(tmp_path, SETTINGS.model_copy(update=changes))
+        RecordFile(tmp_path, SETTINGS.model_copy(update=changes), Record)
 
 
 @pytest.mark.parametrize(
     ("name", "content"), [("settings.json", "{"), ("settings.json", "[]"), ("records.jsonl", "x\n")]
 )
 def test_what_is_no_run_is_refused(tmp_path: Path, name: str, content: str) -> None:
-    RecordFile(tmp_path, SETTINGS)
+    RecordFile(tmp_path, SETTINGS, Record)
     (tmp_path / name).write_text(content)
     with pytest.raises(UsageError, match=name.replace(".", r"\.")):
-        RecordFile(tmp_path, SETTINGS)
+        RecordFile(tmp_path, SETTINGS, Record)
 
 
 def test_records_without_settings_are_refused(tmp_path: Path) -> None:
     (tmp_path / "records.jsonl").write_text("")
     with pytest.raises(UsageError, match=r"records\.jsonl without settings\.json"):
-        RecordFile(tmp_path, SETTINGS)
+        RecordFile(tmp_path, SETTINGS, Record)
 
 
 def test_an_interrupted_trajectory_starts_over() -> None:

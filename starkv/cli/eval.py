@@ -157,15 +157,15 @@ def _nothing_left(data: str, problems: Sequence["Problem"]) -> str:
     return f"nothing of {data} could be asked; {lost} of {lost} samples were skipped, first {problems[0]}"
 
 
-def _open(out: Path | None, settings: "Settings", samples: Sequence["Sample"]) -> "RecordFile | None":
+def _open(out: Path | None, settings: "Settings", samples: Sequence["Sample"]) -> "RecordFile[Record] | None":
     """The records of an earlier run with the same settings, as far as they are of use."""
-    from starkv.evaluation.records import RecordFile
+    from starkv.evaluation.records import Record, RecordFile
     from starkv.evaluation.runner import finished_ids
 
     if out is None:
         note("without --out nothing is written: an interrupted run starts over")
         return None
-    records = RecordFile(out, settings)
+    records = RecordFile(out, settings, Record)
     found = len(records.records)
     records.keep(finished_ids(samples, records.records))
     if found:
@@ -175,7 +175,7 @@ def _open(out: Path | None, settings: "Settings", samples: Sequence["Sample"]) -
 
 
 def _ask_all(
-    samples: Sequence["Sample"], asking: "Asking", records: "RecordFile | None", title: str
+    samples: Sequence["Sample"], asking: "Asking", records: "RecordFile[Record] | None", title: str
 ) -> tuple[list["Record"], list["Problem"]]:
     """Records of all samples in their order, asked now or earlier, and what could not be asked."""
     from starkv.evaluation.runner import ask

@@ -4,7 +4,7 @@
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -15,12 +15,20 @@ from starkv.validation.report import write_text
 RECORDS_FILE, SETTINGS_FILE = "records.jsonl", "settings.json"
 
 
-class Record(BaseModel):
-    """What a model answered to one sample."""
+class Identified(BaseModel):
+    """Base of what is written down of a sample."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: str
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Identified)
+
+
+class Record(Identified):
+    """What a model answered to one sample."""
+
     group: str
     facets: dict[str, str]
     reply: str
@@ -73,24 +81,25 @@ class Settings(BaseModel):
     """Most screenshots of a prompt."""
 
 
-class RecordFile:
+class RecordFile(Generic[AnyRecord]):
     """The records of one run in a directory.
 
     Args:
         directory: made if it is missing.
         settings: of the run.
+        form: of a record.
 
     Raises:
         UsageError: the directory holds records of other settings, or what it holds can't be read.
     """
 
-    def __init__(self, directory: Path, settings: Settings) -> None:
+    def __init__(self, directory: Path, settings: BaseModel, form: type[AnyRecord]) -> None:
         self.directory = directory
         self._path = directory / RECORDS_FILE
         _check_settings(directory / SETTINGS_FILE, settings, self._path)
         directory.mkdir(parents=True, exist_ok=True)
         write_text(directory / SETTINGS_FILE, settings.model_dump_json(indent=2) + "\n")
-        self.records = {record.id: record for record in _read_records(self._path)}
+        self.records = {record.id: record for record in read_records(self._path, form)}
         """By the samples' names."""
 
     def keep(self, ids: Iterable[str]) -> None:
@@ -100,14 +109,14 @@ class RecordFile:
         lines = "".join(record.model_dump_json() + "\n" for record in self.records.values())
         write_text(self._path, lines)
 
-    def add(self, record: Record) -> None:
+    def add(self, record: AnyRecord) -> None:
         """Write a record down at once: nothing but the sample at work is lost in a kill."""
         self.records[record.id] = record
         with self._path.open("a", encoding="utf-8") as stream:
             stream.write(record.model_dump_json() + "\n")
 
 
-def _check_settings(path: Path, settings: Settings, records: Path) -> None:
+def _check_settings(path: Path, settings: BaseModel, records: Path) -> None:
     if not path.exists():
         if records.exists():
             raise UsageError(f"{records.parent} has {records.name} without {path.name}; choose another --out")
@@ -125,7 +134,7 @@ def _check_settings(path: Path, settings: Settings, records: Path) -> None:
 
 def _differences(found: object, wanted: Mapping[str, object], prefix: str = "") -> Iterable[str]:
     if not isinstance(found, Mapping):
-        yield f"{prefix or SETTINGS_FILE} is no object there"
+        yield f"{prefix.rstrip('.') or SETTINGS_FILE} is no object there"
         return
     for name, value in wanted.items():
         there = found.get(name)
@@ -133,6 +142,8 @@ def _differences(found: object, wanted: Mapping[str, object], prefix: str = "") 
             yield from _differences(there, value, f"{prefix}{name}.")
         elif there != value:
             yield f"{prefix}{name} is {_short(there)} there and {_short(value)} here"
+    for name in [name for name in found if name not in wanted]:
+        yield f"{prefix}{name} is there and not here"
 
 
 def _short(value: object) -> str:
@@ -140,7 +151,16 @@ def _short(value: object) -> str:
     return text if len(text) <= 24 else text[:12] + "…"
 
 
-def _read_records(path: Path) -> Iterable[Record]:
+def read_records(path: Path, form: type[AnyRecord]) -> Iterable[AnyRecord]:
+    """Records of a file, none if it is missing.
+
+    Args:
+        path: the file.
+        form: of a record.
+
+    Raises:
+        UsageError: a line is no record of that form.
+    """
     if not path.exists():
         return
     *lines, rest = path.read_bytes().split(b"\n")
@@ -148,7 +168,7 @@ def _read_records(path: Path) -> Iterable[Record]:
     del rest
     for number, line in enumerate(lines, 1):
         try:
-            yield Record.model_validate_json(line)
+            yield form.model_validate_json(line)
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise UsageError(
