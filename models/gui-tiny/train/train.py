@@ -85,7 +85,7 @@ def stages(args: argparse.Namespace) -> list[StageSpec]:
             "mixed",
             lambda i, progress: mixed_lessons("train", i),
             args.mixed_steps,
-            batches=4,
+            batches=2,
             matrix_rate=0.01,
             rest_rate=1.5e-3,
             validation=mixed,
@@ -114,7 +114,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("runs/gui-tiny"), help="folder of the checkpoints")
     parser.add_argument("--vision-steps", type=int, default=3600)
     parser.add_argument("--language-steps", type=int, default=5000)
-    parser.add_argument("--large-steps", type=int, default=400)
+    parser.add_argument("--large-steps", type=int, default=300)
     parser.add_argument("--mixed-steps", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw screens")
