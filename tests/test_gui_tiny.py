@@ -204,8 +204,8 @@ def test_cell_facts_name_the_owner_of_each_cell() -> None:
 def test_interrupted_training_ends_where_an_uninterrupted_one_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = ["--stages", "vision", "language", "--vision-steps", "1", "--language-steps", "4"]
-    small += ["--save-every", "2", "--workers", "0", "--device", "cpu"]
+    small = ["--stages", "vision", "language", "--vision-steps", "1", "--language-steps", "2"]
+    small += ["--save-every", "1", "--workers", "0", "--device", "cpu"]
     monkeypatch.setattr(stage, "evaluate", lambda *_: {})
 
     def weights(out: str, work: str, *more: str) -> dict[str, torch.Tensor]:

@@ -89,7 +89,7 @@ def _cells(lesson: Lesson, relative: bool) -> tuple[np.ndarray, np.ndarray]:
                     places[2 * index + part, frame] |= owners[frame] == numbers[frame][box]
     return (
         np.concatenate([part.reshape(8, -1) for part in facts], 1),
-        places.reshape(2 * len(lesson.questions), -1),
+        places.reshape(len(places), lesson.layout.visual_tokens),
     )
 
 
