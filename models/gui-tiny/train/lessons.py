@@ -24,25 +24,25 @@ from starkv.synthetic.widgets import Box, Canvas, Name
 
 MIXED_RUN = 0
 """Seed of the lessons of the last stage; validation and test draw from splits of their own."""
-QUESTIONS = 6
+QUESTIONS = 12
 """About one screen."""
-EPISODE_QUESTIONS = 10
+EPISODE_QUESTIONS = 16
 """About one view of an episode."""
 VISUAL_TOKENS = 1024
 """About so many are in a batch."""
 LAYOUTS = (
-    (0.16, Layout(1, 448, 448)),
-    (0.04, Layout(1, 448, 560)),
-    (0.04, Layout(1, 560, 448)),
-    (0.06, Layout(1, 224, 224)),
-    (0.14, Layout(2, 224, 224)),
-    (0.22, Layout(3, 224, 224)),
-    (0.14, Layout(5, 224, 224)),
-    (0.06, Layout(3, 336, 336)),
-    (0.04, Layout(2, 448, 448)),
-    (0.06, Layout(3, 448, 448)),
-    (0.02, Layout(4, 448, 448)),
-    (0.02, Layout(5, 448, 448)),
+    (0.22, Layout(1, 448, 448)),
+    (0.08, Layout(1, 448, 560)),
+    (0.08, Layout(1, 560, 448)),
+    (0.04, Layout(1, 224, 224)),
+    (0.08, Layout(2, 224, 224)),
+    (0.14, Layout(3, 224, 224)),
+    (0.08, Layout(5, 224, 224)),
+    (0.08, Layout(3, 336, 336)),
+    (0.06, Layout(2, 448, 448)),
+    (0.08, Layout(3, 448, 448)),
+    (0.03, Layout(4, 448, 448)),
+    (0.03, Layout(5, 448, 448)),
 )
 """Share of batches, and their layout. Small frames teach to look back at a quarter of the price."""
 

@@ -133,10 +133,11 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     args.work.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
+    model = build_model(tokenizer, args.seed, FIRST_LAYERS)
     if args.start:
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32)
-    else:
-        model = build_model(tokenizer, args.seed, FIRST_LAYERS)
+        started = Qwen2_5_VLForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32)
+        model = build_model(tokenizer, args.seed, started.config.text_config.num_hidden_layers)
+        model.load_state_dict(started.state_dict())
     for spec in stages(args):
         if spec.name not in args.stages:
             continue
