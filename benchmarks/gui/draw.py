@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw samples of the synthetic suite: all frames side by side, and on stdout what is asked about them.
 
-    python benchmarks/gui/draw.py --task trajectory --number 3 --count 4 --boxes --out sample.png
+python benchmarks/gui/draw.py --task trajectory --number 3 --count 4 --boxes --out sample.png
 """
 
 import argparse
