@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How good the model is while it is trained: clicks, each token predicted behind the right ones.
 
-That costs one forward pass. A click counts only if everything before it would have been written as it should;
-so the figures differ from those of answers that the model writes alone (``starkv eval --suite synthetic``) only
-where a wrong digit changes the next ones.
+That costs one forward pass. A click counts only if everything before it would have been written as it
+should; so the figures differ from those of answers that the model writes alone (``starkv eval --suite
+synthetic``) only where a wrong digit changes the next ones.
 """
 
 import re
