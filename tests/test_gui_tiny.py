@@ -230,6 +230,22 @@ def test_interrupted_training_ends_where_an_uninterrupted_one_does(
         torch.testing.assert_close(resumed[name], value, rtol=0, atol=0, msg=name)
 
 
+def test_training_goes_on_with_the_heads_it_had(tmp_path: Path) -> None:
+    args = train.parse_arguments(["--out", str(tmp_path)])
+    tokenizer = tokens.build_tokenizer()
+    spec = train.stages(args)[-1]
+    first, second = (
+        stage.Stage(spec, model.build_model(tokenizer, seed, 4), tokenizer, tmp_path, 0, 1) for seed in (0, 1)
+    )
+    weights = first.heads.shown.linear.weight
+    assert not torch.equal(weights, second.heads.shown.linear.weight)
+    second.take_heads(tmp_path)
+    assert not torch.equal(weights, second.heads.shown.linear.weight)
+    first.save_heads(tmp_path)
+    second.take_heads(tmp_path)
+    assert torch.equal(weights, second.heads.shown.linear.weight)
+
+
 def test_engine_clicks_what_is_asked_for(agent: Agent) -> None:
     hits = []
     for index in range(12):

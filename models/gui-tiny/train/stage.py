@@ -18,6 +18,7 @@ from lessons import Lesson
 from muon import Muon
 from packed import IGNORE, Layout, Packed, PackedForward
 from precision import has_fast_bfloat16
+from safetensors.torch import load_file, save_file
 from targets import COMPARED, CellHeads, guidance_loss, shown_heads
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
@@ -29,6 +30,7 @@ VISION_WEIGHTS = (1.0, 1.0, 1.5, 1.5, 0.5, 0.5)
 AUXILIARY, GUIDANCE = 0.5, 0.2
 """Weights of the dense losses and of the guided head while answers are learned."""
 WARM_UP = 50
+HEADS_FILE = "heads.safetensors"
 LOG_EVERY = 50
 
 
@@ -139,6 +141,18 @@ class Stage:
             beside,
         )
         beside.replace(self.checkpoint)
+
+    def save_heads(self, directory: Path) -> None:
+        """Write the heads, which no finished model holds, beside one that training is to go on from."""
+        save_file(self.heads.state_dict(), directory / HEADS_FILE)
+
+    def take_heads(self, directory: Path) -> None:
+        """Go on with the heads of :meth:`save_heads`, if they are there.
+
+        New ones would first have to learn to read the tokens, and disturb them meanwhile.
+        """
+        if (directory / HEADS_FILE).is_file():
+            self.heads.load_state_dict(load_file(directory / HEADS_FILE, device=str(self.device)))
 
     def restore(self) -> int:
         """Load the checkpoint if there is one; returns the step to go on from."""

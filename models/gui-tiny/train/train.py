@@ -145,7 +145,11 @@ def main(arguments: list[str] | None = None) -> None:
             model = grow(model.cpu(), tokenizer, args.seed)
         model = model.to(args.device)
         log.info("%s: %.2f M parameters", spec.name, sum(p.numel() for p in model.parameters()) / 1e6)
-        Stage(spec, model, tokenizer, args.work, args.workers, args.save_every).run(args.resume)
+        stage = Stage(spec, model, tokenizer, args.work, args.workers, args.save_every)
+        if args.start and not spec.vision_alone:
+            stage.take_heads(args.start)
+        stage.run(args.resume)
+        stage.save_heads(args.work)
     save_model(model, tokenizer, args.out)
 
 
