@@ -9,9 +9,10 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from starkv.calibration.screens import Box, draw_screen
+from starkv.calibration.screens import draw_screen
 from starkv.errors import UsageError
 from starkv.runtime.preprocess.image import load_image
+from starkv.synthetic.widgets import Box
 
 PROMPTS_FILE = "prompts.jsonl"
 IMAGE_TOKENS = 256

@@ -12,26 +12,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-Box = tuple[int, int, int, int]
-"""x0, y0, x1, y1 in pixels; the right and bottom edge are exclusive."""
-Color = tuple[int, int, int]
+from starkv.synthetic.widgets import COLORS, SHAPES, WORDS, Box, Color
 
-_WORD_LIST = """
-Save Open Close Copy Paste Cut Undo Redo Find Help Print Edit View File Home Back Next Stop Play Send Mail
-Chat Call User Lock Menu Zoom Sort Tags Mute Sync Login Exit Apply Reset Cancel OK Yes No Search
-"""
-WORDS = tuple(_WORD_LIST.split())
-COLORS: dict[str, Color] = {
-    "red": (220, 40, 40),
-    "green": (40, 170, 60),
-    "blue": (50, 90, 230),
-    "yellow": (240, 210, 40),
-    "purple": (150, 50, 190),
-    "orange": (245, 140, 30),
-    "cyan": (40, 200, 210),
-    "black": (25, 25, 25),
-}
-SHAPES = ("circle", "square", "triangle", "star", "plus", "diamond", "ring", "arrow")
 _SENTENCES = (
     "Quarterly report, draft 3",
     "3 unread messages",
