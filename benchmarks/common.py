@@ -21,7 +21,7 @@ from starkv.export.quantize.presets import load_preset
 from starkv.validation.report import installed_versions
 
 MODEL = Path(__file__).parent.parent / "models" / "gui-tiny"
-sys.path.insert(0, str(MODEL / "train"))
+sys.path[:0] = [str(MODEL / "train"), str(Path(__file__).parent / "gui")]
 
 
 class Reference:

@@ -15,25 +15,22 @@ from pathlib import Path
 
 import numpy as np
 from common import engines, report
-from PIL import Image
+from greedy import greedy_replies
+from numpy.typing import NDArray
+from prefilled import FrameCache, clicked, prefill
 from rich.console import Console
 from rich.progress import track
+from screens import Question as Asked
 from splits import held_out
 
 from starkv.evaluation.statistics import wilson_interval
 from starkv.methods.budget import Budget
 from starkv.methods.names import ENGINE_METHODS, FULL, STAR_KV
 from starkv.methods.star_kv_config import StarKVConfig
-from starkv.runtime.actions.parser import ActionParseError, parse_response
-from starkv.runtime.actions.types import Click
 from starkv.runtime.agent import Agent
-from starkv.runtime.engines.base import Rope
 from starkv.runtime.kv.buffers import Pool
 from starkv.runtime.kv.policy import KvPolicy
-from starkv.runtime.kv.prompt import describe_prompt
-from starkv.runtime.preprocess.image import preprocess
-from starkv.runtime.preprocess.positions import multimodal_positions, rope_tables, text_positions
-from starkv.runtime.preprocess.tokenizer import expand_image_tokens
+from starkv.synthetic.samples import Sample
 
 SIZE, QUESTIONS, LONGEST_REPLY = 224, 12, 16
 NATIVE = StarKVConfig()
@@ -59,53 +56,31 @@ def policies(budget: float) -> Iterator[tuple[str, KvPolicy]]:
 class Question:
     """One prefilled question, which any policy may answer."""
 
-    def __init__(self, agent: Agent, image: Image.Image, text: str) -> None:
-        engine, self._agent = agent.engine, agent
-        manifest = engine.manifest
-        seen = preprocess(image, manifest.vision, manifest.image)
-        grid = seen.merged_grid
-        content = [{"type": "image"}, {"type": "text", "text": text}]
-        ids = agent.tokenizer.encode(agent.tokenizer.render([{"role": "user", "content": content}]))
-        ids = expand_image_tokens(ids, manifest.tokens.image_pad, [grid[0] * grid[1]])
-        embeds = engine.embed(ids)
-        embeds[np.asarray(ids) == manifest.tokens.image_pad] = engine.encode_image(seen)
-        positions = multimodal_positions(ids, manifest.tokens.image_pad, [grid])
-        self._next = positions.next_position
-        self.prompt = describe_prompt(ids, [grid], manifest, agent.tokenizer)
-        self.arena = engine.new_arena(len(ids))
-        rope = Rope(*rope_tables(positions.values, manifest.text))
-        self._logits = engine.prefill(self.arena, embeds, rope)
+    def __init__(self, agent: Agent, image: NDArray[np.uint8], asked: Asked) -> None:
+        self._agent = agent
+        box = asked.element.box
+        sample = Sample(
+            asked.text, asked.element.kind, asked.text, (image,), asked.text, asked.answer, box, ()
+        )
+        self._prefilled = prefill(agent, sample, FrameCache(agent))
+        self.prompt, self.arena = self._prefilled.prompt, self._prefilled.arena
 
-    def answer(self, policy: KvPolicy) -> tuple[str, int]:
-        """Greedy reply, and the bytes that the prompt's rows held."""
+    def answer(self, policy: KvPolicy) -> tuple[bool, int]:
+        """Whether the greedy reply clicks right, and the bytes that the prompt's rows held."""
         engine, rows = self._agent.engine, self.prompt.length
         pool = engine.new_pool(1, engine.most_kept_rows(rows, policy) + LONGEST_REPLY)
         engine.compress(self.arena, pool, pool.acquire(), self.prompt, policy)
         held = pool.kv.bytes_held
-        return self.decode(pool), held
+        return self.clicks_right(pool), held
 
-    def decode(self, pool: Pool) -> str:
-        """Greedy reply from the rows that the pool's sequence holds."""
-        engine, tokens, logits = self._agent.engine, [], self._logits
-        for step in range(LONGEST_REPLY):
-            token = int(logits.argmax())
-            if token in engine.manifest.tokens.end_of_text:
-                break
-            tokens.append(token)
-            place = text_positions(1, self._next + step).values
-            rope = Rope(*rope_tables(place, engine.manifest.text))
-            logits = engine.decode(pool, engine.embed([token]), rope)[0]
-        return self._agent.tokenizer.decode(tokens)
-
-
-def clicked(text: str) -> tuple[float, float] | None:
-    """The point that a reply clicks on, if it clicks."""
-    try:
-        actions = parse_response(text).actions
-    except ActionParseError:
-        return None
-    first = actions[0] if actions else None
-    return (first.point.x, first.point.y) if isinstance(first, Click) else None
+    def clicks_right(self, pool: Pool) -> bool:
+        """Whether the greedy reply from the rows of the pool's one sequence clicks right."""
+        asked, manifest = self._prefilled, self._agent.engine.manifest
+        (reply,) = greedy_replies(
+            self._agent, pool, asked.logits, asked.next_position, LONGEST_REPLY
+        ).values()
+        point = clicked(reply, asked, manifest.prompt, manifest.coordinates)
+        return point is not None and asked.sample.hit(*point)
 
 
 def main() -> None:
@@ -123,15 +98,13 @@ def main() -> None:
         agent = Agent.load(directories[args.preset])
         for index in track(range(args.screens), "screens", console=Console(stderr=True)):
             screen, drawn = held_out(args.split, index, SIZE, QUESTIONS)
-            image = Image.fromarray(screen.image)
             for asked in drawn[: len(screen.elements)]:
-                question = Question(agent, image, asked.text)
+                question = Question(agent, screen.image, asked)
                 cells = [(FULL, 1.0, KvPolicy())]
                 cells += [(name, budget, p) for budget in args.budgets for name, p in policies(budget)]
                 for name, budget, policy in cells:
-                    text, size = question.answer(policy)
-                    point = clicked(text)
-                    hits[name, budget].append(point is not None and asked.element.contains(*point))
+                    right, size = question.answer(policy)
+                    hits[name, budget].append(right)
                     held[name, budget].append(size)
 
     full_bytes = sum(held[FULL, 1.0])

@@ -17,9 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import engines, report
-from kv_clicks import NATIVE, QUESTIONS, SIZE, Question, clicked
+from kv_clicks import NATIVE, QUESTIONS, SIZE, Question
 from numpy.typing import NDArray
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from splits import held_out
@@ -87,9 +86,8 @@ def clicks(agent: Agent, screens: int) -> dict[str, list[float]]:
     engine = agent.engine
     for index in track(range(screens), "screens", console=Console(stderr=True)):
         screen, drawn = held_out("validation", index, SIZE, QUESTIONS)
-        image = Image.fromarray(screen.image)
         for asked in drawn[: len(screen.elements)]:
-            question = Question(agent, image, asked.text)
+            question = Question(agent, screen.image, asked)
             length, arena = question.prompt.length, question.arena
             past = length - WINDOW
             policy = KvPolicy(STAR_KV, Budget(0.5), replace(NATIVE, entropy=False))
@@ -113,8 +111,7 @@ def clicks(agent: Agent, screens: int) -> dict[str, list[float]]:
                         pool.kv.keys[layer, 0, :, : len(rows)] = arena.kv.keys[layer, 0][:, rows]
                         pool.kv.values[layer, 0, :, : len(rows)] = arena.kv.values[layer, 0][:, rows]
                         pool.kv.lengths[layer, 0] = len(rows)
-                    point = clicked(question.decode(pool))
-                    hits[name, budget].append(point is not None and asked.element.contains(*point))
+                    hits[name, budget].append(question.clicks_right(pool))
     shares = {name: [float(np.mean(hits[name, budget])) for budget in BUDGETS] for name in WAYS}
     return {**shares, "questions": [float(len(hits[next(iter(WAYS)), BUDGETS[0]]))]}
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import oracle
 import pytest
-from asking import Asker, clicked
+from asking import Asker
 from components import components_acted, request_of
 from gui_table_cases import LATE_PRIOR, MOST, ask, sample
 from PIL import Image
-from prefilled import FrameCache, prefill
+from prefilled import FrameCache, clicked, prefill
 from rows import ENGINE_ROWS, FAST_RAMP, NATIVE, OFFICIAL, REFERENCE_ROWS, chosen_rows
 
 from starkv.export.cards import resolve_model

@@ -9,16 +9,12 @@ from cells import Cell, TableRecord, budget_key
 from components import components_acted, request_of
 from greedy import greedy_replies
 from oracle import keep_rows, oracle_rows
-from prefilled import FrameCache, Prefilled, prefill
+from prefilled import FrameCache, Prefilled, clicked, prefill
 from rows import ORACLE, Row, budgets_of
 
-from starkv.manifest import CoordinateConvention, PromptDialect
 from starkv.methods.budget import Budget
 from starkv.methods.names import STAR_KV
 from starkv.methods.star_kv_plan import StarKVProgress
-from starkv.runtime.actions.parser import ActionParseError, parse_response
-from starkv.runtime.actions.pyautogui_code import parse_pyautogui
-from starkv.runtime.actions.types import Click
 from starkv.runtime.agent import Agent
 from starkv.runtime.kv.buffers import Pool
 from starkv.runtime.kv.policy import StarKVMemory
@@ -163,20 +159,3 @@ class Asker:
         if request is not None and stages is not None:
             acted = components_acted(request, lengths.tolist(), stages)
         return _Kept(float(lengths.mean()), int(lengths.sum()) * pool.kv.row_bytes, acted)
-
-
-def clicked(
-    text: str, asked: Prefilled, dialect: PromptDialect, convention: CoordinateConvention
-) -> tuple[float, float] | None:
-    """Where a reply clicks, in pixels of the last screenshot, not moved onto it; None if its first action is
-    no click."""
-    try:
-        actions = (parse_pyautogui if dialect == "opencua" else parse_response)(text).actions
-    except ActionParseError:
-        return None
-    first = actions[0] if actions else None
-    if not isinstance(first, Click) or first.point is None:
-        return None
-    height, width = asked.sample.frames[-1].shape[:2]
-    across, down = asked.seen[-1].size if convention == "absolute" else (1000, 1000)
-    return round(first.point.x / across * width, 3), round(first.point.y / down * height, 3)

@@ -8,7 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from starkv.manifest import CoordinateConvention, PromptDialect
 from starkv.methods.rows import PromptRows
+from starkv.runtime.actions.parser import ActionParseError, parse_response
+from starkv.runtime.actions.pyautogui_code import parse_pyautogui
+from starkv.runtime.actions.types import Click
 from starkv.runtime.agent import Agent
 from starkv.runtime.engines.base import Floats, Rope
 from starkv.runtime.kv.buffers import Arena
@@ -97,3 +101,20 @@ def prefill(agent: Agent, sample: Sample, frames: FrameCache) -> Prefilled:
     logits = engine.prefill(arena, embeds, Rope(*rope_tables(positions.values, manifest.text)))
     prompt = describe_prompt(ids, grids, manifest, agent.tokenizer)
     return Prefilled(sample, prompt, seen, arena, logits, positions.next_position)
+
+
+def clicked(
+    text: str, asked: Prefilled, dialect: PromptDialect, convention: CoordinateConvention
+) -> tuple[float, float] | None:
+    """Where a reply clicks, in pixels of the last screenshot, not moved onto it; None if its first action is
+    no click."""
+    try:
+        actions = (parse_pyautogui if dialect == "opencua" else parse_response)(text).actions
+    except ActionParseError:
+        return None
+    first = actions[0] if actions else None
+    if not isinstance(first, Click) or first.point is None:
+        return None
+    height, width = asked.sample.frames[-1].shape[:2]
+    across, down = asked.seen[-1].size if convention == "absolute" else (1000, 1000)
+    return round(first.point.x / across * width, 3), round(first.point.y / down * height, 3)
