@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from starkv.synthetic.widgets import COLORS, SHAPES, WORDS, Box, Color
+from starkv.synthetic.widgets import COLORS, SHAPES, THEMES, WORDS, Box, Color, Theme
 
 _SENTENCES = (
     "Quarterly report, draft 3",
@@ -26,24 +26,9 @@ _SENTENCES = (
 )
 
 
-@dataclass(frozen=True)
-class Theme:
-    """Colours of one screen."""
-
-    desktop: Color
-    panel: Color
-    title: Color
-    button: Color
-    text: Color
-    border: Color
-
-
-THEMES = (
-    Theme((200, 205, 215), (245, 245, 245), (70, 110, 180), (225, 225, 230), (20, 20, 20), (130, 130, 140)),
-    Theme((40, 44, 52), (70, 75, 85), (25, 27, 32), (100, 105, 120), (240, 240, 240), (20, 20, 20)),
-    Theme((0, 110, 120), (200, 200, 195), (0, 0, 110), (215, 215, 210), (0, 0, 0), (90, 90, 90)),
-    Theme((240, 230, 210), (255, 250, 240), (190, 120, 60), (250, 225, 180), (70, 40, 10), (160, 120, 80)),
-)
+_GREY = Theme((0, 110, 120), (200, 200, 195), (0, 0, 110), (215, 215, 210), (0, 0, 0), (90, 90, 90))
+"""With buttons that stand out from the panel."""
+_THEMES = (THEMES[0], THEMES[1], _GREY, THEMES[3])
 
 
 @dataclass(frozen=True)
@@ -71,7 +56,7 @@ class Screen:
 class _Painter:
     def __init__(self, random: np.random.Generator, width: int, height: int) -> None:
         self.random = random
-        self.theme = THEMES[random.integers(len(THEMES))]
+        self.theme = _THEMES[random.integers(len(_THEMES))]
         self.screen = Screen(Image.new("RGB", (width, height), self.theme.desktop))
         self.draw = ImageDraw.Draw(self.screen.image)
         self.font_size = int(random.integers(10, 14))
@@ -120,7 +105,7 @@ class _Painter:
         theme, unit = self.theme, self.unit
         self.draw.rectangle((x0 + 3, y0 + 3, x1 + 3, y1 + 3), fill=theme.border)
         self.draw.rectangle(box, fill=theme.panel, outline=theme.border)
-        self.draw.rectangle((x0, y0, x1, y0 + unit), fill=theme.title)
+        self.draw.rectangle((x0, y0, x1, y0 + unit), fill=theme.title_bar)
         self.text(x0 + 6, y0 + unit // 2, str(self.random.choice(_SENTENCES)), (255, 255, 255))
         y = y0 + unit + 6
         while y + unit + 6 < y1:
@@ -157,7 +142,7 @@ def draw_screen(random: np.random.Generator, width: int, height: int) -> Screen:
     for x0, y0, x1, _ in areas:
         top = y0 + margin + int(random.integers(0, max(1, height // 10)))
         painter.window((x0 + margin, top, x1 - margin - 3, bar - margin))
-    painter.draw.rectangle((0, bar, width, height), fill=painter.theme.title)
+    painter.draw.rectangle((0, bar, width, height), fill=painter.theme.title_bar)
     x = 4
     for _ in range(3):
         x = painter.icon(x, bar + 2, width) + 10
