@@ -76,9 +76,10 @@ def test_packed_forward_equals_transformers(
     make = lessons.scene_lesson if layout.frames == 1 else lessons.view_lesson
     some = [make(np.random.default_rng(seed), layout) for seed in (1, 2)]
     batch = batches.collate(some, lambda _: forward, relative=False)
-    together = batch["packed"]
+    assert batch.asking is not None
+    together = batch.asking.packed
     with torch.no_grad():
-        visual = forward.vision(batch["patches"]).reshape(2, layout.visual_tokens, -1)
+        visual = forward.vision(batch.patches).reshape(2, layout.visual_tokens, -1)
         logits = forward.logits(forward.hidden(visual, together).packed)
     processor = Qwen2VLImageProcessorPil.from_pretrained(MODEL, min_pixels=1, max_pixels=10**7)
     for row, lesson in enumerate(some):
@@ -129,7 +130,9 @@ def test_the_guided_head_looks_where_the_answer_is_found(
     for seed in range(6):
         lesson = lessons.view_lesson(np.random.default_rng(seed), layout)
         batch = batches.collate([lesson], lambda _: forward, relative=False)
-        looks, one, evidence = batch["looks"][0], batch["packed"], batch["evidence"][0]
+        assert batch.asking is not None
+        one = batch.asking.packed
+        looks, evidence = batch.asking.looks[0], batch.asking.evidence[0]
         assert ((looks >= 0) == (one.targets[0] != packed.IGNORE)).all()
         for number, question in enumerate(lesson.questions):
             seen.add(question.task)

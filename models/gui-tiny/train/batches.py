@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lessons → tensors."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,10 +15,33 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 DONE = next(phrase for phrase in PHRASES if "done" in phrase)
-Batch = Mapping[str, Tensor | Packed | Layout]
 
 
-class Batches(Dataset[dict[str, Tensor | Packed | Layout]]):
+@dataclass(frozen=True)
+class Asking:
+    """The questions of a batch, and where one head should look."""
+
+    packed: Packed
+    looks: Tensor
+    """``[B, T]``, see :func:`look_numbers`."""
+    evidence: Tensor
+    """``[B, E, visual tokens]``, true where each place lies."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Screenshots of one layout, what they show, and questions about them."""
+
+    layout: Layout
+    patches: Tensor
+    """uint8 ``[B * frames, patches, 588]``."""
+    facts: Tensor
+    """``[B, 8, visual tokens]``."""
+    asking: Asking | None
+    """None while the vision tower learns alone."""
+
+
+class Batches(Dataset[Batch]):
     """Item i is the whole batch number i.
 
     Args:
@@ -39,37 +63,40 @@ class Batches(Dataset[dict[str, Tensor | Packed | Layout]]):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> dict[str, Tensor | Packed | Layout]:
+    def __getitem__(self, index: int) -> Batch:
         return collate(self.lessons(index), self.forward, self.relative)
 
 
-def collate(
-    lessons: Sequence[Lesson], forward: Callable[[Layout], PackedForward], relative: bool
-) -> dict[str, Tensor | Packed | Layout]:
-    """One batch: ``patches`` ``[B * frames, patches, 588]``, ``facts`` ``[B, 8, visual tokens]``, and where
-    there are questions ``packed``, ``looks`` ``[B, T]`` and ``evidence`` ``[B, E, visual tokens]``."""
+def collate(lessons: Sequence[Lesson], forward: Callable[[Layout], PackedForward], relative: bool) -> Batch:
+    """One batch of lessons of one layout.
+
+    Args:
+        lessons: all of them with questions, or none.
+        forward: layout → packs questions.
+        relative: centres relative to their cells.
+    """
     layout = lessons[0].layout
-    facts, evidence = zip(*(_cells(lesson, relative) for lesson in lessons), strict=True)
-    batch: dict[str, Tensor | Packed | Layout] = {
-        "layout": layout,
-        "patches": patchify(np.stack([frame for lesson in lessons for frame in lesson.frames])),
-        "facts": torch.from_numpy(np.stack(facts)),
-    }
-    if lessons[0].questions:
-        packer = forward(layout)
-        packed = stack(
-            [
-                packer.pack([q.text for q in one.questions], [q.answer for q in one.questions])
-                for one in lessons
-            ]
-        )
-        done = packer.tokenizer.convert_tokens_to_ids(DONE)
-        most = max(len(places) for places in evidence)
-        padded = [np.pad(places, ((0, most - len(places)), (0, 0))) for places in evidence]
-        batch["packed"] = packed
-        batch["looks"] = look_numbers(packed, done, [lesson.questions for lesson in lessons])
-        batch["evidence"] = torch.from_numpy(np.stack(padded))
-    return batch
+    facts, places = zip(*(_cells(lesson, relative) for lesson in lessons), strict=True)
+    return Batch(
+        layout,
+        patchify(np.stack([frame for lesson in lessons for frame in lesson.frames])),
+        torch.from_numpy(np.stack(facts)),
+        _asking(lessons, forward(layout), places) if lessons[0].questions else None,
+    )
+
+
+def _asking(lessons: Sequence[Lesson], packer: PackedForward, places: Sequence[np.ndarray]) -> Asking:
+    packed = stack(
+        [packer.pack([q.text for q in one.questions], [q.answer for q in one.questions]) for one in lessons]
+    )
+    done = packer.tokenizer.convert_tokens_to_ids(DONE)
+    most = max(len(one) for one in places)
+    padded = [np.pad(one, ((0, most - len(one)), (0, 0))) for one in places]
+    return Asking(
+        packed,
+        look_numbers(packed, done, [lesson.questions for lesson in lessons]),
+        torch.from_numpy(np.stack(padded)),
+    )
 
 
 def _cells(lesson: Lesson, relative: bool) -> tuple[np.ndarray, np.ndarray]:

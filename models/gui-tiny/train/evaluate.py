@@ -14,7 +14,7 @@ import torch
 from batches import collate
 from fast_decoder import Hidden
 from lessons import Lesson
-from packed import END, IGNORE, Layout, Packed, PackedForward
+from packed import END, IGNORE, Layout, PackedForward
 
 CLICK = re.compile(r"\((\d+),(\d+)\)'\)$")
 
@@ -36,11 +36,10 @@ def evaluate(
     for some in lessons:
         packer = forward(some[0].layout)
         batch = collate(some, forward, relative=False)
-        device = packer.prefix.device
-        packed = batch["packed"]
-        assert isinstance(packed, Packed)
-        packed = packed.to(device)
-        visual = packer.vision(batch["patches"])  # type: ignore[arg-type]
+        if batch.asking is None:
+            continue
+        packed = batch.asking.packed.to(packer.prefix.device)
+        visual = packer.vision(batch.patches)
         visual = visual.reshape(len(some), -1, visual.shape[-1])
         hidden: Hidden = packer.hidden(visual, packed)
         best = packer.logits(hidden.packed).argmax(-1)

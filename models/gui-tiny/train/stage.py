@@ -16,7 +16,7 @@ from batches import Batch, Batches
 from evaluate import evaluate
 from lessons import Lesson
 from muon import Muon
-from packed import IGNORE, Layout, Packed, PackedForward
+from packed import IGNORE, PackedForward
 from precision import has_fast_bfloat16
 from safetensors.torch import load_file, save_file
 from targets import COMPARED, CellHeads, guidance_loss, shown_heads
@@ -99,26 +99,21 @@ class Stage:
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss and its parts, for the log: answer, guidance, then the heads in their order."""
-        layout, patches, facts = batch["layout"], batch["patches"], batch["facts"]
-        assert isinstance(layout, Layout)
-        assert isinstance(patches, Tensor)
-        assert isinstance(facts, Tensor)
-        forward, facts = self.forward(layout), facts.to(self.device)
-        visual = forward.vision(patches)
+        forward, facts = self.forward(batch.layout), batch.facts.to(self.device)
+        visual = forward.vision(batch.patches)
         visual = visual.reshape(len(facts), -1, visual.shape[-1])
-        if self.spec.vision_alone:
+        if batch.asking is None:
             parts = self.heads.shown.losses(visual, facts[:, :6])
             return (parts * parts.new_tensor(VISION_WEIGHTS)).sum(), parts.detach()
-        packed, looks, evidence = batch["packed"], batch["looks"], batch["evidence"]
-        assert isinstance(packed, Packed)
-        assert isinstance(looks, Tensor)
-        assert isinstance(evidence, Tensor)
-        packed = packed.to(self.device)
+        asking = batch.asking
+        packed = asking.packed.to(self.device)
         hidden = forward.hidden(visual, packed)
         counted = packed.targets != IGNORE
         logits = forward.logits(hidden.packed[counted]).float()
         answer = F.cross_entropy(logits, packed.targets[counted])
-        guidance = guidance_loss(hidden.attended_log, looks.to(self.device), evidence.to(self.device))
+        guidance = guidance_loss(
+            hidden.attended_log, asking.looks.to(self.device), asking.evidence.to(self.device)
+        )
         parts = torch.cat(
             [
                 self.heads.shown.losses(hidden.tapped, facts[:, :6]),
