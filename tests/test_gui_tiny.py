@@ -152,8 +152,8 @@ def test_the_guided_head_looks_where_the_answer_is_found(
 
 def test_lessons_of_splits_differ_and_repeat() -> None:
     for index in range(12):
-        first, again = (lessons.mixed_lessons("train", index) for _ in range(2))
-        other = lessons.mixed_lessons("validation", index)
+        first, again = (lessons.mixed_lessons("train", 0, index) for _ in range(2))
+        other = lessons.mixed_lessons("validation", 0, index)
         assert len(first) == len(again)
         for one, two in zip(first, again, strict=True):
             assert one.questions == two.questions

@@ -3,7 +3,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain, zip_longest
 
 import numpy as np
 
@@ -65,13 +64,6 @@ class Episode:
         for index in random.permutation(len(elements)):
             if elements[index].name != clicked:
                 yield instruction_question(random, view, clicked, elements[index])
-
-
-def mixed(questions: dict[str, Iterator[Question]], random: np.random.Generator) -> Iterator[Question]:
-    """Questions of all tasks by turns, the tasks in random order."""
-    tasks = sorted(questions)
-    order = [questions[tasks[index]] for index in random.permutation(len(tasks))]
-    return (question for question in chain.from_iterable(zip_longest(*order)) if question is not None)
 
 
 def random_episode(

@@ -3,8 +3,10 @@
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
-from fast_vision import rms_norm, rotate
+from attention import attend
+from elementwise import rms_norm, rotate
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -14,6 +16,9 @@ GUIDED_FROM_LAST = 2
 """The layer of which one head is told where to look is the last but one: the last writes what was found."""
 COMPARED_FROM_LAST = 3
 """Layer after which visual tokens have to know what changed since the frame before."""
+
+NEVER = -1e9
+"""Added to scores of what may not be seen."""
 
 
 class Hidden(NamedTuple):
@@ -53,6 +58,7 @@ def decoder_hidden(
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     batch, length, _ = x.shape
     tapped = compared = attended_log = x
+    bias = torch.where(mask, 0.0, NEVER)
     for index, layer in enumerate(decoder.layers):
         attention = layer.self_attn
         h = rms_norm(x, layer.input_layernorm)
@@ -65,7 +71,12 @@ def decoder_hidden(
             seen = scores.masked_fill(~mask[:, 0, prefix:], float("-inf"))
             attended_log = seen.log_softmax(-1)[:, :, image_slots]
         k, v = (t.repeat_interleave(heads // kv_heads, 1) for t in (k, v))
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        bias = bias.to(q.dtype)
+        # Rows of the prefix never see what is packed behind it.
+        before, behind = (t[:, :, :prefix] for t in (q, k, v)), (q[:, :, prefix:], k, v)
+        attended = torch.cat(
+            [attend(*before, bias[:, :, :prefix, :prefix]), attend(*behind, bias[:, :, prefix:])], 2
+        )
         x = x + attention.o_proj(attended.transpose(1, 2).reshape(batch, length, -1))
         h = rms_norm(x, layer.post_attention_layernorm)
         x = x + layer.mlp.down_proj(F.silu(layer.mlp.gate_proj(h)) * layer.mlp.up_proj(h))

@@ -5,6 +5,8 @@ loop over windows."""
 import numpy as np
 import torch
 import torch.nn.functional as F
+from attention import attend
+from elementwise import rms_norm, rotate
 from model import MERGE, PATCH
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
@@ -20,15 +22,6 @@ def patchify(images: np.ndarray) -> Tensor:
     rows, columns, side = height // PATCH, width // PATCH, PATCH * PATCH
     blocks = images.reshape(batch, rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH, 3)
     return torch.from_numpy(blocks.transpose(0, 1, 4, 2, 5, 7, 3, 6).reshape(batch, rows * columns, 3 * side))
-
-
-def rms_norm(x: Tensor, norm: torch.nn.Module) -> Tensor:
-    return F.rms_norm(x.float(), (x.shape[-1],), norm.weight.float(), 1e-6)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.float().chunk(2, -1)
-    return (x.float() * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
 
 
 class FastVision:
@@ -81,10 +74,10 @@ class FastVision:
             q, k, v = qkv.permute(2, 0, 3, 1, 4)
             q, k = (rotate(t, self._cos, self._sin) for t in (q, k))
             if index in tower.fullatt_block_indexes:
-                attended = F.scaled_dot_product_attention(q, k, v)
+                attended = attend(q, k, v)
             else:
                 # [B * windows, heads, window, D] → [B, heads, patches, D]
-                local = F.scaled_dot_product_attention(windows(q), windows(k), windows(v))
+                local = attend(windows(q), windows(k), windows(v))
                 local = local.reshape(batch, count // self._window, heads, self._window, -1)
                 attended = local.transpose(1, 2).reshape(batch, heads, count, -1)
             x = x + block.attn.proj(attended.transpose(1, 2).reshape(batch, count, -1))

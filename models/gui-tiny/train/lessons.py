@@ -5,7 +5,7 @@ Lesson number i of a stage is always drawn from the same seed, so a run can be r
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import numpy as np
@@ -15,34 +15,33 @@ from splits import draw_screen
 from targets import Shown
 
 from starkv.synthetic import questions as asked
-from starkv.synthetic.episodes import mixed, random_episode
+from starkv.synthetic.episodes import random_episode
 from starkv.synthetic.layout import random_scene
 from starkv.synthetic.samples import Evidence
-from starkv.synthetic.scene import Scene, render
+from starkv.synthetic.scene import Element, Scene, render
 from starkv.synthetic.suite import generator
 from starkv.synthetic.widgets import Box, Canvas, Name
 
-MIXED_RUN = 0
-"""Seed of the lessons of the last stage; validation and test draw from splits of their own."""
 QUESTIONS = 12
 """About one screen."""
-EPISODE_QUESTIONS = 16
-"""About one view of an episode."""
+TASK_QUESTIONS = 5
+"""About one view of an episode, of each task."""
+MOST_ELEMENTS = 20
+"""Of an episode's first screen, or a few more."""
 VISUAL_TOKENS = 1024
 """About so many are in a batch."""
 LAYOUTS = (
-    (0.22, Layout(1, 448, 448)),
+    (0.18, Layout(1, 448, 448)),
     (0.08, Layout(1, 448, 560)),
     (0.08, Layout(1, 560, 448)),
-    (0.04, Layout(1, 224, 224)),
-    (0.08, Layout(2, 224, 224)),
-    (0.14, Layout(3, 224, 224)),
-    (0.08, Layout(5, 224, 224)),
+    (0.10, Layout(2, 224, 224)),
+    (0.10, Layout(3, 224, 224)),
+    (0.04, Layout(5, 224, 224)),
     (0.08, Layout(3, 336, 336)),
-    (0.06, Layout(2, 448, 448)),
-    (0.08, Layout(3, 448, 448)),
-    (0.03, Layout(4, 448, 448)),
-    (0.03, Layout(5, 448, 448)),
+    (0.08, Layout(2, 448, 448)),
+    (0.14, Layout(3, 448, 448)),
+    (0.06, Layout(4, 448, 448)),
+    (0.06, Layout(5, 448, 448)),
 )
 """Share of batches, and their layout. Small frames teach to look back at a quarter of the price."""
 
@@ -96,9 +95,15 @@ def _shown_of_screen(screen: Screen) -> tuple[Shown, ...]:
     return tuple(Shown(e.box, e.color, e.shape, e.word) for e in screen.elements)
 
 
-def mixed_lessons(split: str, index: int) -> list[Lesson]:
-    """A batch of the last stage: single screens or views of episodes, all of one layout."""
-    random = generator("click", split, MIXED_RUN, 10_000_000 + index)
+def mixed_lessons(split: str, run: int, index: int) -> list[Lesson]:
+    """A batch of the last stage: single screens or views of episodes, all of one layout.
+
+    Args:
+        split: of the suite.
+        run: seed; another one draws other lessons.
+        index: of the batch.
+    """
+    random = generator("click", split, run, 10_000_000 + index)
     weights = np.array([weight for weight, _ in LAYOUTS])
     layout = LAYOUTS[random.choice(len(LAYOUTS), p=weights / weights.sum())][1]
     count = max(1, VISUAL_TOKENS // layout.visual_tokens)
@@ -109,6 +114,8 @@ def mixed_lessons(split: str, index: int) -> list[Lesson]:
 def _crowd(random: np.random.Generator, layout: Layout) -> tuple[int, int]:
     rows, columns = layout.grid
     most = max(4, rows * columns // 8)
+    if layout.frames > 1:
+        most = min(most, MOST_ELEMENTS)
     fewest = int(random.integers(3, most))
     return fewest, min(most, fewest + 6)
 
@@ -127,13 +134,27 @@ def view_lesson(random: np.random.Generator, layout: Layout) -> Lesson:
     fewest, most = _crowd(random, layout)
     episode = random_episode(random, layout.frames + 1, layout.height, layout.width, fewest, most)
     end = layout.frames
-    questions = mixed(episode.questions(random, end, layout.frames), random)
+    questions = {
+        task: list(islice(some, TASK_QUESTIONS))
+        for task, some in episode.questions(random, end, layout.frames).items()
+    }
+    # Few elements have moved; clicking the others teaches to find the last frame all the same.
+    current, last = questions["current"], episode.scenes[end]
+    others = (e for e in _shuffled(random, last.elements) if all(e != q.target for q in current))
+    current += [
+        replace(asked.name_question(random, element, end - 1), task="current")
+        for element in islice(others, TASK_QUESTIONS - len(current))
+    ]
     return _lesson(
         layout,
         episode.scenes[1:],
         (*episode.clicks[1:end], None),
-        list(islice(questions, EPISODE_QUESTIONS)),
+        [question for some in questions.values() for question in some],
     )
+
+
+def _shuffled(random: np.random.Generator, elements: Sequence[Element]) -> list[Element]:
+    return [elements[index] for index in random.permutation(len(elements))]
 
 
 def _lesson(

@@ -14,6 +14,7 @@ import logging
 import sys
 from pathlib import Path
 
+import elementwise
 import torch
 from lessons import Lesson, mixed_lessons, screen_lesson
 from model import FIRST_LAYERS, LAYERS, build_model, grow
@@ -55,7 +56,7 @@ def stages(args: argparse.Namespace) -> list[StageSpec]:
         return [screens("validation", index, 1.0, 8) for index in range(8)]
 
     def mixed() -> list[list[Lesson]]:
-        return [mixed_lessons("validation", index) for index in range(VALIDATION_BATCHES)]
+        return [mixed_lessons("validation", 0, index) for index in range(VALIDATION_BATCHES)]
 
     return [
         StageSpec(
@@ -83,7 +84,7 @@ def stages(args: argparse.Namespace) -> list[StageSpec]:
         ),
         StageSpec(
             "mixed",
-            lambda i, progress: mixed_lessons("train", i),
+            lambda i, progress: mixed_lessons("train", args.run, i),
             args.mixed_steps,
             batches=2,
             matrix_rate=0.01,
@@ -116,9 +117,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--language-steps", type=int, default=5000)
     parser.add_argument("--large-steps", type=int, default=300)
     parser.add_argument("--mixed-steps", type=int, default=6000)
+    parser.add_argument("--run", type=int, default=0, help="seed of the lessons of the last stage")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw screens")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="fuse small steps; needs a C++ compiler")
     parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --work")
     parser.add_argument("--from", dest="start", type=Path, help="go on from this finished model instead")
@@ -131,6 +134,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    if args.compile:
+        elementwise.fuse()
     args.work.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, args.seed, FIRST_LAYERS)
