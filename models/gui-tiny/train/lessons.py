@@ -22,9 +22,9 @@ from starkv.synthetic.scene import Element, Scene, render
 from starkv.synthetic.suite import generator
 from starkv.synthetic.widgets import Box, Canvas, Name
 
-QUESTIONS = 12
+QUESTIONS = 20
 """About one screen."""
-TASK_QUESTIONS = 5
+TASK_QUESTIONS = 6
 """About one view of an episode, of each task."""
 MOST_ELEMENTS = 20
 """Of an episode's first screen, or a few more."""
@@ -123,7 +123,7 @@ def _crowd(random: np.random.Generator, layout: Layout) -> tuple[int, int]:
 def scene_lesson(random: np.random.Generator, layout: Layout) -> Lesson:
     """One screen with questions of all kinds."""
     scene, _ = random_scene(random, layout.height, layout.width, *_crowd(random, layout))
-    relations = list(islice(asked.relation_questions(random, scene), QUESTIONS // 3))
+    relations = list(islice(asked.relation_questions(random, scene), QUESTIONS * 2 // 5))
     order = random.permutation(len(scene.elements))[: QUESTIONS - len(relations)]
     named = [asked.name_question(random, scene.elements[number]) for number in order]
     return _lesson(layout, (scene,), (None,), [*named, *relations])

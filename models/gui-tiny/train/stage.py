@@ -19,7 +19,7 @@ from muon import Muon
 from packed import IGNORE, PackedForward
 from precision import has_fast_bfloat16
 from safetensors.torch import load_file, save_file
-from targets import COMPARED, CellHeads, guidance_loss, shown_heads
+from targets import COMPARED, RARE, CellHeads, guidance_loss, shown_heads
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
@@ -65,7 +65,7 @@ class Heads(nn.Module):
     def __init__(self, hidden: int, relative: bool) -> None:
         super().__init__()
         self.shown = shown_heads(hidden, relative)
-        self.compared = CellHeads(hidden, list(COMPARED.values()))
+        self.compared = CellHeads(hidden, list(COMPARED.values()), (1.0, RARE))
 
 
 class Stage:

@@ -30,6 +30,8 @@ SHOWN = {"kind": 3, "color": len(COLORS), "shape": len(SHAPES), "word": len(WORD
 """What a cell shows → number of classes. Kinds: nothing, icon, word."""
 COMPARED = {"new": 2, "clicked": 2}
 """What a cell knows of the frame before and of the pointer."""
+RARE = 8.0
+"""Weight of the cells that are new or clicked; few are."""
 
 
 @dataclass(frozen=True)
@@ -105,19 +107,24 @@ class CellHeads(nn.Module):
     Args:
         hidden: width of the tokens.
         classes: number of classes of each head.
+        weights: of the classes of each head, if all have the same number of them.
     """
 
-    def __init__(self, hidden: int, classes: Sequence[int]) -> None:
+    def __init__(self, hidden: int, classes: Sequence[int], weights: Sequence[float] | None = None) -> None:
         super().__init__()
         self.classes = list(classes)
+        self.weights = None if weights is None else list(weights)
         self.linear = nn.Linear(hidden, sum(classes))
 
     def losses(self, tokens: Tensor, facts: Tensor) -> Tensor:
         """tokens ``[B, cells, hidden]``, facts ``[B, heads, cells]`` → mean loss of each head."""
         scores = self.linear(F.rms_norm(tokens.float(), (tokens.shape[-1],))).float()
+        weights = None if self.weights is None else scores.new_tensor(self.weights)
         return torch.stack(
             [
-                F.cross_entropy(score.flatten(0, 1), want.flatten(), ignore_index=IGNORE, reduction="sum")
+                F.cross_entropy(
+                    score.flatten(0, 1), want.flatten(), weights, ignore_index=IGNORE, reduction="sum"
+                )
                 / (want != IGNORE).sum().clamp(min=1)
                 for score, want in zip(scores.split(self.classes, -1), facts.unbind(1), strict=True)
             ]
