@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from starkv.errors import UsageError
 from starkv.manifest import Manifest
 from starkv.methods.names import FULL
-from starkv.methods.rows import PromptRows
+from starkv.methods.stream_rows import CacheRows
 from starkv.runtime.generation import Sampler
 from starkv.runtime.kv.buffers import Arena, Pool
 from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
@@ -115,6 +115,14 @@ class Engine(Protocol):
         token."""
         ...
 
+    def most_rows_of(self, rows: CacheRows, policy: KvPolicy) -> int:
+        """The same where the rows are known: of a prompt, or of a history with what comes behind it.
+
+        Raises:
+            UsageError: as for :meth:`compress`.
+        """
+        ...
+
     def prefill(self, arena: Arena, embeds: Floats, rope: Rope) -> Floats:
         """Append ``embeds`` ``[S, hidden]`` to the arena's sequence.
 
@@ -131,7 +139,7 @@ class Engine(Protocol):
         arena: Arena,
         pool: Pool,
         handle: int,
-        prompt: PromptRows,
+        prompt: CacheRows,
         policy: KvPolicy,
         memory: StarKVMemory | None = None,
     ) -> Compressed:
@@ -141,7 +149,7 @@ class Engine(Protocol):
             arena: a prefilled prompt.
             pool: where to.
             handle: the sequence in it.
-            prompt: what the arena's rows are.
+            prompt: what the arena's rows are, of a prompt or of a stream.
             policy: method and budget.
             memory: what STaR-KV remembers of the trajectory's earlier prompts.
 

@@ -18,6 +18,7 @@ from starkv.manifest import Manifest
 from starkv.methods.names import STAR_KV
 from starkv.methods.rows import PromptRows
 from starkv.methods.star_kv_request import StarKVRequest
+from starkv.methods.stream_rows import CacheRows
 from starkv.runtime.engines.device_kv import DeviceArena, DeviceKv, copy_rows, device_arena, device_kv
 from starkv.runtime.engines.device_tensor import DeviceMemory, DeviceTensor, on_device
 from starkv.runtime.engines.ort_compress import (
@@ -67,7 +68,7 @@ class DeviceCompressor(OrtCompressor):
         copy_rows(device_kv(arena.kv), 0, device_kv(pool.kv), slot, rows)
 
     def _star_kv(
-        self, arena: Arena, pool: Pool, slot: int, prompt: PromptRows, policy: KvPolicy, memory: StarKVMemory
+        self, arena: Arena, pool: Pool, slot: int, prompt: CacheRows, policy: KvPolicy, memory: StarKVMemory
     ) -> Compressed:
         if not self.on_device:
             return self._on_host(super()._star_kv, arena, pool, slot, prompt, policy, memory)
@@ -153,12 +154,12 @@ class DeviceCompressor(OrtCompressor):
         arena: Arena,
         pool: Pool,
         slot: int,
-        prompt: PromptRows,
+        prompt: CacheRows,
         policy: KvPolicy,
         memory: StarKVMemory | None,
     ) -> Compressed:
         """Compress a copy in host memory, then copy what is left of it into the slot."""
-        most = self.most_rows(prompt.length, policy)
+        most = self.most_rows_of(prompt, policy)
         check_room(most, pool)
         kept = Pool(KvBuffers.allocate(self._text, 1, most))
         on_host = device_arena(arena).on_host(self._text)

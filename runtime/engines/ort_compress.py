@@ -18,10 +18,11 @@ from starkv.methods.names import RANDOM, STAR_KV, STREAMING_LLM
 from starkv.methods.rows import PromptRows
 from starkv.methods.star_kv_plan import StarKVProgress, skipped_call
 from starkv.methods.star_kv_request import StarKVRequest, request_star_kv
+from starkv.methods.stream_rows import CacheRows
 from starkv.runtime.engines.ort_decode import bind_array
 from starkv.runtime.kv import baselines
 from starkv.runtime.kv.buffers import Arena, Pool
-from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
+from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory, whole_prompt
 
 Array = NDArray[Any]
 
@@ -53,15 +54,19 @@ class OrtCompressor:
 
         Opens the graphs that the policy needs, so that the first compression takes no longer than the others.
         """
-        if policy.keeps_all(prompt_rows):
-            return prompt_rows
+        # What the prompt is made of does not change the bound.
+        return self.most_rows_of(PromptRows(np.zeros((prompt_rows, 4), np.int32), (), ()), policy)
+
+    def most_rows_of(self, rows: CacheRows, policy: KvPolicy) -> int:
+        """The same for rows whose lengths are known, of a prompt or of a stream."""
+        if policy.keeps_all_of(rows):
+            return rows.length
         for graph in self._graphs_of(policy.method):
             self._session(graph)
         if policy.method != STAR_KV:
-            return max(baselines.kept_rows_per_layer(policy, self._text.layers, prompt_rows))
-        # What the prompt is made of does not change the bound.
-        blank = PromptRows(np.zeros((prompt_rows, 4), np.int32), (), ())
-        return self._request(blank, policy, StarKVProgress()).most_rows
+            prompt = whole_prompt(rows, policy)
+            return max(baselines.kept_rows_per_layer(policy, self._text.layers, prompt.length))
+        return self._request(rows, policy, StarKVProgress()).most_rows
 
     def _graphs_of(self, method: str) -> tuple[str, ...]:
         """Graphs that a method runs."""
@@ -72,28 +77,26 @@ class OrtCompressor:
         arena: Arena,
         pool: Pool,
         slot: int,
-        prompt: PromptRows,
+        prompt: CacheRows,
         policy: KvPolicy,
         memory: StarKVMemory | None,
     ) -> Compressed:
         """See :meth:`Engine.compress`."""
-        held = int(arena.kv.lengths.max())
-        if held != prompt.length:
-            raise UsageError(f"the arena holds {held} rows, the prompt {prompt.length}; prefill it whole")
+        check_prefilled(arena, prompt)
         arena.kv.row_meta[:, 0, : prompt.length] = prompt.row_meta
         star_kv = policy.method == STAR_KV
         if star_kv and memory is None:
             memory = StarKVMemory.initial(self._text.layers, self._text.kv_heads)
-        if policy.keeps_all(prompt.length):
+        if policy.keeps_all_of(prompt):
             if memory is not None and star_kv:
                 memory = replace(memory, progress=skipped_call(policy.star_kv, memory.progress))
             return self._copy(arena, pool, slot, memory)
         if star_kv and memory is not None:
             return self._star_kv(arena, pool, slot, prompt, policy, memory)
-        return self._baseline(arena, pool, slot, prompt, policy, memory)
+        return self._baseline(arena, pool, slot, whole_prompt(prompt, policy), policy, memory)
 
-    def _request(self, prompt: PromptRows, policy: KvPolicy, progress: StarKVProgress) -> StarKVRequest:
-        kept = policy.kept_rows(prompt.length)
+    def _request(self, prompt: CacheRows, policy: KvPolicy, progress: StarKVProgress) -> StarKVRequest:
+        kept = policy.kept_of(prompt)
         return request_star_kv(policy.star_kv, prompt, kept, progress, self._observation_window)
 
     def _copy(self, arena: Arena, pool: Pool, slot: int, memory: StarKVMemory | None) -> Compressed:
@@ -112,7 +115,7 @@ class OrtCompressor:
         target.values[:, slot, :, :rows] = source.values[:, 0, :, :rows]
 
     def _star_kv(
-        self, arena: Arena, pool: Pool, slot: int, prompt: PromptRows, policy: KvPolicy, memory: StarKVMemory
+        self, arena: Arena, pool: Pool, slot: int, prompt: CacheRows, policy: KvPolicy, memory: StarKVMemory
     ) -> Compressed:
         request, pattern = self._prepare_star_kv(arena, pool, prompt, policy, memory)
         outputs = self._run(
@@ -131,7 +134,7 @@ class OrtCompressor:
         return result
 
     def _prepare_star_kv(
-        self, arena: Arena, pool: Pool, prompt: PromptRows, policy: KvPolicy, memory: StarKVMemory
+        self, arena: Arena, pool: Pool, prompt: CacheRows, policy: KvPolicy, memory: StarKVMemory
     ) -> tuple[StarKVRequest, NDArray[np.float32]]:
         """The request, and the pattern ``[L, 1, G, V]`` with room for the newest screenshot; marks the rows
         that are protected."""
@@ -230,6 +233,17 @@ def star_kv_result(request: StarKVRequest, outputs: dict[str, Array], length: in
         request.progress, outputs["new_mi_ema"], outputs["new_pattern_ema"], outputs["new_temperature"]
     )
     return Compressed(outputs["rows"][:, 0], scores, outputs["stages"][:, 0, :, :length], after)
+
+
+def check_prefilled(arena: Arena, rows: CacheRows) -> None:
+    """Refuse rows that are not the arena's.
+
+    Raises:
+        UsageError: the arena holds more or fewer.
+    """
+    if (arena.kv.lengths[:, 0] != rows.lengths).any():
+        held = int(arena.kv.lengths.max())
+        raise UsageError(f"the arena holds {held} rows, the prompt {rows.length}; prefill it whole")
 
 
 def check_room(rows: int, pool: Pool) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from starkv.errors import EngineError, UsageError
 from starkv.manifest import Manifest, read_manifest, verify_files
-from starkv.methods.rows import PromptRows
+from starkv.methods.stream_rows import CacheRows
 from starkv.runtime.engines.base import EngineInfo, Floats, PicksOnHost, Rope, check_kv_method
 from starkv.runtime.engines.embedding import EmbeddingTable
 from starkv.runtime.engines.ort_compress import OrtCompressor
@@ -93,6 +93,10 @@ class SteppingEngine(PicksOnHost):
         check_kv_method(self.info, policy.method)
         return self._compressor.most_rows(prompt_rows, policy)
 
+    def most_rows_of(self, rows: CacheRows, policy: KvPolicy) -> int:
+        check_kv_method(self.info, policy.method)
+        return self._compressor.most_rows_of(rows, policy)
+
     def _check_rows(self, rows: int) -> None:
         limit = self._manifest.max_context
         if rows > limit:
@@ -123,7 +127,7 @@ class SteppingEngine(PicksOnHost):
         arena: Arena,
         pool: Pool,
         handle: int,
-        prompt: PromptRows,
+        prompt: CacheRows,
         policy: KvPolicy,
         memory: StarKVMemory | None = None,
     ) -> Compressed:

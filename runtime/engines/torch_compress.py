@@ -25,10 +25,11 @@ from starkv.methods.star_kv import StarKVScores
 from starkv.methods.star_kv_plan import StarKVProgress, skipped_call
 from starkv.methods.star_kv_request import StarKVRequest, request_star_kv
 from starkv.methods.star_kv_state import StarKVState
+from starkv.methods.stream_rows import CacheRows
 from starkv.methods.vl_cache import VLCache, with_sparsity
 from starkv.runtime.engines.torch_decoder import attention_sums
 from starkv.runtime.kv.buffers import Arena, KvBuffers
-from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
+from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory, whole_prompt
 
 PER_HEAD = "_per_head"
 """Ends the names of forms in which every query head keeps rows of its own, for H / G times the bytes, as in
@@ -62,24 +63,29 @@ def cached_heads(method: str, text: TextShape) -> int:
 
 def most_kept_rows(text: TextShape, prompt_rows: int, policy: KvPolicy) -> int:
     """See :meth:`Engine.most_kept_rows`."""
-    if policy.keeps_all(prompt_rows):
-        return prompt_rows
     # What the prompt is made of does not change the bound.
-    blank = PromptRows(np.zeros((prompt_rows, ROW_COLUMNS), np.int32), (), ())
+    return most_rows_of(text, PromptRows(np.zeros((prompt_rows, ROW_COLUMNS), np.int32), (), ()), policy)
+
+
+def most_rows_of(text: TextShape, rows: CacheRows, policy: KvPolicy) -> int:
+    """See :meth:`Engine.most_rows_of`."""
+    if policy.keeps_all_of(rows):
+        return rows.length
     if policy.method == STAR_KV:
-        return _request(blank, policy, StarKVProgress()).most_rows
-    method, kept = _method_of(policy), policy.kept_rows(prompt_rows)
+        return _request(rows, policy, StarKVProgress()).most_rows
+    prompt = whole_prompt(rows, policy)
+    method, kept = _method_of(policy), policy.kept_of(prompt)
     if isinstance(method, VLCache):
         # How it divides the rows is known only when the attention is.
-        return min(prompt_rows, text.layers * kept)
-    return max(method.keep_rows(text.layers, prompt_rows, kept, method.window_for(blank, kept)))
+        return min(prompt.length, text.layers * kept)
+    return max(method.keep_rows(text.layers, prompt.length, kept, method.window_for(prompt, kept)))
 
 
 def compress(
     arena: ReferenceArena,
     kv: KvBuffers,
     slot: int,
-    prompt: PromptRows,
+    prompt: CacheRows,
     policy: KvPolicy,
     memory: StarKVMemory | None,
 ) -> Compressed:
@@ -90,32 +96,32 @@ def compress(
     """
     if policy.method == STAR_KV:
         kept, compressed = _star_kv(arena, prompt, policy, memory)
-    elif policy.keeps_all(prompt.length):
+    elif policy.keeps_all_of(prompt):
         kept = _all_rows(arena, prompt, policy.method)
         compressed = Compressed(_rows_of(kept), memory=memory)
     else:
-        kept, compressed = _baseline(arena, prompt, policy, memory)
+        kept, compressed = _baseline(arena, whole_prompt(prompt, policy), policy, memory)
     _store(kept, kv, slot, policy.method)
     return compressed
 
 
-def _request(prompt: PromptRows, policy: KvPolicy, progress: StarKVProgress) -> StarKVRequest:
+def _request(prompt: CacheRows, policy: KvPolicy, progress: StarKVProgress) -> StarKVRequest:
     # The arena holds all queries, so a window may be as long as it likes.
-    kept, window = policy.kept_rows(prompt.length), policy.star_kv.window
+    kept, window = policy.kept_of(prompt), policy.star_kv.window
     return request_star_kv(policy.star_kv, prompt, kept, progress, observation_window=window)
 
 
 def _star_kv(
-    arena: ReferenceArena, prompt: PromptRows, policy: KvPolicy, memory: StarKVMemory | None
+    arena: ReferenceArena, prompt: CacheRows, policy: KvPolicy, memory: StarKVMemory | None
 ) -> tuple[Kept, Compressed]:
     layers, _, groups = arena.host_kv.keys.shape[:3]
     memory = memory or StarKVMemory.initial(layers, groups)
-    if policy.keeps_all(prompt.length):
+    if policy.keeps_all_of(prompt):
         kept = _all_rows(arena, prompt, STAR_KV)
         memory = replace(memory, progress=skipped_call(policy.star_kv, memory.progress))
         return kept, Compressed(_rows_of(kept), memory=memory)
     request = _request(prompt, policy, memory.progress)
-    prefill = _prefill(arena, request.prompt, request.window, request.protected)
+    prefill = _prefill_of(arena, request)
     scores, after = star_kv.score(prefill, _state_of(memory), policy.star_kv)
     kept = star_kv.keep_best(prefill, scores, request.limits)
     compressed = Compressed(_rows_of(kept), scores.final.numpy(), _stages_of(scores), _memory_of(after))
@@ -163,7 +169,25 @@ def _prefill(arena: ReferenceArena, rows: PromptRows, window: int, protect: Sequ
     )
 
 
-def _all_rows(arena: ReferenceArena, prompt: PromptRows, method: str) -> Kept:
+def _prefill_of(arena: ReferenceArena, request: StarKVRequest) -> Prefill:
+    """The arena with layers of different lengths."""
+    rows = request.prompt
+    if isinstance(rows, PromptRows):
+        return _prefill(arena, rows, request.window, request.protected)
+    valid = slice(0, rows.length)
+    return Prefill(
+        keys=torch.from_numpy(arena.host_kv.keys[:, :, :, valid]),
+        values=torch.from_numpy(arena.host_kv.values[:, :, :, valid]),
+        queries=torch.from_numpy(arena.q_window),
+        hidden_norm=torch.from_numpy(arena.hidden_norm[:, :, valid]),
+        kv_len=torch.from_numpy(rows.lengths.astype(np.int64))[:, None],
+        row_meta=torch.from_numpy(rows.marked(request.protected))[:, None],
+        frame=request.frame,
+        window=request.window,
+    )
+
+
+def _all_rows(arena: ReferenceArena, prompt: CacheRows, method: str) -> Kept:
     layers, _, groups = arena.host_kv.keys.shape[:3]
     length, copies = prompt.length, _FORMS[method].bytes_factor(arena.queries.shape[2], groups)
     keys, values = (
@@ -172,9 +196,11 @@ def _all_rows(arena: ReferenceArena, prompt: PromptRows, method: str) -> Kept:
     return Kept(
         keys=keys.repeat_interleave(copies, 2),
         values=values.repeat_interleave(copies, 2),
-        row_meta=torch.from_numpy(prompt.row_meta).expand(layers, 1, -1, -1),
+        row_meta=torch.from_numpy(prompt.row_meta.reshape(-1, 1, length, ROW_COLUMNS)).expand(
+            layers, -1, -1, -1
+        ),
         rows=torch.arange(length).expand(layers, 1, 1, -1),
-        kv_len=torch.full((layers, 1), length),
+        kv_len=torch.from_numpy(arena.kv.lengths.astype(np.int64)),
     )
 
 

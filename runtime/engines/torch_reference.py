@@ -19,15 +19,17 @@ from starkv.errors import CheckpointError, EngineError, UsageError
 from starkv.host import cpu_model
 from starkv.manifest import Manifest, TextShape
 from starkv.methods.names import FULL
-from starkv.methods.rows import PromptRows
+from starkv.methods.stream_rows import CacheRows
 from starkv.runtime.engines.base import EngineInfo, Floats, PicksOnHost, Rope, check_kv_method
 from starkv.runtime.engines.ort import OrtEngine
+from starkv.runtime.engines.ort_compress import check_prefilled
 from starkv.runtime.engines.torch_compress import (
     REFERENCE_METHODS,
     ReferenceArena,
     cached_heads,
     compress,
     most_kept_rows,
+    most_rows_of,
 )
 from starkv.runtime.engines.torch_decoder import TorchCache, TorchDecoder, decoder_name, decoder_weights
 from starkv.runtime.kv.buffers import Arena, KvBuffers, Pool
@@ -100,7 +102,8 @@ class TorchReferenceEngine(PicksOnHost):
             )
 
     def prefill(self, arena: Arena, embeds: Floats, rope: Rope) -> Floats:
-        arena, start, total = _own(arena), int(arena.kv.lengths.max()), len(embeds)
+        arena, starts, total = _own(arena), arena.kv.lengths[:, 0].copy(), len(embeds)
+        start = int(starts.max())
         if not total:
             raise UsageError("a prefill needs at least one row")
         if start + total > arena.kv.capacity:
@@ -113,11 +116,12 @@ class TorchReferenceEngine(PicksOnHost):
             torch.from_numpy(rope.sin),
             _cache(arena.host_kv, 1),
         )
-        rows, end = slice(start, start + total), start + total
-        arena.queries[:, :, :, rows] = step.queries.numpy()
-        arena.hidden_norm[:, :, rows] = step.hidden_norm.numpy()
+        queries, norms = step.queries.numpy(), step.hidden_norm.numpy()
+        for layer, first in enumerate(starts):
+            arena.queries[layer, :, :, first : first + total] = queries[layer]
+            arena.hidden_norm[layer, :, first : first + total] = norms[layer]
         window = min(total, self.manifest.observation_window)
-        arena.q_window = arena.queries[:, :, :, end - window : end]
+        arena.q_window = queries[:, :, :, total - window :]
         logits: Floats = step.logits[0].numpy()
         return logits
 
@@ -125,19 +129,22 @@ class TorchReferenceEngine(PicksOnHost):
         check_kv_method(self.info, policy.method)
         return most_kept_rows(self.manifest.text, prompt_rows, policy)
 
+    def most_rows_of(self, rows: CacheRows, policy: KvPolicy) -> int:
+        check_kv_method(self.info, policy.method)
+        return most_rows_of(self.manifest.text, rows, policy)
+
     def compress(
         self,
         arena: Arena,
         pool: Pool,
         handle: int,
-        prompt: PromptRows,
+        prompt: CacheRows,
         policy: KvPolicy,
         memory: StarKVMemory | None = None,
     ) -> Compressed:
         check_kv_method(self.info, policy.method)
-        arena, slot, length = _own(arena), pool.slot_of(handle), int(arena.kv.lengths.max())
-        if length != prompt.length:
-            raise UsageError(f"the arena holds {length} rows, the prompt {prompt.length}; prefill it whole")
+        arena, slot, length = _own(arena), pool.slot_of(handle), prompt.length
+        check_prefilled(arena, prompt)
         if policy.method != FULL:
             for layer, (keys, queries) in enumerate(zip(arena.host_kv.keys, arena.queries, strict=True)):
                 if not all(np.isfinite(rows[:, :, :length]).all() for rows in (keys, queries)):

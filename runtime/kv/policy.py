@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from starkv.errors import UsageError
 from starkv.methods.budget import LEAST_ROWS, Budget
-from starkv.methods.names import FULL
+from starkv.methods.names import FULL, STAR_KV
+from starkv.methods.rows import PromptRows
 from starkv.methods.star_kv_config import StarKVConfig
 from starkv.methods.star_kv_plan import StarKVProgress
+from starkv.methods.stream_rows import CacheRows, StreamRows
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,16 @@ class KvPolicy:
         """Whether there is nothing to choose: the method keeps everything, or the prompt is shorter than its
         capacity, or as short as a cache can be."""
         return self.method == FULL or self.budget.spares(prompt_rows) or prompt_rows <= LEAST_ROWS
+
+    def kept_of(self, rows: CacheRows) -> int:
+        """Rows to keep per layer on average, of a prompt or of a stream."""
+        return self.kept_rows(rows.full_rows)
+
+    def keeps_all_of(self, rows: CacheRows) -> bool:
+        """Whether there is nothing to choose; a stream is left alone as long as it fits its budget."""
+        if isinstance(rows, StreamRows):
+            return self.method == FULL or rows.mean_rows <= self.kept_of(rows)
+        return self.keeps_all(rows.length)
 
 
 @dataclass
@@ -70,3 +83,17 @@ class Compressed:
     temporal discount; all as means over heads."""
     memory: StarKVMemory | None = None
     """What to hand to the trajectory's next compression."""
+
+
+def whole_prompt(rows: CacheRows, policy: KvPolicy) -> PromptRows:
+    """The rows, which must be those of a prompt.
+
+    Raises:
+        UsageError: they are a stream's, for a method that can't go on with one.
+    """
+    if not isinstance(rows, PromptRows):
+        raise UsageError(
+            f"{policy.method} compresses whole prompts only; to go on with a compacted history use "
+            f"{STAR_KV} or {FULL}"
+        )
+    return rows

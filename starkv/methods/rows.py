@@ -63,6 +63,31 @@ class PromptRows:
     def length(self) -> int:
         return len(self.row_meta)
 
+    @property
+    def lengths(self) -> int:
+        """Rows of each layer: all have the same."""
+        return self.length
+
+    @property
+    def shortest(self) -> int:
+        """Rows of the shortest layer."""
+        return self.length
+
+    @property
+    def mean_rows(self) -> float:
+        """Rows per layer."""
+        return self.length
+
+    @property
+    def newest_rows(self) -> int:
+        """Rows that were prefilled last: all of them."""
+        return self.length
+
+    @property
+    def full_rows(self) -> int:
+        """Rows without any compression: what a budget's share refers to."""
+        return self.length
+
     def newest_frame(self, window: int) -> Frame:
         """The last screenshot with rows before the observation window."""
         past = self.length - window
