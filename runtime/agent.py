@@ -22,7 +22,8 @@ from starkv.runtime.kv.policy import KvPolicy
 from starkv.runtime.preprocess.image import load_image
 from starkv.runtime.preprocess.tokenizer import ChatTokenizer
 from starkv.runtime.prompts.dialects import opening
-from starkv.runtime.session import Session, Timings
+from starkv.runtime.session import Session
+from starkv.runtime.timings import Timings
 
 Screenshot = str | Path | bytes | Image.Image
 

@@ -1,98 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One prompt with its screenshots: encode, prefill, compress, decode.
+"""One conversation with its screenshots: encode, prefill, compress, decode, turn after turn.
 
-This is the papers' protocol (prompt mode): the whole prompt is prefilled, its cache is compressed once, and
-the reply is decoded from what was kept.
+*Prompt mode* is the papers' protocol: every turn prefills the whole conversation and compresses it once.
+*Stream mode* goes on from the compacted cache of the turn before, so that a step costs one screenshot and not
+the whole history.
 """
 
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
-import numpy as np
 from PIL import Image
 
-from starkv.errors import UsageError
 from starkv.methods.rows import PromptRows
-from starkv.runtime.engines.base import Engine, Floats, Rope, check_kv_method
-from starkv.runtime.generation import Sampler, SamplingParameters, StopScanner
+from starkv.methods.stream_rows import CacheRows
+from starkv.runtime.engines.base import Engine, check_kv_method
+from starkv.runtime.generation import SamplingParameters
+from starkv.runtime.kv.image_cache import ImageCache
 from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
-from starkv.runtime.kv.prompt import describe_prompt
 from starkv.runtime.preprocess.image import ImageInputs, preprocess
-from starkv.runtime.preprocess.positions import prompt_positions, rope_tables, text_positions
-from starkv.runtime.preprocess.tokenizer import ChatTokenizer, Message, expand_image_tokens
+from starkv.runtime.preprocess.tokenizer import ChatTokenizer, Message
+from starkv.runtime.stream import StreamState
+from starkv.runtime.timings import Timings
+from starkv.runtime.turn import Turn, decode_step
+from starkv.runtime.turn_plan import check_fits, plan_prompt, plan_stream
 
+PREFILL_ROWS = 1 << 30
+"""One call for a whole prompt: nobody else waits, and the engine divides it as it likes."""
 
-@dataclass
-class Timings:
-    """Where the time and the memory of one reply went. Times in milliseconds."""
-
-    preprocess_ms: float = 0.0
-    vision_ms: float = 0.0
-    prefill_ms: float = 0.0
-    compress_ms: float = 0.0
-    decode_ms: float = 0.0
-    prompt_tokens: int = 0
-    image_tokens: int = 0
-    generated_tokens: int = 0
-    kv_tokens_full: int = 0
-    """Rows that the prompt filled before compression."""
-    kv_tokens_kept: float = 0
-    """Rows left of them, mean over the layers: a method may give layers different budgets."""
-    kv_bytes_full: int = 0
-    """Bytes of the prompt's rows before compression."""
-    kv_bytes_kept: int = 0
-    """Bytes of the rows left of them."""
-    kv_bytes_held: int = 0
-    """Bytes of the valid rows after the reply: those and the generated tokens'."""
-    kv_bytes_reserved: int = 0
-    """Bytes allocated at the peak: for the prompt, whose memory goes back before the reply, and for the
-    reply."""
-
-    @contextmanager
-    def measure(self, stage: str) -> Iterator[None]:
-        """Add the block's wall time to ``{stage}_ms``."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            name = f"{stage}_ms"
-            setattr(self, name, getattr(self, name) + (time.perf_counter() - started) * 1e3)
-
-    @property
-    def prefill_per_second(self) -> float:
-        return 1e3 * self.prompt_tokens / self.prefill_ms if self.prefill_ms else 0.0
-
-    @property
-    def decode_per_second(self) -> float:
-        """Tokens per second of the decode steps; the first token comes from the prefill."""
-        return 1e3 * (self.generated_tokens - 1) / self.decode_ms if self.decode_ms else 0.0
+Mode = Literal["prompt", "stream"]
 
 
 @dataclass
 class Session:
-    """Answers prompts, one after the other; each holds the whole conversation.
+    """Answers the turns of one conversation; each call gives the whole of it.
 
     Args:
         engine: the engine; it may serve other sessions in between.
         tokenizer: the engine's tokenizer.
-        kv_policy: which rows of the prompt's cache are kept.
+        kv_policy: which rows of the cache are kept.
+        mode: ``prompt`` or ``stream``.
+        screenshots: stream mode: most screenshots in view; the oldest one's rows are evicted for a new one.
     """
 
     engine: Engine
     tokenizer: ChatTokenizer
     kv_policy: KvPolicy = field(default_factory=KvPolicy)
+    mode: Mode = "prompt"
+    screenshots: int | None = None
     timings: Timings = field(default_factory=Timings)
     images: list[ImageInputs] = field(default_factory=list)
-    prompt: PromptRows | None = None
-    """What the rows of the last prompt were."""
+    """Screenshots of the last conversation."""
+    prompt: CacheRows | None = None
+    """What the rows were that the last turn compressed."""
     compressed: Compressed | None = None
-    """What was kept of it."""
+    """What was kept of them."""
     kv_memory: StarKVMemory | None = None
     """What STaR-KV remembers from reply to reply: the replies of one session are a trajectory."""
     finish_reason: str | None = None
     """``stop`` (end token or stop string) or ``length``, once the reply is over."""
+    state: StreamState | None = None
+    """Stream mode: the compacted history that the next turn goes on from."""
+    image_cache: ImageCache = field(default_factory=ImageCache)
+    reused_tokens: int = 0
+    """Tokens of the last conversation that were in the cache already."""
 
     def reply(
         self,
@@ -102,6 +73,9 @@ class Session:
     ) -> Iterator[str]:
         """Answer ``messages``; yields the reply piece by piece.
 
+        In stream mode a conversation that goes on from the last turn, the model's own reply included, costs
+        what is new in it. Any other begins a new stream.
+
         Args:
             messages: the conversation, with one image part per image.
             images: the screenshots, in the order of their parts.
@@ -110,80 +84,56 @@ class Session:
         Raises:
             ImageError: an image can't be taken.
             UsageError: images and placeholders differ in number, the prompt exceeds the engine's limit, or
-                the engine has no such KV method.
+                the engine has no such KV method, or the method can't go on with a compacted history.
         """
-        parameters = parameters or SamplingParameters()
-        self.timings = timings = Timings()
-        engine, text = self.engine, self.engine.manifest.text
-        # Whatever can be refused is refused before the first expensive step.
-        check_kv_method(engine.info, self.kv_policy.method)
-        with timings.measure("preprocess"):
-            ids = self._prompt_ids(messages, images)
-        rows = len(ids) + parameters.max_new_tokens
-        if rows > engine.manifest.max_context:
-            raise UsageError(
-                f"{len(ids)} prompt tokens and up to {parameters.max_new_tokens} new ones need {rows} KV "
-                f"rows, but {engine.manifest.name} was built for {engine.manifest.max_context}; shorten the "
-                "prompt, use fewer or smaller images, or allow fewer new tokens"
-            )
-        policy = self.kv_policy
-        kept_rows = engine.most_kept_rows(len(ids), policy)
-        embeds = self._embed(ids)
-        grids = [image.merged_grid for image in self.images]
-        positions = prompt_positions(ids, engine.manifest.tokens.image_pad, grids, text)
-        arena = engine.new_arena(len(ids))
-        pool = engine.new_pool(1, kept_rows + parameters.max_new_tokens, policy.method)
+        turn = self._plan(messages, images, parameters or SamplingParameters())
+        engine, timings = self.engine, turn.timings
+        arena = engine.new_arena(turn.plan.arena_rows)
+        pool = engine.new_pool(1, turn.slot_rows, self.kv_policy.method)
         handle = pool.acquire()
-        with timings.measure("prefill"):
-            logits = engine.prefill(arena, embeds, Rope(*rope_tables(positions.values, text)))
-        self.prompt = describe_prompt(ids, grids, engine.manifest, self.tokenizer)
-        with timings.measure("compress"):
-            self.compressed = engine.compress(arena, pool, handle, self.prompt, policy, self.kv_memory)
-        self.kv_memory = self.compressed.memory
-        timings.prompt_tokens = timings.kv_tokens_full = len(ids)
-        timings.kv_tokens_kept = float(pool.kv.lengths.mean())
-        timings.kv_bytes_full, timings.kv_bytes_kept = arena.kv.bytes_held, pool.kv.bytes_held
+        while turn.encode_next():
+            pass
+        while turn.prefill_next(arena, PREFILL_ROWS):
+            pass
+        piece = turn.compress(arena, pool, handle)
+        self.prompt, self.compressed = turn.plan.rows, turn.compressed
+        self.kv_memory = turn.memory
         timings.kv_bytes_reserved = arena.kv.bytes_reserved + pool.kv.bytes_reserved
         # The reply needs the kept rows alone: the prompt's memory goes back before it.
         del arena
-
-        sampler, scanner, stream = Sampler(parameters), StopScanner(parameters.stop), self.tokenizer.stream()
-        position = positions.next_position
-        self.finish_reason = "length"
-        token = sampler.pick(logits)
-        for index in range(parameters.max_new_tokens):
-            timings.generated_tokens += 1
-            if token in engine.manifest.tokens.end_of_text:
-                self.finish_reason = "stop"
-                break
-            if piece := scanner.push(stream.push(token)):
-                yield piece
-            if scanner.stopped:
-                self.finish_reason = "stop"
-                break
-            if index + 1 < parameters.max_new_tokens:
+        # A caller may stop listening at any piece: what was decoded until then is the stream's history.
+        try:
+            while True:
+                if piece:
+                    yield piece
+                if turn.reply.finish_reason:
+                    break
                 with timings.measure("decode"):
-                    rope = Rope(*rope_tables(text_positions(1, position).values, text))
-                    token = engine.decode_tokens(pool, engine.embed([token]), rope, [sampler])[0]
-                position += 1
-        timings.kv_bytes_held = pool.kv.bytes_held
-        if not scanner.stopped and (piece := scanner.push(stream.finish()) + scanner.finish()):
-            yield piece
+                    piece = decode_step(engine, pool, [turn])[0]
+        finally:
+            self.finish_reason = turn.reply.finish_reason
+            self.state = turn.finish(pool, handle)
 
-    def _prompt_ids(self, messages: Sequence[Message], images: Sequence[Image.Image]) -> list[int]:
-        """Token ids of the prompt with one placeholder per image token; prepares the images on the way."""
-        manifest = self.engine.manifest
-        self.images = [preprocess(image, manifest.vision, manifest.image) for image in images]
-        counts = [image.merged_grid[0] * image.merged_grid[1] for image in self.images]
-        self.timings.image_tokens = sum(counts)
-        rendered = self.tokenizer.encode(self.tokenizer.render(messages))
-        return expand_image_tokens(rendered, manifest.tokens.image_pad, counts)
-
-    def _embed(self, ids: Sequence[int]) -> Floats:
-        """Embeddings of the prompt ``[S, hidden]``, with the encoded images in their places."""
-        embeds = self.engine.embed(ids)
-        with self.timings.measure("vision"):
-            encoded = [self.engine.encode_image(image) for image in self.images]
-        if encoded:
-            embeds[np.asarray(ids) == self.engine.manifest.tokens.image_pad] = np.concatenate(encoded)
-        return embeds
+    def _plan(
+        self, messages: Sequence[Message], images: Sequence[Image.Image], parameters: SamplingParameters
+    ) -> Turn:
+        """Refuse whatever can be refused before the first expensive step."""
+        self.timings = timings = Timings()
+        engine, manifest = self.engine, self.engine.manifest
+        check_kv_method(engine.info, self.kv_policy.method)
+        with timings.measure("preprocess"):
+            self.images = [preprocess(image, manifest.vision, manifest.image) for image in images]
+            if self.mode == "stream":
+                plan = plan_stream(
+                    manifest, self.tokenizer, messages, self.images, self.state, self.screenshots
+                )
+            else:
+                plan = plan_prompt(manifest, self.tokenizer, messages, self.images)
+        check_fits(plan, parameters.max_new_tokens, manifest)
+        self.reused_tokens = plan.reused_tokens
+        memory = self.kv_memory
+        if isinstance(plan.rows, PromptRows) and self.mode == "stream":
+            memory = None
+        return Turn(
+            engine, self.tokenizer, plan, parameters, self.kv_policy, memory, self.image_cache, timings
+        )

@@ -18,7 +18,7 @@ from starkv.methods.rows import PromptRows, prompt_rows
 from starkv.methods.star_kv_config import StarKVConfig
 from starkv.runtime.kv.kept import always_kept, kept_json, kept_tokens, row_mask, stage_changes
 from starkv.runtime.kv.policy import Compressed, KvPolicy
-from starkv.runtime.session import Timings
+from starkv.runtime.timings import Timings
 
 LENGTH = 24
 BUDGET = Budget(0.5)

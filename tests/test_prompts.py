@@ -84,7 +84,7 @@ def test_dialects_by_name() -> None:
 
 def test_replies_are_read_in_the_prompts_dialect() -> None:
     from starkv.runtime.agent import understand
-    from starkv.runtime.session import Timings
+    from starkv.runtime.timings import Timings
 
     seen = SimpleNamespace(resized_width=100, resized_height=100, original_width=200, original_height=200)
     manifest = SimpleNamespace(coordinates="absolute", prompt="opencua")

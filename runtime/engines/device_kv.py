@@ -48,11 +48,24 @@ class DeviceKv(KvStore):
 
     def write_rows(self, slot: int, keys: NDArray[Any], values: NDArray[Any]) -> None:
         """Write the first rows of a slot from host memory: ``[L, Hkv, rows, D]`` each."""
-        for tensor, array in ((self.keys, keys), (self.values, values)):
-            rows = array.astype(tensor.dtype)
-            for layer, heads in enumerate(rows):
-                for head, part in enumerate(heads):
+        for layer, rows in enumerate(zip(keys, values, strict=True)):
+            self._write(layer, slot, *rows)
+
+    def _write(self, layer: int, slot: int, keys: NDArray[Any], values: NDArray[Any]) -> None:
+        for tensor, rows in ((self.keys, keys), (self.values, values)):
+            for head, part in enumerate(rows.astype(tensor.dtype, copy=False)):
+                if part.size:
                     tensor.device.upload(tensor.at(layer, slot, head), part)
+
+    def _read(self, layer: int, slot: int, rows: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        _, _, heads, _, dim = self.shape
+        copies = []
+        for tensor in (self.keys, self.values):
+            copy = np.empty((heads, rows, dim), tensor.dtype)
+            for head in range(heads if rows else 0):
+                tensor.device.download(copy[head], tensor.at(layer, slot, head))
+            copies.append(copy)
+        return copies[0], copies[1]
 
     def forget(self) -> None:
         """Make the memory as good as new for another user."""

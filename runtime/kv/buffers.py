@@ -8,6 +8,7 @@ different things: positions enter the engine as rotary tables, rows are counted 
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from starkv.errors import UsageError
 from starkv.manifest import TextShape
 from starkv.methods.rows import ROW_COLUMNS
+from starkv.runtime.kv.parked import ParkedRows
 
 ROW_STEP = 64
 """Capacities are multiples of this, so that few different ones exist."""
@@ -50,6 +52,41 @@ class KvStore(ABC):
     @abstractmethod
     def copy_rows(self, source: int, target: int, rows: int) -> None:
         """Copy the first ``rows`` keys and values of slot ``source`` to slot ``target``, in all layers."""
+
+    @abstractmethod
+    def _read(self, layer: int, slot: int, rows: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Copies of a layer's first keys and values of a slot, ``[Hkv, rows, D]`` each."""
+
+    @abstractmethod
+    def _write(self, layer: int, slot: int, keys: NDArray[Any], values: NDArray[Any]) -> None:
+        """Write a layer's first keys and values of a slot."""
+
+    def park(self, slot: int) -> ParkedRows:
+        """Copy a slot's rows to host memory."""
+        pairs = [self._read(layer, slot, int(rows)) for layer, rows in enumerate(self.lengths[:, slot])]
+        meta = (self.row_meta[layer, slot, :rows].copy() for layer, rows in enumerate(self.lengths[:, slot]))
+        return ParkedRows(tuple(keys for keys, _ in pairs), tuple(values for _, values in pairs), tuple(meta))
+
+    def load(self, slot: int, parked: ParkedRows) -> None:
+        """Put parked rows into a slot, in place of what it holds.
+
+        Raises:
+            UsageError: they don't fit, or are another model's or dtype's.
+        """
+        layers, _, heads, capacity, dim = self.shape
+        lengths = parked.lengths
+        shapes = {(keys.shape[0], keys.shape[2]) for keys in parked.keys}
+        widths = {keys.dtype.itemsize for keys in parked.keys}
+        if len(lengths) != layers or shapes != {(heads, dim)} or widths != {self.itemsize}:
+            raise UsageError("the parked KV rows are of another model or dtype; start the session anew")
+        if lengths.max() > capacity:
+            raise UsageError(f"{lengths.max()} parked KV rows do not fit {capacity} rows")
+        for layer, (keys, values, meta) in enumerate(
+            zip(parked.keys, parked.values, parked.row_meta, strict=True)
+        ):
+            self._write(layer, slot, keys, values)
+            self.row_meta[layer, slot, : len(meta)] = meta
+        self.lengths[:, slot] = lengths
 
     @property
     def slots(self) -> int:
@@ -118,6 +155,13 @@ class KvBuffers(KvStore):
     @property
     def itemsize(self) -> int:
         return self.keys.itemsize
+
+    def _read(self, layer: int, slot: int, rows: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        return self.keys[layer, slot, :, :rows].copy(), self.values[layer, slot, :, :rows].copy()
+
+    def _write(self, layer: int, slot: int, keys: NDArray[Any], values: NDArray[Any]) -> None:
+        rows = keys.shape[1]
+        self.keys[layer, slot, :, :rows], self.values[layer, slot, :, :rows] = keys, values
 
     def copy_rows(self, source: int, target: int, rows: int) -> None:
         for buffer in (self.keys, self.values):

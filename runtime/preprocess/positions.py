@@ -77,6 +77,7 @@ def prompt_positions(
     image_pad: int,
     merged_grids: Sequence[tuple[int, int]],
     text: TextShape,
+    start: int = 0,
 ) -> Positions:
     """Positions of a prompt as the model counts: multimodal, or without M-RoPE one after the other.
 
@@ -85,13 +86,14 @@ def prompt_positions(
         image_pad: id of the placeholder.
         merged_grids: rows and columns of image tokens of each image.
         text: sizes of the decoder.
+        start: position of the first token; see :func:`multimodal_positions`.
 
     Raises:
         ValueError: the runs of placeholders are not those of the grids.
     """
     if text.mrope_section is None:
-        return text_positions(len(token_ids))
-    return multimodal_positions(token_ids, image_pad, merged_grids)
+        return text_positions(len(token_ids), start)
+    return multimodal_positions(token_ids, image_pad, merged_grids, start)
 
 
 def rope_tables(

@@ -11,7 +11,7 @@ from starkv.runtime.generation import SamplingParameters
 from starkv.runtime.kv.policy import KvPolicy
 from starkv.runtime.preprocess.image import ImageInputs
 from starkv.runtime.preprocess.tokenizer import Message
-from starkv.runtime.session import Timings
+from starkv.runtime.timings import Timings
 
 
 class BusyError(StarkvError):

@@ -15,7 +15,7 @@ from starkv.methods.star_kv_config import StarKVConfig
 if TYPE_CHECKING:
     from starkv.manifest import Manifest
     from starkv.runtime.kv.policy import KvPolicy
-    from starkv.runtime.session import Timings
+    from starkv.runtime.timings import Timings
 
 KvMethod = Annotated[
     str | None,
