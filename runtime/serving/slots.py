@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KV memory of many sequences: pools by capacity, within one limit of bytes."""
+
+from dataclasses import dataclass, field
+
+from starkv.runtime.engines.base import Engine
+from starkv.runtime.kv.buffers import ROW_STEP, Arena, Pool, round_up_rows
+from starkv.runtime.turn import Turn
+
+
+def bucket_rows(rows: int) -> int:
+    """Capacity of the pool for sequences of so many rows: 64, 128, 256 …
+
+    Few capacities, so that sequences of different lengths share pools and decode together.
+    """
+    capacity = ROW_STEP
+    while capacity < rows:
+        capacity *= 2
+    return capacity
+
+
+@dataclass(eq=False)
+class TurnPool:
+    """A pool and the turns in its slots."""
+
+    pool: Pool
+    method: str
+    turns: dict[int, Turn] = field(default_factory=dict)
+    """Handle → turn."""
+
+    @property
+    def in_order(self) -> list[Turn]:
+        """Turns in the order of their slots."""
+        return [self.turns[handle] for handle in self.pool.handles]
+
+    @property
+    def full(self) -> bool:
+        return self.pool.active == self.pool.kv.slots
+
+    def leave(self, turn: Turn) -> None:
+        """Free a turn's slot."""
+        handle = next(handle for handle, other in self.turns.items() if other is turn)
+        self.pool.release(handle)
+        del self.turns[handle]
+
+
+class KvMemory:
+    """Allocates arena and pools.
+
+    Args:
+        engine: whose memory it is.
+        most_bytes: of keys and values, all together.
+        slots: most sequences at once.
+    """
+
+    def __init__(self, engine: Engine, most_bytes: int, slots: int) -> None:
+        self._engine, self.most_bytes, self._slots = engine, most_bytes, slots
+        self._row_bytes = engine.info.kv_bytes_per_row
+        self._arena: Arena | None = None
+        self.pools: list[TurnPool] = []
+
+    @property
+    def active(self) -> int:
+        """Sequences in slots."""
+        return sum(pool.pool.active for pool in self.pools)
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of the valid rows in the pools."""
+        return sum(
+            int(pool.pool.kv.lengths[:, : pool.pool.active].sum()) * pool.pool.kv.row_bytes
+            for pool in self.pools
+        )
+
+    @property
+    def bytes_reserved(self) -> int:
+        arena = self._arena.kv.bytes_reserved if self._arena else 0
+        return arena + sum(pool.pool.kv.bytes_reserved for pool in self.pools)
+
+    def never_fits(self, turn: Turn) -> bool:
+        """Whether a turn would not fit even if it were alone."""
+        return self._arena_bytes(turn) + self._slot_bytes(turn) > self.most_bytes
+
+    def _arena_bytes(self, turn: Turn) -> int:
+        return round_up_rows(turn.plan.arena_rows) * self._row_bytes
+
+    def _slot_bytes(self, turn: Turn) -> int:
+        return self._slot_rows(turn) * self._row_bytes
+
+    def _slot_rows(self, turn: Turn) -> int:
+        return min(bucket_rows(turn.slot_rows), round_up_rows(self._engine.manifest.max_context))
+
+    def arena(self, turn: Turn) -> Arena | None:
+        """The arena with room for a turn; None if there is no memory for it now."""
+        held = self._arena
+        large_enough = held is not None and held.kv.capacity >= turn.plan.arena_rows
+        # One that a long prompt left may leave no room for this turn's slot.
+        if held and large_enough and held.kv.bytes_reserved + self._slot_bytes(turn) <= self.most_bytes:
+            return held
+        # The old one goes first: both at once may be too much.
+        self._arena = held = None
+        if not self._make_room(self._arena_bytes(turn)):
+            return None
+        self._arena = self._engine.new_arena(turn.plan.arena_rows)
+        return self._arena
+
+    def slot(self, turn: Turn) -> TurnPool | None:
+        """A pool with a free slot for a turn; None if there is none now."""
+        if self.active == self._slots:
+            return None
+        capacity, method = self._slot_rows(turn), turn.policy.method
+        for pool in self.pools:
+            fits = pool.pool.kv.capacity >= turn.slot_rows and pool.method == method
+            if fits and pool.pool.kv.capacity <= capacity and not pool.full:
+                return pool
+        slots = self._slots
+        while slots and not self._make_room(slots * capacity * self._row_bytes):
+            slots //= 2
+        if not slots:
+            return None
+        pool = TurnPool(
+            self._engine.new_pool(slots, min(capacity, self._engine.manifest.max_context), method), method
+        )
+        self.pools.append(pool)
+        return pool
+
+    def _make_room(self, wanted: int) -> bool:
+        """Drop empty pools until so many bytes are free."""
+        while self.bytes_reserved + wanted > self.most_bytes:
+            empty = next((pool for pool in self.pools if not pool.turns), None)
+            if empty is None:
+                return False
+            self.pools.remove(empty)
+        return True
