@@ -137,7 +137,7 @@ def test_the_guided_head_looks_where_the_answer_is_found(
         for number, question in enumerate(lesson.questions):
             seen.add(question.task)
             inside = looks[(one.segments[0] == number) & (looks >= 0)]
-            parts = [2 * number] if question.task != "instruction" else [2 * number, 2 * number + 1]
+            parts = [3 * number] if question.task != "instruction" else [3 * number, 3 * number + 1]
             assert inside.unique().tolist() == parts
             # The last digits are written while the head looks at the target.
             cells = evidence[inside[-1]].reshape(2, 8, 8).nonzero()
@@ -145,9 +145,30 @@ def test_the_guided_head_looks_where_the_answer_is_found(
             assert all(y0 - 28 < 28 * y < y1 and x0 - 28 < 28 * x < x1 for _, y, x in cells.tolist())
             if question.task == "instruction":
                 assert {frame for frame, _, _ in cells.tolist()} <= {1}
-                before = evidence[2 * number].reshape(2, 8, 8).nonzero()
+                before = evidence[3 * number].reshape(2, 8, 8).nonzero()
                 assert {frame for frame, _, _ in before.tolist()} <= {0}
     assert seen == {"current", "earlier", "changed", "instruction"}
+
+
+def test_another_head_looks_at_what_a_relation_names(reference: Qwen2_5_VLForConditionalGeneration) -> None:
+    layout = packed.Layout(1, 448, 448)
+    lesson = lessons.scene_lesson(np.random.default_rng(0), layout)
+    asking = batches.collate([lesson], lambda _: forward_of(reference, layout), relative=False).asking
+    assert asking is not None
+    relations = 0
+    for number, question in enumerate(lesson.questions):
+        own = (asking.packed.segments[0] == number) & (asking.looks[0] >= 0)
+        looked, found = (asking.evidence[0, numbers[0, own][0]] for numbers in (asking.looks, asking.finds))
+        if question.task != "relation":
+            assert (looked == found).all()
+            continue
+        relations += 1
+        x0, y0, x1, y1 = question.named[0].box
+        cells = found.reshape(16, 16).nonzero().tolist()
+        assert cells
+        assert all(y0 - 28 < 28 * y < y1 and x0 - 28 < 28 * x < x1 for y, x in cells)
+        assert not (looked & found).any()
+    assert relations > 3
 
 
 def test_lessons_of_splits_differ_and_repeat() -> None:

@@ -121,7 +121,7 @@ def test_answers_click_into_the_box(clicks: list[Sample], steps: list[Sample]) -
         height, width, _ = sample.frames[-1].shape
         assert 0 <= sample.box[0] < sample.box[2] <= width
         assert 0 <= sample.box[1] < sample.box[3] <= height
-        assert bool(parsed.thought) == (sample.task in ("relation", "changed", "instruction"))
+        assert bool(parsed.thought) == (sample.task == "instruction")
 
 
 def test_tasks_are_balanced_and_screens_large(clicks: list[Sample], steps: list[Sample]) -> None:

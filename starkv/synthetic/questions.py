@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Questions about screens, and their right answers.
 
-Where a question names its target, the answer is the click. Where it doesn't, the answer first says what was
-found, as GUI agents do in their thoughts.
+The answer is the click. Only an instruction's says first what is done and what comes next, as GUI agents do
+in their thoughts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ class Question:
     task: str
     text: str
     thought: str
-    """What the answer says before the click; empty if the question names the target."""
+    """What the answer says before the click; empty if there is nothing to work out in words."""
     target: Element
     evidence: tuple[Evidence, ...]
     """What the answer is about, in the order in which it is needed."""
@@ -68,7 +68,7 @@ def relation_questions(random: np.random.Generator, scene: Scene) -> Iterator[Qu
             yield Question(
                 "relation",
                 f"{_verb(random)} what is {relation} {reference.name}.",
-                str(target.name),
+                "",
                 target,
                 (Evidence(0, reference.box), Evidence(0, target.box)),
             )
@@ -117,7 +117,7 @@ def changed_question(random: np.random.Generator, view: Sequence[Scene]) -> Ques
         return None
     target = new[0]
     evidence = (Evidence(last, target.box), Evidence(last - 1, target.box))
-    return Question("changed", f"{_verb(random)} what is new.", str(target.name), target, evidence)
+    return Question("changed", f"{_verb(random)} what is new.", "", target, evidence)
 
 
 def instruction_question(

@@ -14,6 +14,8 @@ from tokens import PHRASES
 from torch import Tensor
 from torch.utils.data import Dataset
 
+PLACES, NAMED = 3, 2
+"""Of a question: where its answer's rows should look, first and second, and what the question names."""
 DONE = next(phrase for phrase in PHRASES if "done" in phrase)
 
 
@@ -24,6 +26,8 @@ class Asking:
     packed: Packed
     looks: Tensor
     """``[B, T]``, see :func:`look_numbers`."""
+    finds: Tensor
+    """``[B, T]``: the same for the head that looks at what a question names."""
     evidence: Tensor
     """``[B, E, visual tokens]``, true where each place lies."""
 
@@ -92,15 +96,18 @@ def _asking(lessons: Sequence[Lesson], packer: PackedForward, places: Sequence[n
     done = packer.tokenizer.convert_tokens_to_ids(DONE)
     most = max(len(one) for one in places)
     padded = [np.pad(one, ((0, most - len(one)), (0, 0))) for one in places]
+    questions = [lesson.questions for lesson in lessons]
+    looks = look_numbers(packed, done, questions)
     return Asking(
         packed,
-        look_numbers(packed, done, [lesson.questions for lesson in lessons]),
+        looks,
+        find_numbers(looks, packed, questions),
         torch.from_numpy(np.stack(padded)),
     )
 
 
 def _cells(lesson: Lesson, relative: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Facts ``[8, visual tokens]``; each question's two places ``[2 * questions, visual tokens]``."""
+    """Facts ``[8, visual tokens]``; each question's places ``[3 * questions, visual tokens]``."""
     _, height, width = lesson.layout
     owners = [cell_owners([element.box for element in frame], height, width) for frame in lesson.shown]
     facts = [
@@ -108,12 +115,13 @@ def _cells(lesson: Lesson, relative: bool) -> tuple[np.ndarray, np.ndarray]:
         for number, (shown, owner) in enumerate(zip(lesson.shown, owners, strict=True))
     ]
     numbers = [{element.box: number for number, element in enumerate(frame)} for frame in lesson.shown]
-    places = np.zeros((2 * len(lesson.questions), len(owners), *owners[0].shape), bool)
+    places = np.zeros((PLACES * len(lesson.questions), len(owners), *owners[0].shape), bool)
     for index, question in enumerate(lesson.questions):
-        for part, look in enumerate(question.looks):
+        parts = {**dict(enumerate(question.looks)), NAMED: question.named}
+        for part, look in parts.items():
             for frame, box in look:
                 if box in numbers[frame]:
-                    places[2 * index + part, frame] |= owners[frame] == numbers[frame][box]
+                    places[PLACES * index + part, frame] |= owners[frame] == numbers[frame][box]
     return (
         np.concatenate([part.reshape(8, -1) for part in facts], 1),
         places.reshape(len(places), lesson.layout.visual_tokens),
@@ -123,7 +131,7 @@ def _cells(lesson: Lesson, relative: bool) -> tuple[np.ndarray, np.ndarray]:
 def look_numbers(packed: Packed, done: int, questions: Sequence[Sequence[Asked]]) -> Tensor:
     """Number of the place that each row should look at ``[B, T]``: of a question's first one, or of its
     second one once the answer has said what is done; −1 for rows that write no answer."""
-    looks = torch.where(packed.targets == IGNORE, -1, 2 * packed.segments)
+    looks = torch.where(packed.targets == IGNORE, -1, PLACES * packed.segments)
     for row, asked in enumerate(questions):
         for number, question in enumerate(asked):
             if len(question.looks) == 2:
@@ -132,3 +140,15 @@ def look_numbers(packed: Packed, done: int, questions: Sequence[Sequence[Asked]]
                 later = after.cumsum(0).bool() & inside & (looks[row] >= 0)
                 looks[row, later] += 1
     return looks
+
+
+def find_numbers(looks: Tensor, packed: Packed, questions: Sequence[Sequence[Asked]]) -> Tensor:
+    """Number of the place of what each row's question names ``[B, T]``: that of :func:`look_numbers` where it
+    names what the answer is about."""
+    finds = looks.clone()
+    for row, asked in enumerate(questions):
+        for number, question in enumerate(asked):
+            if question.named:
+                own = (packed.segments[row] == number) & (looks[row] >= 0)
+                finds[row, own] = PLACES * number + NAMED
+    return finds

@@ -14,6 +14,9 @@ TAPPED_LAYER = 1
 """Layer after which visual tokens have to know what they show."""
 GUIDED_FROM_LAST = 2
 """The layer of which one head is told where to look is the last but one: the last writes what was found."""
+FINDING_FROM_LAST = 3
+"""The layer of which one head is told where the question's own words lie, such as what a target is left of:
+one layer before the target itself is looked at."""
 COMPARED_FROM_LAST = 3
 """Layer after which visual tokens have to know what changed since the frame before."""
 
@@ -32,6 +35,8 @@ class Hidden(NamedTuple):
     """The same, further up."""
     attended_log: Tensor
     """``[B, T, visual tokens]``: log-probabilities with which the guided head's packed rows attend."""
+    finding_log: Tensor
+    """The same of the head that is told where the question's own words lie."""
 
 
 def decoder_hidden(
@@ -57,7 +62,7 @@ def decoder_hidden(
     config = decoder.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     batch, length, _ = x.shape
-    tapped = compared = attended_log = x
+    tapped = compared = attended_log = finding_log = x
     bias = torch.where(mask, 0.0, NEVER)
     for index, layer in enumerate(decoder.layers):
         attention = layer.self_attn
@@ -67,9 +72,9 @@ def decoder_hidden(
         v = attention.v_proj(h).view(batch, length, kv_heads, -1).transpose(1, 2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if index == config.num_hidden_layers - GUIDED_FROM_LAST:
-            scores = q[:, 0, prefix:].float() @ k[:, 0].float().transpose(1, 2) / q.shape[-1] ** 0.5
-            seen = scores.masked_fill(~mask[:, 0, prefix:], float("-inf"))
-            attended_log = seen.log_softmax(-1)[:, :, image_slots]
+            attended_log = _first_head_log(q, k, mask, prefix, image_slots)
+        if index == config.num_hidden_layers - FINDING_FROM_LAST:
+            finding_log = _first_head_log(q, k, mask, prefix, image_slots)
         k, v = (t.repeat_interleave(heads // kv_heads, 1) for t in (k, v))
         bias = bias.to(q.dtype)
         # Rows of the prefix never see what is packed behind it.
@@ -84,4 +89,11 @@ def decoder_hidden(
             tapped = x[:, image_slots]
         if index == config.num_hidden_layers - COMPARED_FROM_LAST:
             compared = x[:, image_slots]
-    return Hidden(rms_norm(x, decoder.norm)[:, prefix:], tapped, compared, attended_log)
+    return Hidden(rms_norm(x, decoder.norm)[:, prefix:], tapped, compared, attended_log, finding_log)
+
+
+def _first_head_log(q: Tensor, k: Tensor, mask: Tensor, prefix: int, image_slots: Tensor) -> Tensor:
+    """Log-probabilities with which the first head's packed rows attend to visual tokens."""
+    scores = q[:, 0, prefix:].float() @ k[:, 0].float().transpose(1, 2) / q.shape[-1] ** 0.5
+    seen = scores.masked_fill(~mask[:, 0, prefix:], float("-inf"))
+    return seen.log_softmax(-1)[:, :, image_slots]

@@ -57,6 +57,8 @@ class Asked:
     """Where a click counts."""
     looks: tuple[tuple[Evidence, ...], ...]
     """One or two places; the second counts once the answer has said what is done."""
+    named: tuple[Evidence, ...] = ()
+    """What the question names, if that is not what the answer is about: another head should look there."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,17 @@ def _lesson(
         layout,
         tuple(frames),
         tuple(shown),
-        tuple(Asked(q.task, q.text, q.answer, q.target.box, _looks(q)) for q in questions),
+        tuple(
+            Asked(
+                q.task,
+                q.text,
+                q.answer,
+                q.target.box,
+                _looks(q),
+                q.evidence[:1] if q.task == "relation" else (),
+            )
+            for q in questions
+        ),
     )
 
 

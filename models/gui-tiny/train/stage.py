@@ -111,9 +111,9 @@ class Stage:
         counted = packed.targets != IGNORE
         logits = forward.logits(hidden.packed[counted]).float()
         answer = F.cross_entropy(logits, packed.targets[counted])
-        guidance = guidance_loss(
-            hidden.attended_log, asking.looks.to(self.device), asking.evidence.to(self.device)
-        )
+        evidence = asking.evidence.to(self.device)
+        guidance = guidance_loss(hidden.attended_log, asking.looks.to(self.device), evidence)
+        guidance = guidance + guidance_loss(hidden.finding_log, asking.finds.to(self.device), evidence)
         parts = torch.cat(
             [
                 self.heads.shown.losses(hidden.tapped, facts[:, :6]),
