@@ -4,6 +4,7 @@
 encode an image, … → prefill a chunk, … → compress → decode a token, … → finish
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -63,7 +64,7 @@ class Turn:
         self._encoded: list[Floats] = []
         self._embeds: Floats | None = None
         self._done = 0
-        self._chunks = iter(())  # type: Iterator[int]
+        self._chunks: Iterator[int] = iter(())
         self._logits: Floats | None = None
         self.timings.image_tokens = plan.image_tokens
         self.timings.prompt_tokens = len(plan.ids)

@@ -14,6 +14,7 @@ from starkv.cli.console import note, results
 from starkv.cli.kept_picture import draw_kept
 from starkv.cli.kept_scores import stage_name
 from starkv.methods.names import FULL, GUI_KV, PYRAMIDKV, RANDOM, SNAPKV, STAR_KV, STREAMING_LLM
+from starkv.methods.rows import PromptRows
 from starkv.runtime.actions.coordinates import JsonValue
 from starkv.runtime.agent import Agent, AgentReply, understand
 from starkv.runtime.drawing import check_place, save_png
@@ -131,7 +132,7 @@ def inspect_kept(engine: Path, verify: bool, question: Question, out: Path | Non
         messages = opening(question.prompt, count, agent.engine.manifest.prompt)
         text = "".join(session.reply(messages, images[:count], parameters))
     reply = understand(text, session)
-    if session.compressed is None or session.prompt is None:
+    if session.compressed is None or not isinstance(session.prompt, PromptRows):
         raise AssertionError("a reply leaves its prompt and what was kept of it")
     kept = kept_tokens(session.compressed, session.prompt, question.policy, question.layer, question.head)
     seen = Inspection(

@@ -111,7 +111,7 @@ class StreamRows:
 
     def marked(self, protected: tuple[int, ...]) -> NDArray[np.int32]:
         """``row_meta`` with the rows of these tokens, and no others, marked as not to be evicted."""
-        meta = self.row_meta.copy()
+        meta: NDArray[np.int32] = self.row_meta.copy()
         valid = np.arange(self.length) < self.lengths[:, None]
         marks = np.isin(meta[..., ROW_TOKEN], protected).astype(np.int32)
         meta[..., ROW_PROTECTED] = np.where(valid, marks, -1)

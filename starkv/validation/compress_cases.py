@@ -109,6 +109,7 @@ def make_case(
     kept = Budget(ratio=size.budget).rows(prompt.length)
     state = _earlier_state(heads, prompt, config, draw)
     request = request_star_kv(config, prompt, kept, state.progress, config.window)
+    assert isinstance(request.prompt, PromptRows)
     keys = (1.5 * draw(heads.kv_heads, prompt.length, heads.head_dim)).to(dtype)
     prefill = Prefill.of_prompt(
         keys=keys,
