@@ -248,3 +248,23 @@ def test_bytes_that_are_no_text_are_replaced(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"on\xffe\n"), "utf-8"))
     assert starkv("chat", "--engine", reciting.engine).out == f"{REPLY}\n"
     assert texts(asked[-1][1]) == [("user", "on\ufffde")]
+
+
+def test_a_stream_reads_only_what_is_new(talk: Talk, asked: Asked, screenshot: Path) -> None:
+    lines = ["click the red star", "again", "and again"]
+    whole, part = talk(lines, "--image", screenshot), talk(lines, "--image", screenshot, "--stream")
+    assert part.out == whole.out
+
+    def read(outcome: Outcome) -> list[int]:
+        return [int(note.split("; ")[1].split()[0]) for note in outcome.err.splitlines()]
+
+    first, second, third = read(part)
+    assert first == read(whole)[0]
+    assert max(second, third) < first < read(whole)[1] < read(whole)[2]
+    assert asked[-1][0].state is not None
+
+
+def test_a_window_belongs_to_a_stream(talk: Talk) -> None:
+    outcome = talk(["hello"], "--screenshots", 3)
+    assert outcome.code == 2
+    assert "--screenshots belongs to --stream" in outcome.err

@@ -17,11 +17,14 @@ from starkv.cli.options import (
     Engine,
     MaxNewTokens,
     NoVerify,
+    Screenshots,
     Seed,
     Stop,
+    Stream,
     Temperature,
     Threads,
     TopP,
+    stream_mode,
 )
 from starkv.errors import StarkvError
 
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from starkv.runtime.generation import SamplingParameters
     from starkv.runtime.kv.policy import KvPolicy
     from starkv.runtime.preprocess.tokenizer import Message
+    from starkv.runtime.session import Mode
 
 _HELP = """\
 /image PATH  attach a screenshot to the next message; without PATH, take attached ones away
@@ -53,6 +57,8 @@ def chat(
     kv_budget: KvBudget = None,
     kv_capacity: KvCapacity = None,
     kv_mode: KvMode = "native",
+    stream: Stream = False,
+    screenshots: Screenshots = None,
     dialect: Dialect = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
@@ -65,7 +71,8 @@ def chat(
 ) -> None:
     """Talk to an engine: one line of input is one message; /help lists the commands.
 
-    Replies go to stdout, everything else to stderr. The whole conversation is prefilled for each reply.
+    Replies go to stdout, everything else to stderr. The whole conversation is prefilled for each reply, or
+    with --stream only what is new in it.
 
     Example: [bold]starkv chat --engine gui-tiny --image examples/screen.png --kv-budget 0.4[/]
     """
@@ -81,7 +88,10 @@ def chat(
     images = [load_image(path) for path in image or []]
     agent = Agent.load(find_engine(engine, device=device), not no_verify, threads, device)
     policy = kv_options.policy(agent.engine.manifest)
-    conversation = Conversation(agent, policy, parameters, words or agent.engine.manifest.prompt)
+    mode = stream_mode(stream, screenshots)
+    conversation = Conversation(
+        agent, policy, parameters, words or agent.engine.manifest.prompt, mode, screenshots
+    )
     for screenshot in images:
         conversation.attach(screenshot)
     if sys.stdin.isatty():
@@ -159,9 +169,16 @@ class Conversation:
     """
 
     def __init__(
-        self, agent: "Agent", policy: "KvPolicy", parameters: "SamplingParameters", dialect: "PromptDialect"
+        self,
+        agent: "Agent",
+        policy: "KvPolicy",
+        parameters: "SamplingParameters",
+        dialect: "PromptDialect",
+        mode: "Mode" = "prompt",
+        screenshots: int | None = None,
     ) -> None:
         self._agent, self._policy, self._parameters, self._dialect = agent, policy, parameters, dialect
+        self._mode, self._screenshots = mode, screenshots
         self.reset()
 
     def reset(self) -> None:
@@ -169,7 +186,9 @@ class Conversation:
         from starkv.runtime.session import Session
 
         # One session for all replies: its replies are the trajectory that STaR-KV remembers.
-        self._session = Session(self._agent.engine, self._agent.tokenizer, self._policy)
+        self._session = Session(
+            self._agent.engine, self._agent.tokenizer, self._policy, self._mode, self._screenshots
+        )
         self._messages: list[Message] = []
         self._images: list[Image.Image] = []
         self.attached: list[Image.Image] = []
@@ -235,5 +254,5 @@ class Conversation:
             ending = f"; cut at {self._parameters.max_new_tokens} tokens"
         note(
             f"{timings.generated_tokens} tokens, {timings.decode_per_second:.0f} tokens/s; "
-            f"{kept_rows(timings)}{ending}"
+            f"{timings.prompt_tokens} read; {kept_rows(timings)}{ending}"
         )

@@ -2,11 +2,14 @@
 """Options that several subcommands share, so that they are named and explained once."""
 
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
 from starkv.manifest import PromptDialect
+
+if TYPE_CHECKING:
+    from starkv.runtime.session import Mode
 
 Model = Annotated[str, typer.Argument(help="Model card's name (see `models/`) or a Hugging Face folder.")]
 Quantization = Annotated[
@@ -87,3 +90,32 @@ Temperature = Annotated[float, typer.Option(help="0 is greedy.", min=0.0)]
 TopP = Annotated[float, typer.Option(help="Nucleus of the sampling.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End the reply before this text; may be repeated.")]
+Stream = Annotated[
+    bool,
+    typer.Option(
+        "--stream",
+        help="Go on from the compacted KV cache of the turn before, instead of prefilling all turns again.",
+    ),
+]
+Screenshots = Annotated[
+    int | None,
+    typer.Option(
+        "--screenshots",
+        min=1,
+        help="With --stream: most screenshots in view; the oldest makes room. All by default.",
+        show_default=False,
+    ),
+]
+
+
+def stream_mode(stream: bool, screenshots: int | None) -> "Mode":
+    """The session mode that the options ask for.
+
+    Raises:
+        UsageError: a number of screenshots without a stream.
+    """
+    from starkv.errors import UsageError
+
+    if screenshots is not None and not stream:
+        raise UsageError("--screenshots belongs to --stream; give both, or leave older images out yourself")
+    return "stream" if stream else "prompt"
