@@ -25,6 +25,8 @@ OFFICIAL ?=
 KV     := $(if $(BUDGET),--kv-budget '$(BUDGET)')
 IMAGE  ?= examples/screen.png
 PROMPT ?= Click the red star.
+# Of `make serve`.
+PORT   ?= 8080
 # Through the environment, so that quotes in a prompt reach the command as they are.
 export IMAGE PROMPT
 
@@ -47,7 +49,7 @@ OUT   ?= runs/gui-table
 TABLE ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo engine run chat bench plugin validate gui-table gpu-check trt-check test lint train clean
+.PHONY: help demo engine run chat serve bench plugin validate gui-table gpu-check trt-check test lint train clean
 
 help:  ## Show the targets.
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -101,6 +103,13 @@ run: $(VENV)/run-ready  ## Ask an engine: [MODEL=…] [IMAGE=…] [PROMPT=…] [
 
 chat: $(VENV)/run-ready  ## Talk to an engine about a screenshot: [MODEL=…] [IMAGE=…] [BUDGET=0.2].
 	$(STARKV) chat --engine '$(MODEL)' --image "$$IMAGE" $(KV)
+
+$(VENV)/serve-ready: pyproject.toml $(VENV)/run-ready
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cpu,export,serve]'
+	@touch $@
+
+serve: $(VENV)/serve-ready  ## Serve an engine to OpenAI's clients: [MODEL=…] [PORT=8080] [BUDGET=0.2].
+	$(STARKV) serve --engine '$(MODEL)' --port '$(PORT)' $(KV)
 
 bench: $(VENV)/run-ready  ## Measure an engine: [MODEL=…] [BUDGET=0.2].
 	$(STARKV) bench --engine '$(MODEL)' $(KV)

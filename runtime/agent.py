@@ -2,7 +2,7 @@
 """A screenshot and an instruction in, a typed action on the screen out."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -19,7 +19,7 @@ from starkv.runtime.engines.base import Engine
 from starkv.runtime.engines.opening import open_engine
 from starkv.runtime.generation import SamplingParameters
 from starkv.runtime.kv.policy import KvPolicy
-from starkv.runtime.preprocess.image import load_image
+from starkv.runtime.preprocess.image import ImageInputs, load_image
 from starkv.runtime.preprocess.tokenizer import ChatTokenizer
 from starkv.runtime.prompts.dialects import opening
 from starkv.runtime.session import Session
@@ -62,11 +62,7 @@ class AgentReply:
             "finish_reason": self.finish_reason,
             "resized_wh": list(self.resized),
             "original_wh": list(self.original),
-            "timings": {
-                **{name: round(value, 3) for name, value in asdict(self.timings).items()},
-                "prefill_per_second": round(self.timings.prefill_per_second, 2),
-                "decode_per_second": round(self.timings.decode_per_second, 2),
-            },
+            "timings": self.timings.to_json(),
         }
 
 
@@ -155,11 +151,31 @@ def understand(text: str, session: Session, dialect: PromptDialect | None = None
         session: has answered a prompt with at least one screenshot.
         dialect: of the prompt; the engine's by default.
     """
-    parse = parse_pyautogui if (dialect or session.engine.manifest.prompt) == "opencua" else parse_response
-    seen = session.images[-1]
+    manifest, seen = session.engine.manifest, session.images[-1]
+    return interpret(text, manifest, seen, session.timings, session.finish_reason or "length", dialect)
+
+
+def interpret(
+    text: str,
+    manifest: Manifest,
+    seen: ImageInputs,
+    timings: Timings,
+    finish_reason: str,
+    dialect: PromptDialect | None = None,
+) -> AgentReply:
+    """What a reply wants done on a screenshot.
+
+    Args:
+        text: the reply.
+        manifest: of the engine: how it writes coordinates.
+        seen: the screenshot.
+        timings: of the reply.
+        finish_reason: why it ended.
+        dialect: of the prompt; the engine's by default.
+    """
+    parse = parse_pyautogui if (dialect or manifest.prompt) == "opencua" else parse_response
     resized = Size(seen.resized_width, seen.resized_height)
     original = Size(seen.original_width, seen.original_height)
-    convention = session.engine.manifest.coordinates
     actions: tuple[Action, ...] = ()
     thought, error = "", None
     try:
@@ -172,9 +188,9 @@ def understand(text: str, session: Session, dialect: PromptDialect | None = None
         thought=thought,
         actions=actions,
         error=error,
-        action_json=tuple(to_json(action, resized, original, convention) for action in actions),
+        action_json=tuple(to_json(action, resized, original, manifest.coordinates) for action in actions),
         resized=resized,
         original=original,
-        finish_reason=session.finish_reason or "length",
-        timings=session.timings,
+        finish_reason=finish_reason,
+        timings=timings,
     )

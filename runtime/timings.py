@@ -4,7 +4,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 
 @dataclass
@@ -51,3 +51,11 @@ class Timings:
     def decode_per_second(self) -> float:
         """Tokens per second of the decode steps; the first token comes from the prefill."""
         return 1e3 * (self.generated_tokens - 1) / self.decode_ms if self.decode_ms else 0.0
+
+    def to_json(self) -> dict[str, float]:
+        """All figures, and tokens per second."""
+        return {
+            **{name: round(value, 3) for name, value in asdict(self).items()},
+            "prefill_per_second": round(self.prefill_per_second, 2),
+            "decode_per_second": round(self.decode_per_second, 2),
+        }

@@ -61,13 +61,14 @@ def png_bytes(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
-def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
+def load_image(source: str | Path | bytes | Image.Image, most_pixels: int = MAX_PIXELS) -> Image.Image:
     """Open, check and decode an image.
 
     The header is checked before a single pixel is decoded, so a decompression bomb costs nothing.
 
     Args:
         source: a path, the bytes of a file, or an image; an upright RGB image is returned as it is.
+        most_pixels: a larger one is refused; never more than ``MAX_PIXELS``.
 
     Returns:
         An upright RGB image.
@@ -76,7 +77,7 @@ def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
         ImageError: missing, unreadable or damaged file, unknown format, or a size out of bounds.
     """
     if isinstance(source, Image.Image):
-        return _upright_rgb(source, "image")
+        return _upright_rgb(source, "image", most_pixels)
     if isinstance(source, bytes):
         name, data = "image", source
     else:
@@ -93,7 +94,7 @@ def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
         ) from None
     except Exception as error:  # Pillow's parsers raise nearly anything on damaged bytes
         raise ImageError(f"{name} can't be read: {_one_line(error)}") from None
-    return _upright_rgb(image, name)
+    return _upright_rgb(image, name, most_pixels)
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -190,15 +191,16 @@ def _read(path: Path) -> bytes:
         raise ImageError(f"{path} can't be read: {_one_line(error)}") from None
 
 
-def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+def _upright_rgb(image: Image.Image, name: str, most_pixels: int) -> Image.Image:
     """Check the size, decode, turn upright, lay over white."""
     width, height = image.size
+    most_pixels = min(most_pixels, MAX_PIXELS)
     if min(width, height) < 1:
         raise ImageError(f"{name} is empty: {width}x{height} pixels")
-    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+    if max(width, height) > MAX_SIDE or width * height > most_pixels:
         raise ImageError(
             f"{name} is too large: {width}x{height} pixels, at most {MAX_SIDE:,} on a side and "
-            f"{MAX_PIXELS:,} in all; scale it down first"
+            f"{most_pixels:,} in all; scale it down first"
         )
     try:
         image.load()

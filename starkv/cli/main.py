@@ -17,6 +17,7 @@ from starkv.cli.eval import evaluate
 from starkv.cli.export import export
 from starkv.cli.inspect import inspect
 from starkv.cli.run import run
+from starkv.cli.serve import serve
 from starkv.cli.validate import app as validate_app
 from starkv.errors import StarkvError
 
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     help="Compile GUI vision-language models into quantized engines and run them offline.",
 )
-for command in (export, build, run, chat, inspect, doctor, bench):
+for command in (export, build, run, chat, serve, inspect, doctor, bench):
     app.command()(command)
 app.command("eval")(evaluate)
 app.add_typer(validate_app, name="validate")
@@ -50,13 +51,16 @@ def options(
 
 
 _EXTRA_OF = {
+    "fastapi": "serve",
     "huggingface_hub": "export",
     "matplotlib": "eval",
     "onnx": "export",
     "onnx_ir": "export",
     "onnxscript": "trace",
+    "prometheus_client": "serve",
     "torch": "trace",
     "transformers": "trace",
+    "uvicorn": "serve",
 }
 """Package that a subcommand imports when it needs it → our extra that brings it."""
 

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The server's endpoints."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+
+from starkv import __version__
+from starkv.manifest import Manifest
+from starkv.runtime.engines.base import EngineInfo
+from starkv.runtime.server.bridge import SchedulerLike
+from starkv.runtime.server.chat import Chat
+from starkv.runtime.server.errors import ApiError, answer
+from starkv.runtime.server.guard import CHAT, Guard
+from starkv.runtime.server.logs import note
+from starkv.runtime.server.metrics import Metrics
+from starkv.runtime.server.options import ServerOptions
+
+CLOSE_SECONDS = 30.0
+"""How long requests may go on after the server was asked to end."""
+
+
+def create_app(
+    scheduler: SchedulerLike, manifest: Manifest, info: EngineInfo, options: ServerOptions
+) -> FastAPI:
+    """The server as an ASGI application; its end closes the scheduler.
+
+    Args:
+        scheduler: generates.
+        manifest: of its engine.
+        info: of its engine.
+        options: limits and defaults.
+    """
+    metrics = Metrics(scheduler)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(scheduler.close, CLOSE_SECONDS)
+
+    app = FastAPI(title="starkv", version=__version__, lifespan=lifespan, openapi_url=None)
+    chat = Chat(scheduler, manifest, options, metrics)
+
+    @app.exception_handler(ApiError)
+    async def api_failed(_: Request, error: ApiError) -> JSONResponse:
+        note("refused", status=error.status, code=error.code, parameter=error.parameter)
+        return answer(error)
+
+    @app.exception_handler(HTTPException)
+    async def http_failed(request: Request, error: HTTPException) -> JSONResponse:
+        return answer(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> JSONResponse:
+        logging.getLogger("starkv.server").error("internal error", exc_info=error)
+        return answer(ApiError(500, f"internal error: {type(error).__name__}; see the server's log"))
+
+    app.add_middleware(Guard, key=options.api_key, metrics=metrics)
+    app.add_api_route(CHAT, chat.__call__, methods=["POST"], response_model=None)
+    _add_facts(app, scheduler, manifest, info, options)
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+def _add_facts(
+    app: FastAPI, scheduler: SchedulerLike, manifest: Manifest, info: EngineInfo, options: ServerOptions
+) -> None:
+    """Endpoints that tell what the server is and does."""
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": options.model, "object": "model", "owned_by": "starkv"}]}
+
+    @app.get("/slots")
+    async def slots() -> dict[str, Any]:
+        return asdict(scheduler.status())
+
+    @app.get("/props")
+    async def props() -> dict[str, Any]:
+        policy = options.policy
+        return {
+            "starkv": __version__,
+            "model": options.model,
+            "engine": {"name": manifest.name, "quantization": manifest.quantization, **asdict(info)},
+            "max_context": manifest.max_context,
+            "coordinates": manifest.coordinates,
+            "prompt": manifest.prompt,
+            "pixels": {"min": manifest.image.min_pixels, "max": manifest.image.max_pixels},
+            "kv": {
+                "method": policy.method,
+                "budget": policy.budget.ratio,
+                "capacity": policy.budget.capacity,
+            },
+            "limits": {
+                "body_bytes": options.most_body_bytes,
+                "images": options.most_images,
+                "image_pixels": options.most_image_pixels,
+                "new_tokens": options.most_new_tokens,
+                "timeout_seconds": options.timeout_seconds,
+            },
+        }
