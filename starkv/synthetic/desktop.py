@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from starkv.synthetic.layout import Names, make_widget, random_scene
-from starkv.synthetic.popups import Popup, fits, list_popup, window_popup
+from starkv.synthetic.popups import Popup, fits, popup_of
 from starkv.synthetic.scene import Element, Scene, find_place
 from starkv.synthetic.widgets import Name, Widget
 
@@ -67,8 +67,7 @@ class Desktop:
         opener = self.scene.find(self.opened) if self.opened else None
         if opener is None:
             return None
-        make = list_popup if opener.widget.kind == "menu" else window_popup
-        return make(self.scene, opener, self.contents[opener.name])
+        return popup_of(self.scene, opener, self.contents[opener.name])
 
     @property
     def clickable(self) -> tuple[Element, ...]:
@@ -155,13 +154,11 @@ def random_desktop(seed: int, height: int, width: int, fewest: int, most: int) -
         kind = element.widget.kind
         if kind == "menu":
             inside = _widgets(random, names, icons=0.0)
-            make = list_popup
         elif kind in ("button", "icon") and random.random() < _OPENS_WINDOW:
             inside = _widgets(random, names, icons=0.4)
-            make = window_popup
         else:
             continue
-        if len(inside) > 1 and fits(scene, make(scene, element, inside)):
+        if len(inside) > 1 and fits(scene, popup_of(scene, element, inside)):
             contents[element.name] = inside
         else:
             for widget in inside:
