@@ -3,6 +3,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from command import Command, Outcome
 from conftest import ChatModel
 
 from starkv.runtime.agents.environment import Environment, EnvironmentOptions, open_environment
+from starkv.runtime.generation import SamplingParameters
 from starkv.runtime.session import Session
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "agent.md"
@@ -34,8 +36,8 @@ def example(number: int) -> str:
 def sign(starkv: Command, monkeypatch: pytest.MonkeyPatch) -> str:
     """The documentation's environment, as a module in the working folder that no other test knows."""
     Path("mine.py").write_text(example(0))
-    monkeypatch.setattr("sys.path", ["", *__import__("sys").path])
-    monkeypatch.delitem(__import__("sys").modules, "mine", raising=False)
+    monkeypatch.setattr("sys.path", ["", *sys.path])
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
     return "mine:Sign"
 
 
@@ -49,8 +51,8 @@ def test_the_documented_environment_works(work: Work, sign: str) -> None:
     run, first, second, outcome = map(json.loads, Path("run/trace.jsonl").read_text().splitlines())
     assert (run["kv_method"], run["kv_budget"]) == ("star_kv", 0.5)
     assert first["text"] == second["text"] == REPLY
-    # 280 x 196 pixels are what the model sees, too.
-    assert first["actions"] == [{"type": "click", "model_xy": [56, 28], "screen_xy": [56, 28]}]
+    # The model sees the 280 x 196 pixels as 252 x 168.
+    assert first["actions"] == [{"type": "click", "model_xy": [56, 28], "screen_xy": [62.22, 32.67]}]
     assert 0 < second["timings"]["kv_tokens_kept"] < second["timings"]["kv_tokens_full"]
     assert second["timings"]["image_tokens"] == 2 * first["timings"]["image_tokens"]
     assert outcome["success"] is True
@@ -139,24 +141,21 @@ def test_an_environment_without_a_goal_needs_one(starkv: Command, sign: str) -> 
 def test_environments_are_closed_whatever_happens(
     starkv: Command, sign: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    closed = []
-    monkeypatch.setattr(Environment, "close", closed.append)
+    closed: list[Environment] = []
+    monkeypatch.setattr(Environment, "close", lambda environment: closed.append(environment))
     starkv("agent", "--engine", "no/such/engine", "--environment", sign, "--goal", "x")
     assert len(closed) == 1
 
 
-def test_the_documented_python_runs(
-    reciting: ChatModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_documented_python_runs(reciting: ChatModel) -> None:
     code = example(1).replace("engines/gui-tiny-ort-int8", str(reciting.engine))
     code = code.replace("manifest.coordinates)", "manifest.coordinates, steps=1, parameters=SHORT)")
-    from starkv.runtime.generation import SamplingParameters
-
     names: dict[str, object] = {"SHORT": SamplingParameters(8)}
     exec(code, names)
     assert names["outcome"].steps == 1  # type: ignore[attr-defined]
 
 
-def test_an_environment_need_only_look_right() -> None:
-    options = EnvironmentOptions(seed=1)
-    assert open_environment("starkv.runtime.agents.desktop:DesktopEnvironment", options).goal
+def test_a_class_can_be_named_by_its_module() -> None:
+    named, full = "desktop", "starkv.runtime.agents.desktop:DesktopEnvironment"
+    goals = [open_environment(name, EnvironmentOptions(seed=1)).goal for name in (named, full)]
+    assert goals[0] == goals[1] is not None
