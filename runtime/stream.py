@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 from starkv.runtime.kv.parked import ParkedRows
 from starkv.runtime.kv.policy import StarKVMemory
 
-_TAIL = 24
-"""Characters at the end of the known text that are looked for before the whole is compared."""
-_EMPTY_TURN = re.compile(r"<\|im_start\|>user\n<\|im_end\|>\n")
+_EMPTY_TURN = r"<\|im_start\|>user\n<\|im_end\|>\n"
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,9 @@ def continuation(
 ) -> Continuation | None:
     """Where a conversation goes on from a stream; None if it is another conversation.
 
-    A client may have left out the oldest screenshots, as UI-TARS's own does with all but the last five:
-    rendered text is compared without image placeholders and without turns that held nothing else.
+    A client may have left out the oldest screenshots, as UI-TARS's own does with all but the last five, and
+    written special tokens around places, which vanish when a reply is decoded: rendered text is compared
+    without image placeholders, without turns that held nothing else, and without those tokens.
 
     Args:
         state: of the stream.
@@ -68,22 +67,28 @@ def continuation(
         image_keys: of its screenshots, in order.
         placeholder: text of the image placeholder.
     """
-    tail = state.text[-_TAIL:]
-    known = _without_images(state.text, placeholder)
-    end = text.find(tail)
-    while end >= 0:
-        split = end + len(tail)
-        shown = text.count(placeholder, 0, split)
-        if (
-            _without_images(text[:split], placeholder) == known
-            and shown <= len(state.image_keys)
-            and tuple(image_keys[:shown]) == state.image_keys[len(state.image_keys) - shown :]
-        ):
-            return Continuation(text[split:], shown)
-        end = text.find(tail, end + 1)
-    return None
+    known, _ = _bare(state.text, placeholder)
+    bare, places = _bare(text, placeholder)
+    if not known or not bare.startswith(known):
+        return None
+    split = places[len(known) - 1] + 1
+    shown = text.count(placeholder, 0, split)
+    hidden = len(state.image_keys) - shown
+    if hidden < 0 or tuple(image_keys[:shown]) != state.image_keys[hidden:]:
+        return None
+    return Continuation(text[split:], shown)
 
 
-def _without_images(text: str, placeholder: str) -> str:
-    bare = re.sub(rf"(<\|vision_start\|>)?{re.escape(placeholder)}(<\|vision_end\|>)?\n?", "", text)
-    return _EMPTY_TURN.sub("", bare)
+def _bare(text: str, placeholder: str) -> tuple[str, list[int]]:
+    """The text without what clients leave out or write otherwise, and where each of its characters was."""
+    places = list(range(len(text)))
+    image = rf"(?:<\|vision_start\|>)?{re.escape(placeholder)}(?:<\|vision_end\|>)?\n?"
+    for pattern in (rf"{image}|<\|box_(?:start|end)\|>", _EMPTY_TURN):
+        kept, end = [], 0
+        for found in re.finditer(pattern, text):
+            kept.append((end, found.start()))
+            end = found.end()
+        kept.append((end, len(text)))
+        places = [place for start, stop in kept for place in places[start:stop]]
+        text = "".join(text[start:stop] for start, stop in kept)
+    return text, places

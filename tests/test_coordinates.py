@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from starkv.manifest import CoordinateConvention
-from starkv.runtime.actions.coordinates import ScreenPoint, Size, to_json, to_screen
+from starkv.runtime.actions.coordinates import ScreenPoint, Size, on_screen, to_json, to_screen
 from starkv.runtime.actions.types import (
     Action,
     CallUser,
@@ -106,3 +106,12 @@ def test_json_form(action: Action, expected: dict[str, object]) -> None:
     values = to_json(action, RESIZED, SCREEN, "absolute")
     assert values == expected
     assert json.loads(json.dumps(values)) == expected
+
+
+def test_an_action_moves_to_the_screen_with_all_its_places() -> None:
+    moved = on_screen(Drag(Point(10, 20), Point(999, 0)), Size(100, 50), Size(200, 200), "absolute")
+    assert moved == Drag(Point(20, 80), Point(199, 0))
+    assert on_screen(Click(Point(500, 500)), Size(1, 1), Size(80, 40), "relative_1000") == Click(
+        Point(40, 20)
+    )
+    assert on_screen(Scroll("down"), Size(1, 1), Size(2, 2), "absolute") == Scroll("down")

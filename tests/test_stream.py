@@ -17,11 +17,13 @@ from starkv.methods.stream_rows import StreamRows
 from starkv.runtime.agent import Agent
 from starkv.runtime.engines.torch_reference import TorchReferenceEngine
 from starkv.runtime.generation import SamplingParameters
+from starkv.runtime.kv.parked import ParkedRows
 from starkv.runtime.kv.policy import KvPolicy
 from starkv.runtime.preprocess.positions import prompt_positions
 from starkv.runtime.preprocess.tokenizer import Message
 from starkv.runtime.session import Session
 from starkv.runtime.session_file import load_session, save_session
+from starkv.runtime.stream import Continuation, StreamState, continuation
 
 LENGTH = 6
 TOKENS = 35
@@ -337,3 +339,31 @@ def test_repeated_screenshots_are_encoded_once(agent: Agent) -> None:
     for number in range(3):
         prompt.step(number)
     assert prompt.session.image_cache.hits == 1 + 2
+
+
+def test_ui_tars_conversations_go_on() -> None:
+    """Their past answers carry special tokens that vanish when a reply is decoded, and lose old screenshots
+    with their turns."""
+    placeholder = "<|image_pad|>"
+    shown = f"<|im_start|>user\n<|vision_start|>{placeholder}<|vision_end|><|im_end|>\n"
+    said = "<|im_start|>assistant\nAction: click(start_box='{}')"
+    keys = (b"1", b"2")
+    state = StreamState(
+        rows=ParkedRows((), (), ()),
+        text="begin " + shown + said.format("(1,2)") + "<|im_end|>\n" + shown + said.format("(3,4)"),
+        image_keys=keys,
+        pending=(),
+        next_position=0,
+        tokens=0,
+        frames=(),
+        protect_order=(),
+    )
+    boxes = said.format("<|box_start|>(3,4)<|box_end|>")
+    whole = "begin " + shown + said.format("(1,2)") + "<|im_end|>\n" + shown + boxes + "<|im_end|>\n" + shown
+    found = continuation(state, whole, (*keys, b"3"), placeholder)
+    assert found == Continuation("<|im_end|>\n" + shown, 2)
+    few = "begin " + said.format("(1,2)") + "<|im_end|>\n" + shown + boxes + "<|im_end|>\n" + shown
+    assert continuation(state, few, (b"2", b"3"), placeholder) == Continuation("<|im_end|>\n" + shown, 1)
+    assert continuation(state, few, (b"1", b"3"), placeholder) is None
+    assert continuation(state, few.replace("(3,4)", "(3,5)"), (b"2", b"3"), placeholder) is None
+    assert continuation(state, few[:40], (b"2",), placeholder) is None

@@ -100,6 +100,16 @@ def to_screen(point: Point, resized: Size, original: Size, convention: Coordinat
     )
 
 
+def on_screen(action: Action, resized: Size, original: Size, convention: CoordinateConvention) -> Action:
+    """The action with its places in screen pixels; sizes and convention are those of :func:`to_screen`."""
+    places = {
+        field.name: Point(*to_screen(value, resized, original, convention))
+        for field in dataclasses.fields(action)
+        if isinstance(value := getattr(action, field.name), Point)
+    }
+    return dataclasses.replace(action, **places)  # type: ignore[arg-type]
+
+
 def to_json(
     action: Action, resized: Size, original: Size, convention: CoordinateConvention
 ) -> dict[str, JsonValue]:

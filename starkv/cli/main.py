@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from starkv import __version__
+from starkv.cli.agent import agent
 from starkv.cli.bench import bench
 from starkv.cli.build import build
 from starkv.cli.chat import chat
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     help="Compile GUI vision-language models into quantized engines and run them offline.",
 )
-for command in (export, build, run, chat, serve, inspect, doctor, bench):
+for command in (export, build, run, chat, agent, serve, inspect, doctor, bench):
     app.command()(command)
 app.command("eval")(evaluate)
 app.add_typer(validate_app, name="validate")

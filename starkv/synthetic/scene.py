@@ -107,15 +107,20 @@ def render(scene: Scene, pointer: Box | None = None) -> Canvas:
     canvas: Canvas = np.empty((scene.height, scene.width, 3), np.uint8)
     canvas[:] = scene.desktop
     for window in scene.windows:
-        x0, y0, x1, y1 = window.box
-        theme = window.theme
-        fill(canvas, window.box, theme.border)
-        fill(canvas, (x0 + 1, y0 + 1, x1 - 1, y1 - 1), theme.panel)
-        fill(canvas, (x0 + 1, y0 + 1, x1 - 1, y0 + TITLE_HEIGHT), theme.title_bar)
-        for index, color in enumerate(_TITLE_BUTTONS):
-            fill(canvas, (x1 - 10 - index * 9, y0 + 4, x1 - 5 - index * 9, y0 + 9), color)
+        draw_window(canvas, window)
     for element in scene.elements:
         draw_widget(canvas, element.widget, element.x, element.y, element.theme)
     if pointer:
         draw_pointer(canvas, pointer)
     return canvas
+
+
+def draw_window(canvas: Canvas, window: Window) -> None:
+    """Draw an empty window."""
+    x0, y0, x1, y1 = window.box
+    theme = window.theme
+    fill(canvas, window.box, theme.border)
+    fill(canvas, (x0 + 1, y0 + 1, x1 - 1, y1 - 1), theme.panel)
+    fill(canvas, (x0 + 1, y0 + 1, x1 - 1, y0 + TITLE_HEIGHT), theme.title_bar)
+    for index, color in enumerate(_TITLE_BUTTONS):
+        fill(canvas, (x1 - 10 - index * 9, y0 + 4, x1 - 5 - index * 9, y0 + 9), color)

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the loop asks a model: the only place that knows of engines and sessions."""
+
+from collections.abc import Callable, Sequence
+
+from PIL import Image
+
+from starkv.errors import UsageError
+from starkv.manifest import PromptDialect
+from starkv.runtime.agent import Agent, AgentReply, understand
+from starkv.runtime.generation import SamplingParameters
+from starkv.runtime.kv.policy import KvPolicy
+from starkv.runtime.preprocess.tokenizer import Message
+from starkv.runtime.session import Mode, Session
+
+Ask = Callable[[Sequence[Message], Sequence[Image.Image], SamplingParameters], AgentReply]
+"""The conversation, its images in order, and how to sample → what the model wants done on the last image."""
+
+
+class SessionAsk:
+    """Asks one session all along, so that what STaR-KV remembers of the trajectory goes on from step to step.
+
+    Args:
+        agent: the engine with its tokenizer.
+        kv_policy: which rows of a prompt's KV cache are kept.
+        dialect: words of the prompt, which say how replies are read.
+        mode: ``stream`` goes on from the compacted cache of the step before.
+        screenshots: of a stream in view.
+
+    Raises:
+        UsageError: a stream of a dialect whose prompts are one turn with all screenshots.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        kv_policy: KvPolicy,
+        dialect: PromptDialect,
+        mode: Mode = "prompt",
+        screenshots: int | None = None,
+    ) -> None:
+        if mode == "stream" and dialect in ("plain", "opencua"):
+            raise UsageError(
+                f"a stream needs prompts that only grow; {dialect} prompts are laid out anew at every step. "
+                "Use --dialect ui_tars_computer or ui_tars_mobile, or leave --stream out"
+            )
+        self._session = Session(agent.engine, agent.tokenizer, kv_policy, mode, screenshots)
+        self._dialect = dialect
+
+    def __call__(
+        self, messages: Sequence[Message], images: Sequence[Image.Image], parameters: SamplingParameters
+    ) -> AgentReply:
+        """Answer.
+
+        Raises:
+            StarkvError: the prompt doesn't fit the engine, or an image can't be taken.
+        """
+        session = self._session
+        memory, state = session.kv_memory, session.state
+        reply = understand("".join(session.reply(messages, images, parameters)), session, self._dialect)
+        if reply.error:
+            # The same screenshot will be asked about again: it must not count twice in the trajectory.
+            session.kv_memory, session.state = memory, state
+        return reply
