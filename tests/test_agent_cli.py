@@ -74,6 +74,28 @@ def test_one_session_asks_all_along(work: Work, sign: str, monkeypatch: pytest.M
     assert sessions[0].kv_memory.progress.temporal_step == 2
 
 
+def test_a_stream_reads_only_the_new_screenshot(work: Work, sign: str) -> None:
+    options = ("--environment", sign, "--goal", "Read.", "--dialect", "ui_tars_grounding", "--json")
+
+    def prompts(*more: object) -> list[int]:
+        done = work(*options, *more, "--out", f"run{len(more)}")
+        assert done.code == 0, done.err
+        lines = Path(f"run{len(more)}/trace.jsonl").read_text().splitlines()
+        steps = [json.loads(line) for line in lines]
+        return [step["timings"]["prompt_tokens"] for step in steps if "timings" in step]
+
+    (first, second), (same, new) = prompts(), prompts("--stream")
+    assert first == same
+    assert new < second / 2
+    assert second > first
+
+
+def test_streams_need_prompts_that_grow(work: Work, sign: str) -> None:
+    done = work("--environment", sign, "--goal", "Read.", "--stream")
+    assert done.code == 2
+    assert "--dialect ui_tars_computer" in done.err
+
+
 def test_the_desktop_judges(work: Work) -> None:
     done = work("--seed", 3, "--steps", 2)
     assert (done.code, done.out.split(" after")[0]) == (1, "not reached: steps")
