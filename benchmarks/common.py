@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from starkv.export.build.ort import build_ort_engine
 from starkv.export.cards import resolve_model
 from starkv.export.export_model import export_model
 from starkv.export.quantize.presets import load_preset
+from starkv.synthetic.samples import Sample
+from starkv.synthetic.suite import click_samples
 from starkv.validation.report import installed_versions
 
 MODEL = Path(__file__).parent.parent / "models" / "gui-tiny"
@@ -69,6 +72,12 @@ def engines(*presets: str) -> Iterator[dict[str, Path]]:
             built[preset] = Path(scratch) / preset
             build_ort_engine(exported, built[preset])
         yield built
+
+
+def named_clicks(split: str, count: int) -> list[Sample]:
+    """Questions of the synthetic suite about single screens that name their target."""
+    named = (sample for sample in click_samples(split, 0, 4 * count) if sample.task in ("icon", "word"))
+    return list(islice(named, count))
 
 
 def report(table: list[tuple[str, ...]], figures: dict[str, Any], out: Path | None) -> None:

@@ -14,9 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import Reference, engines, report
+from common import Reference, engines, named_clicks, report
 from PIL import Image
-from splits import held_out
 from transformers import DynamicCache
 
 from starkv.host import usable_processors
@@ -77,12 +76,14 @@ def main() -> None:
     torch.set_num_threads(usable_processors())
 
     reference = Reference()
-    screen, (question, *_) = held_out("test", 0, 224, 1)
-    image = Image.fromarray(screen.image)
-    rows = reference.inputs(image, question.text)["input_ids"].shape[1]
+    (question,) = named_clicks("test", 1)
+    image = Image.fromarray(question.frames[0])
+    rows = reference.inputs(image, question.question)["input_ids"].shape[1]
     seconds: dict[str, list[float]] = {}
     with engines("fp32", "int8", "int4") as directories:
-        contenders = {"transformers fp32": transformers_decode(reference, image, question.text, args.tokens)}
+        contenders = {
+            "transformers fp32": transformers_decode(reference, image, question.question, args.tokens)
+        }
         for name, directory in directories.items():
             contenders[f"starkv {name}"] = engine_decode(Agent.load(directory), rows, args.tokens)
         for index in range(args.rounds + 1):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Click accuracy of every KV method that the engine runs, by budget, on held-out single screens.
+"""Click accuracy of every KV method that the engine runs, by budget, on the suite's single screens.
 
-    python benchmarks/kv_clicks.py --screens 130 --budgets 0.15 0.2 0.3 0.4 0.6 0.8
+    python benchmarks/kv_clicks.py --count 1000 --budgets 0.15 0.2 0.3 0.4 0.6 0.8
 
 One prefill per question; each method and budget compacts that same arena into a pool of its own. Rows marked
 ``native - …`` switch one change of native mode off, so that the table says what each is worth.
@@ -13,15 +13,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-from common import engines, report
+from common import engines, named_clicks, report
 from greedy import greedy_replies
-from numpy.typing import NDArray
 from prefilled import FrameCache, clicked, prefill
 from rich.console import Console
 from rich.progress import track
-from screens import Question as Asked
-from splits import held_out
 
 from starkv.evaluation.statistics import wilson_interval
 from starkv.methods.budget import Budget
@@ -32,7 +28,7 @@ from starkv.runtime.kv.buffers import Pool
 from starkv.runtime.kv.policy import KvPolicy
 from starkv.synthetic.samples import Sample
 
-SIZE, QUESTIONS, LONGEST_REPLY = 224, 12, 16
+LONGEST_REPLY = 16
 NATIVE = StarKVConfig()
 VARIANTS = {
     "native": NATIVE,
@@ -56,12 +52,8 @@ def policies(budget: float) -> Iterator[tuple[str, KvPolicy]]:
 class Question:
     """One prefilled question, which any policy may answer."""
 
-    def __init__(self, agent: Agent, image: NDArray[np.uint8], asked: Asked) -> None:
+    def __init__(self, agent: Agent, sample: Sample) -> None:
         self._agent = agent
-        box = asked.element.box
-        sample = Sample(
-            asked.text, asked.element.kind, asked.text, (image,), asked.text, asked.answer, box, ()
-        )
         self._prefilled = prefill(agent, sample, FrameCache(agent))
         self.prompt, self.arena = self._prefilled.prompt, self._prefilled.arena
 
@@ -85,7 +77,7 @@ class Question:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--screens", type=int, default=130)
+    parser.add_argument("--count", type=int, default=1000, help="questions")
     parser.add_argument("--split", default="test", choices=["validation", "test"])
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.15, 0.2, 0.3, 0.4, 0.6, 0.8])
     parser.add_argument("--preset", default="fp32", help="quantization of the engine")
@@ -96,16 +88,15 @@ def main() -> None:
     held: dict[tuple[str, float], list[int]] = defaultdict(list)
     with engines(args.preset) as directories:
         agent = Agent.load(directories[args.preset])
-        for index in track(range(args.screens), "screens", console=Console(stderr=True)):
-            screen, drawn = held_out(args.split, index, SIZE, QUESTIONS)
-            for asked in drawn[: len(screen.elements)]:
-                question = Question(agent, screen.image, asked)
-                cells = [(FULL, 1.0, KvPolicy())]
-                cells += [(name, budget, p) for budget in args.budgets for name, p in policies(budget)]
-                for name, budget, policy in cells:
-                    right, size = question.answer(policy)
-                    hits[name, budget].append(right)
-                    held[name, budget].append(size)
+        asked = named_clicks(args.split, args.count)
+        for sample in track(asked, "questions", console=Console(stderr=True)):
+            question = Question(agent, sample)
+            cells = [(FULL, 1.0, KvPolicy())]
+            cells += [(name, budget, p) for budget in args.budgets for name, p in policies(budget)]
+            for name, budget, policy in cells:
+                right, size = question.answer(policy)
+                hits[name, budget].append(right)
+                held[name, budget].append(size)
 
     full_bytes = sum(held[FULL, 1.0])
     names = list(dict.fromkeys(name for name, _ in hits if name != FULL))
@@ -130,7 +121,7 @@ def main() -> None:
     figures["full"] = {"right": right, "questions": total, "interval": wilson_interval(right, total)}
     report(
         table,
-        {"benchmark": "kv_clicks", "split": args.split, "screens": args.screens, "figures": figures},
+        {"benchmark": "kv_clicks", "split": args.split, "questions": args.count, "figures": figures},
         args.out,
     )
     print(f"\nfull cache: {right / total:.1%} of {total} questions")

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which layers should keep more rows? Ways to divide the same total, by clicks and on random keys.
 
-    python benchmarks/layer_budgets.py --screens 20 --out results.json
+    python benchmarks/layer_budgets.py --count 200 --out results.json
 
-Clicks: gui-tiny on validation screens, native STaR-KV's scores and protected rows, everything equal but the
-rows of each layer. Random keys: the error of the attention output of the last query, relative to its length,
-mean over six layers from very sharp to nearly flat attention; there spread-out layers hold nothing but noise.
+Clicks: gui-tiny on screens of the validation split, native STaR-KV's scores and protected rows, everything
+equal but the rows of each layer. Random keys: the error of the attention output of the last query, relative to
+its length, mean over six layers from very sharp to nearly flat attention; there spread-out layers hold nothing
+but noise.
 """
 
 import argparse
@@ -16,12 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import engines, report
-from kv_clicks import NATIVE, QUESTIONS, SIZE, Question
+from common import engines, named_clicks, report
+from kv_clicks import NATIVE, Question
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
-from splits import held_out
 
 from starkv.methods.budget import Budget
 from starkv.methods.names import STAR_KV
@@ -80,38 +80,36 @@ WAYS: dict[str, Divide] = {
 }
 
 
-def clicks(agent: Agent, screens: int) -> dict[str, list[float]]:
+def clicks(agent: Agent, count: int) -> dict[str, list[float]]:
     """Share of clicks that hit, by way and budget, and the number of questions under ``questions``."""
     hits: dict[tuple[str, float], list[bool]] = defaultdict(list)
     engine = agent.engine
-    for index in track(range(screens), "screens", console=Console(stderr=True)):
-        screen, drawn = held_out("validation", index, SIZE, QUESTIONS)
-        for asked in drawn[: len(screen.elements)]:
-            question = Question(agent, screen.image, asked)
-            length, arena = question.prompt.length, question.arena
-            past = length - WINDOW
-            policy = KvPolicy(STAR_KV, Budget(0.5), replace(NATIVE, entropy=False))
-            scratch = engine.new_pool(1, length)
-            result = engine.compress(arena, scratch, scratch.acquire(), question.prompt, policy)
-            assert result.scores is not None
-            scores = result.scores[:, 0, :past].astype(np.float64)
-            share = scores / scores.sum(-1, keepdims=True)
-            for budget in BUDGETS:
-                kept = Budget(budget).rows(length)
-                ranked = scores.copy()
-                ranked[:, list(question.prompt.protected(kept, WINDOW))] = np.inf
-                best = np.argsort(-ranked, -1, kind="stable")
-                for name, divide in WAYS.items():
-                    counts = divide(share, kept - WINDOW, past)
-                    assert counts.sum() == (kept - WINDOW) * len(share)
-                    pool = engine.new_pool(1, length + 20)
-                    pool.acquire()
-                    for layer, count in enumerate(counts):
-                        rows = np.r_[np.sort(best[layer, :count]), past:length]
-                        pool.kv.keys[layer, 0, :, : len(rows)] = arena.kv.keys[layer, 0][:, rows]
-                        pool.kv.values[layer, 0, :, : len(rows)] = arena.kv.values[layer, 0][:, rows]
-                        pool.kv.lengths[layer, 0] = len(rows)
-                    hits[name, budget].append(question.clicks_right(pool))
+    for sample in track(named_clicks("validation", count), "questions", console=Console(stderr=True)):
+        question = Question(agent, sample)
+        length, arena = question.prompt.length, question.arena
+        past = length - WINDOW
+        policy = KvPolicy(STAR_KV, Budget(0.5), replace(NATIVE, entropy=False))
+        scratch = engine.new_pool(1, length)
+        result = engine.compress(arena, scratch, scratch.acquire(), question.prompt, policy)
+        assert result.scores is not None
+        scores = result.scores[:, 0, :past].astype(np.float64)
+        share = scores / scores.sum(-1, keepdims=True)
+        for budget in BUDGETS:
+            kept = Budget(budget).rows(length)
+            ranked = scores.copy()
+            ranked[:, list(question.prompt.protected(kept, WINDOW))] = np.inf
+            best = np.argsort(-ranked, -1, kind="stable")
+            for name, divide in WAYS.items():
+                counts = divide(share, kept - WINDOW, past)
+                assert counts.sum() == (kept - WINDOW) * len(share)
+                pool = engine.new_pool(1, length + 20)
+                pool.acquire()
+                for layer, count in enumerate(counts):
+                    rows = np.r_[np.sort(best[layer, :count]), past:length]
+                    pool.kv.keys[layer, 0, :, : len(rows)] = arena.kv.keys[layer, 0][:, rows]
+                    pool.kv.values[layer, 0, :, : len(rows)] = arena.kv.values[layer, 0][:, rows]
+                    pool.kv.lengths[layer, 0] = len(rows)
+                hits[name, budget].append(question.clicks_right(pool))
     shares = {name: [float(np.mean(hits[name, budget])) for budget in BUDGETS] for name in WAYS}
     return {**shares, "questions": [float(len(hits[next(iter(WAYS)), BUDGETS[0]]))]}
 
@@ -141,12 +139,12 @@ def random_keys(rows: int = 400, dim: int = 16, draws: int = 20) -> dict[str, li
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--screens", type=int, default=20)
+    parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--out", type=Path, help="JSON file of the figures")
     args = parser.parse_args()
     errors = random_keys()
     with engines("fp32") as directories:
-        hit = clicks(Agent.load(directories["fp32"]), args.screens)
+        hit = clicks(Agent.load(directories["fp32"]), args.count)
     header = ("way", *(f"clicks {budget:.0%}" for budget in BUDGETS), *(f"error {b:.0%}" for b in BUDGETS))
     table = [header]
     for name in WAYS:

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import Reference, engines, report
+from common import Reference, engines, named_clicks, report
 from PIL import Image
-from splits import held_out
 from transformers import DynamicCache
 
 from starkv.methods.rows import prompt_rows
@@ -58,9 +57,8 @@ def vision_errors(reference: Reference, engine: OrtEngine) -> dict[str, float]:
 def logits_errors(reference: Reference, engine: OrtEngine, screens: int) -> tuple[float, float]:
     """Worst error of the prefill's logits and of those of the decode steps, over held-out screens."""
     prefill, decode = [], []
-    for index in range(screens):
-        screen, (question, *_) = held_out("test", index, 224, 1)
-        inputs = reference.inputs(Image.fromarray(screen.image), question.text)
+    for sample in named_clicks("test", screens):
+        inputs = reference.inputs(Image.fromarray(sample.frames[0]), sample.question)
         cache = DynamicCache(config=reference.model.config.get_text_config())
         theirs = reference.model(**inputs, past_key_values=cache, use_cache=True)
 
@@ -70,8 +68,9 @@ def logits_errors(reference: Reference, engine: OrtEngine, screens: int) -> tupl
         merged = (rows // 2, columns // 2)
         embeds = engine.embed(ids)
         pad = engine.manifest.tokens.image_pad
+        sides = (rows * 14, columns * 14) * 2
         embeds[np.asarray(ids) == pad] = engine.encode_image(
-            ImageInputs(pixels, rows, columns, merged, *[224] * 4)
+            ImageInputs(pixels, rows, columns, merged, *sides)
         )
         positions = multimodal_positions(ids, pad, [merged])
         arena, pool = engine.new_arena(len(ids)), engine.new_pool(1, len(ids) + STEPS)

@@ -31,6 +31,7 @@ from starkv.runtime.actions.types import Click, Point
 from starkv.runtime.engines.base import Rope
 from starkv.runtime.engines.ort import OrtEngine
 from starkv.runtime.preprocess.tokenizer import ChatTokenizer
+from starkv.synthetic.suite import click_samples
 
 
 @given(seed=st.integers(0, 2**32 - 1), width=st.integers(5, 30), height=st.integers(5, 30))
@@ -73,13 +74,15 @@ def test_held_out_screens_are_none_of_the_calibration(tmp_path: Path) -> None:
 
 
 def test_the_embedded_model_is_judged_by_its_test_split() -> None:
-    from splits import held_out
-
     prompts = held_out_prompts(resolve_model("gui-tiny"), 6)
-    screen, questions = held_out("test", 1, 224, 4)
+    samples = [s for s in click_samples("test", 0, 40) if s.task in ("icon", "word")][:6]
     assert len(prompts) == 6
-    assert (prompts[5].instruction, prompts[5].reply) == (questions[1].text, questions[1].answer)
-    assert np.array_equal(np.asarray(prompts[5].image), screen.image)
+    for prompt, sample in zip(prompts, samples, strict=True):
+        assert (prompt.instruction, prompt.reply, prompt.box) == (sample.question, sample.answer, sample.box)
+        assert np.array_equal(np.asarray(prompt.image), sample.frames[0])
+        assert prompt.phrase
+        assert prompt.phrase.startswith(("the ", "'"))
+        assert prompt.instruction.endswith(f" {prompt.phrase}.")
 
 
 @pytest.mark.parametrize("dialect", get_args(PromptDialect))

@@ -26,6 +26,7 @@ from starkv.export.export_model import export_model
 from starkv.export.quantize.presets import load_preset
 from starkv.runtime.actions.types import Click
 from starkv.runtime.agent import Agent
+from starkv.synthetic.suite import click_samples
 
 MODEL = Path(__file__).parent.parent / "models" / "gui-tiny"
 
@@ -51,7 +52,7 @@ def test_checkpoint_suits_every_backend(reference: Qwen2_5_VLForConditionalGener
     assert config.num_key_value_heads >= 2
     assert config.num_attention_heads // config.num_key_value_heads >= 2
     assert config.hidden_size % 128 == config.intermediate_size % 128 == 0
-    assert config.rope_parameters["mrope_section"] == [8, 12, 12]
+    assert config.rope_parameters["mrope_section"] == [4, 10, 18]
     with (MODEL / "model.safetensors").open("rb") as stream:
         header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
     assert {entry["dtype"] for name, entry in header.items() if name != "__metadata__"} == {"BF16"}
@@ -185,9 +186,10 @@ def test_lessons_of_splits_differ_and_repeat() -> None:
 
 def test_screens_are_repeatable_and_questions_unambiguous() -> None:
     for index in range(50):
-        screen, questions = splits.held_out("test", index, 224, 12)
-        again, _ = splits.held_out("test", index, 224, 12)
-        other, _ = splits.held_out("validation", index, 224, 12)
+        screen, random = splits.draw_screen("test", index, 224, 6, 12)
+        again, _ = splits.draw_screen("test", index, 224, 6, 12)
+        other, _ = splits.draw_screen("validation", index, 224, 6, 12)
+        questions = screens.random_questions(random, screen, 12)
         np.testing.assert_array_equal(screen.image, again.image)
         assert not np.array_equal(screen.image, other.image)
         names = [element.phrase for element in screen.elements]
@@ -272,13 +274,11 @@ def test_training_goes_on_with_the_heads_it_had(tmp_path: Path) -> None:
 
 def test_engine_clicks_what_is_asked_for(agent: Agent) -> None:
     hits = []
-    for index in range(12):
-        screen, questions = splits.held_out("test", 1000 + index, 224, 12)
-        icons = [q for q in questions[: len(screen.elements)] if q.element.kind == "icon"]
-        for question in icons:
-            (action,) = agent.act(Image.fromarray(screen.image), question.text).actions
-            hits.append(
-                isinstance(action, Click) and question.element.contains(action.point.x, action.point.y)
-            )
-    assert len(hits) >= 30
+    for sample in click_samples("test", 1, 90):
+        if sample.task == "relation":
+            continue
+        actions = agent.act(Image.fromarray(sample.frames[0]), sample.question).actions
+        first = actions[0] if actions else None
+        hits.append(isinstance(first, Click) and sample.hit(first.point.x, first.point.y))
+    assert len(hits) >= 55
     assert np.mean(hits) >= 0.75

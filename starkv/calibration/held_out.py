@@ -1,44 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts that no calibration has seen, to judge quantization by."""
 
-import importlib
-import sys
-from pathlib import Path
+from itertools import islice
 
 from PIL import Image
 
 from starkv.calibration.prompts import GuiPrompt, drawn_prompts
 from starkv.export.cards import ResolvedModel
+from starkv.synthetic.questions import VERBS
+from starkv.synthetic.samples import Sample
+from starkv.synthetic.suite import click_samples
 
 FIRST_SCREEN = 1_000_000
 """Calibration draws the screens from 0 on."""
-_SIZE = 224
-"""Side of a model's own screens in pixels."""
-_QUESTIONS = 4
-"""Asked about each screen of a model's own."""
+EMBEDDED = "gui-tiny"
+"""The model that was trained on the synthetic suite, and is judged by its test split."""
+_NAMED = ("icon", "word")
+"""Tasks whose questions name their target."""
 
 
 def held_out_prompts(model: ResolvedModel, count: int) -> list[GuiPrompt]:
-    """Prompts with known boxes: of the test split in the model's folder if it has one, or drawn ones."""
-    train = model.folder / "train"
-    if (train / "splits.py").is_file():
-        return _own_prompts(train, count)
-    return drawn_prompts(count, model.card.max_pixels, FIRST_SCREEN)
+    """Prompts with known boxes: of the synthetic suite for the embedded model, drawn desktops for others."""
+    if model.card.name != EMBEDDED:
+        return drawn_prompts(count, model.card.max_pixels, FIRST_SCREEN)
+    # Every screen has at least one of each three questions.
+    samples = (sample for sample in click_samples("test", 0, 4 * count) if sample.task in _NAMED)
+    return [_prompt(sample) for sample in islice(samples, count)]
 
 
-def _own_prompts(train: Path, count: int) -> list[GuiPrompt]:
-    # The training scripts of the embedded model import each other by plain names.
-    sys.path.insert(0, str(train))
-    try:
-        splits = importlib.import_module("splits")
-    finally:
-        sys.path.remove(str(train))
-    prompts: list[GuiPrompt] = []
-    for number in range(-(-count // _QUESTIONS)):
-        screen, questions = splits.held_out("test", number, _SIZE, _QUESTIONS)
-        image = Image.fromarray(screen.image)
-        prompts += [
-            GuiPrompt(image, question.text, question.answer, question.element.box, question.element.phrase)
-            for question in questions
-        ]
-    return prompts[:count]
+def _prompt(sample: Sample) -> GuiPrompt:
+    # The longest verb first: one begins with another.
+    verb = next(v for v in sorted(VERBS, key=len, reverse=True) if sample.question.startswith(f"{v} "))
+    phrase = sample.question.removeprefix(f"{verb} ").removesuffix(".")
+    return GuiPrompt(Image.fromarray(sample.frames[0]), sample.question, sample.answer, sample.box, phrase)

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Questions of ``starkv validate clicks``: screens as the model knows them."""
 
-from starkv.calibration.held_out import FIRST_SCREEN
+from starkv.calibration.held_out import EMBEDDED, FIRST_SCREEN
 from starkv.calibration.prompts import GuiPrompt, drawn_prompts
 from starkv.evaluation.samples import Sample
 from starkv.evaluation.suites.synthetic import Task, load, single_click
 from starkv.manifest import Manifest
 from starkv.runtime.preprocess.image import png_bytes
 
-EMBEDDED = "gui-tiny"
-"""The model that was trained on the synthetic suite."""
 SPLIT = "test"
 
 

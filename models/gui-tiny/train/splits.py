@@ -2,7 +2,7 @@
 """Which screen belongs to which split: every screen has a seed of its own, and no two splits share one."""
 
 import numpy as np
-from screens import Question, Screen, random_questions, random_screen
+from screens import Screen, random_screen
 
 SPLITS = {"vision": 0, "language": 1, "validation": 2, "test": 3, "large": 4}
 TRAINING_RUN = 0
@@ -15,9 +15,3 @@ def draw_screen(
     """Screen number ``index`` of a split, and the generator to draw its questions from."""
     rng = np.random.default_rng([SPLITS[split], TRAINING_RUN, index])
     return random_screen(rng, size, size, fewest, most), rng
-
-
-def held_out(split: str, index: int, size: int, questions: int) -> tuple[Screen, list[Question]]:
-    """Screen and questions by which accuracy is measured: 6 to 12 elements."""
-    screen, rng = draw_screen(split, index, size, 6, 12)
-    return screen, random_questions(rng, screen, questions)
