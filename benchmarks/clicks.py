@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Click accuracy on the synthetic suite's single screens: Hugging Face transformers and the engines answer the same questions.
+"""Click accuracy on the suite's single screens: Hugging Face transformers and the engines answer the same
+questions.
 
     python benchmarks/clicks.py --count 1000
 

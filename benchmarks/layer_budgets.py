@@ -4,9 +4,9 @@
     python benchmarks/layer_budgets.py --count 200 --out results.json
 
 Clicks: gui-tiny on screens of the validation split, native STaR-KV's scores and protected rows, everything
-equal but the rows of each layer. Random keys: the error of the attention output of the last query, relative to
-its length, mean over six layers from very sharp to nearly flat attention; there spread-out layers hold nothing
-but noise.
+equal but the rows of each layer. Random keys: the error of the attention output of the last query, relative
+to its length, mean over six layers from very sharp to nearly flat attention; there spread-out layers hold
+nothing but noise.
 """
 
 import argparse
