@@ -142,12 +142,15 @@ class Stage:
         save_file(self.heads.state_dict(), directory / HEADS_FILE)
 
     def take_heads(self, directory: Path) -> None:
-        """Go on with the heads of :meth:`save_heads`, if they are there.
+        """Go on with the heads of :meth:`save_heads`, if they are there or in the folder ``train`` there.
 
         New ones would first have to learn to read the tokens, and disturb them meanwhile.
         """
-        if (directory / HEADS_FILE).is_file():
-            self.heads.load_state_dict(load_file(directory / HEADS_FILE, device=str(self.device)))
+        # A shipped model keeps them apart: whatever reads checkpoints would take them for weights.
+        for path in (directory / HEADS_FILE, directory / "train" / HEADS_FILE):
+            if path.is_file():
+                self.heads.load_state_dict(load_file(path, device=str(self.device)))
+                return
 
     def restore(self) -> int:
         """Load the checkpoint if there is one; returns the step to go on from."""
