@@ -82,13 +82,12 @@ class Turn:
     def prefill_next(self, arena: Arena, most_rows: int) -> bool:
         """Prefill a chunk of at most ``most_rows`` rows; False once the whole prompt is in the arena.
 
-        The first call puts the stream's history into the arena, which nobody else may use until
-        :meth:`compress`.
+        The arena must be empty. The first call puts the stream's history into it, and nobody else may use it
+        until :meth:`compress`.
         """
         engine, plan, text = self._engine, self.plan, self._engine.manifest.text
         with self.timings.measure("prefill"):
             if self._embeds is None:
-                arena.reset()
                 if plan.history is not None:
                     arena.kv.load(0, plan.history)
                 self._embeds = prefill_embeddings(

@@ -33,7 +33,7 @@ from starkv.runtime.actions.coordinates import Size
 from starkv.runtime.actions.parser import parse_response
 from starkv.runtime.session import Session
 
-STAR = (160, 228, 204, 272)
+STAR = (39, 268, 66, 295)
 """Where the red star of the example is, in pixels."""
 EXAMPLE = Path(__file__).parent.parent / "examples" / "screen.png"
 

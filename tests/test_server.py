@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The HTTP server, asked by OpenAI's own client over a real socket; the engine is a fake that counts rows."""
 
+import asyncio
 import base64
 import json
 import logging
@@ -18,7 +19,6 @@ import httpx
 import numpy as np
 import openai
 import pytest
-import uvicorn
 from conftest import ChatModel
 from fake_engine import FakeEngine
 from openai import OpenAI
@@ -31,9 +31,10 @@ from starkv.runtime.kv.policy import KvPolicy
 from starkv.runtime.preprocess.image import png_bytes
 from starkv.runtime.preprocess.tokenizer import ChatTokenizer
 from starkv.runtime.server.app import create_app
+from starkv.runtime.server.guard import Guard
 from starkv.runtime.server.logs import JsonFormatter
 from starkv.runtime.server.options import ServerOptions
-from starkv.runtime.server.run import run_server
+from starkv.runtime.server.run import DrainingServer, run_server
 from starkv.runtime.serving.scheduler import Scheduler, SchedulerLimits
 
 PATIENCE = 20.0
@@ -69,15 +70,18 @@ def eventually(true: Callable[[], bool]) -> None:
 
 @contextmanager
 def serving(
-    engine: Any, tokenizer: ChatTokenizer, limits: SchedulerLimits = LIMITS, **options: Any
+    engine: Any,
+    tokenizer: ChatTokenizer,
+    limits: SchedulerLimits = LIMITS,
+    close_seconds: float = 5.0,
+    **options: Any,
 ) -> Iterator[Server]:
     scheduler = Scheduler(engine, tokenizer, limits)
     chosen = ServerOptions(**{"model": "tiny", "policy": KvPolicy(), **options})
     app = create_app(scheduler, engine.manifest, engine.info, chosen)
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=5)
-    server = uvicorn.Server(config)
+    server = DrainingServer(app, scheduler, close_seconds)
     thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
     thread.start()
     eventually(lambda: server.started)
@@ -361,8 +365,15 @@ def test_busy_servers_say_when_to_come_back(engine: FakeEngine, tokenizer: ChatT
     engine.step_seconds = 0.01
     limits = SchedulerLimits(slots=1, queue=1)
     with serving(engine, tokenizer, limits) as running, ThreadPoolExecutor(3) as others:
-        waiting = [others.submit(running.chat, max_tokens=200) for _ in range(2)]
-        eventually(lambda: {s.state for s in running.scheduler.status().sequences} == {"decode", "prefill"})
+
+        def states() -> list[str]:
+            return [sequence.state for sequence in running.scheduler.status().sequences]
+
+        waiting = [others.submit(running.chat, max_tokens=300)]
+        eventually(lambda: states() == ["decode"])
+        # One more than the queue: it is read already and waits for the slot.
+        waiting.append(others.submit(running.chat, max_tokens=2))
+        eventually(lambda: states() == ["decode", "prefill"])
         waiting.append(others.submit(running.chat, max_tokens=2))
         eventually(lambda: len(running.scheduler.status().sequences) == 3)
         refused = running.chat()
@@ -375,15 +386,18 @@ def test_replies_that_take_too_long(engine: FakeEngine, tokenizer: ChatTokenizer
     engine.step_seconds = 0.02
     with serving(engine, tokenizer, timeout_seconds=0.3) as running:
         assert error_of(running.chat(max_tokens=500), 504)["code"] == "timeout"
-        chunks = list(
-            running.client().chat.completions.create(
-                model="tiny", messages=[{"role": "user", "content": "hi"}], max_tokens=500, stream=True
-            )
+        stream: Any = running.client().chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "hi"}], max_tokens=500, stream=True
         )
-        assert len(chunks) > 5
-        assert chunks[-1].choices[0].finish_reason == "length"
-        assert chunks[-1].model_extra is not None
-        assert chunks[-1].model_extra["stopped_by"] == "timeout"
+        # Half a reply may be half an action: a client must not take it for a whole one.
+        with pytest.raises(openai.APIError, match=r"longer than 0\.3 seconds"):
+            list(stream)
+        before = len(running.engine.calls)
+        with pytest.raises(openai.InternalServerError):
+            OpenAI(base_url=f"{running.url}/v1", api_key="any", max_retries=3).chat.completions.create(
+                model="tiny", messages=[{"role": "user", "content": "hi"}], max_tokens=500
+            )
+        assert [name for name, _ in running.engine.calls[before:]].count("compress") == 1
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -458,6 +472,12 @@ def test_facts(server: Server) -> None:
     assert props["kv"] == {"method": "full", "budget": 1.0, "capacity": None}
     assert server.http.get("/health").json() == {"status": "ok"}
     assert error_of(server.http.get("/nowhere"), 404)["type"] == "not_found_error"
+    assert server.http.get("/v1/models/tiny").json()["id"] == "tiny"
+    error_of(server.http.get("/v1/models/other"), 404)
+    error = error_of(server.chat(model="m" * 100_000), 404)
+    assert len(error["message"]) < 300
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    assert server.http.post("/chat/completions", json=body).status_code == 200
     assert error_of(server.http.get("/v1/chat/completions"), 405)
 
 
@@ -473,10 +493,60 @@ def test_logs_say_nothing_of_what_was_said(server: Server, caplog: pytest.LogCap
 
 def test_ending_answers_first(engine: FakeEngine, tokenizer: ChatTokenizer) -> None:
     engine.step_seconds = 0.01
-    with serving(engine, tokenizer) as running, ThreadPoolExecutor(1) as others:
-        reply = others.submit(running.chat, max_tokens=40)
+    with ThreadPoolExecutor(1) as others, serving(engine, tokenizer) as running:
+        create: Any = running.client().chat.completions.create
+        asked = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 40}
+        reply = others.submit(create, **asked)
         eventually(lambda: bool(running.scheduler.status().sequences))
-    assert reply.result().status_code == 200
+    assert reply.result().choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_ending_tells_those_that_take_too_long(
+    engine: FakeEngine, tokenizer: ChatTokenizer, stream: bool
+) -> None:
+    engine.step_seconds = 0.02
+    with ThreadPoolExecutor(1) as others, serving(engine, tokenizer, close_seconds=0.3) as running:
+        client: Any = running.client().chat.completions
+
+        def ask() -> None:
+            reply = client.create(
+                model="tiny", messages=[{"role": "user", "content": "hi"}], max_tokens=1000, stream=stream
+            )
+            if stream:
+                list(reply)
+
+        asked = others.submit(ask)
+        eventually(lambda: any(s.state == "decode" for s in running.scheduler.status().sequences))
+        # Leaving the block ends the server.
+    with pytest.raises(openai.APIError, match="shutting down"):
+        asked.result()
+
+
+def test_keys_may_be_of_any_letters(engine: FakeEngine, tokenizer: ChatTokenizer) -> None:
+    with serving(engine, tokenizer, api_key="sésame") as running:
+        headers = {b"authorization": "Bearer sésame".encode()}
+        assert running.http.get("/slots", headers=headers).status_code == 200  # type: ignore[arg-type]
+
+
+def test_who_does_not_read_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sockets hold too much to fill one in a test: what sends is a function that never returns."""
+    monkeypatch.setattr("starkv.runtime.server.guard.READ_SECONDS", 0.05)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def stuck(message: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def receive() -> Any:
+        return {}
+
+    metrics: Any = None
+    guard = Guard(app, None, metrics)
+    scope = {"type": "http", "path": "/elsewhere", "headers": []}
+    with pytest.raises(ConnectionError, match="unread"):
+        asyncio.run(guard(scope, receive, stuck))
 
 
 def test_a_thousand_requests_of_all_kinds(engine: FakeEngine, tokenizer: ChatTokenizer) -> None:

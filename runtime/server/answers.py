@@ -13,8 +13,6 @@ from starkv.runtime.agent import interpret
 from starkv.runtime.serving.requests import Finished
 
 DONE = b"data: [DONE]\n\n"
-_REASONS = {"stop": "stop", "length": "length"}
-"""Ends that OpenAI knows; a reply that ran out of time was cut as if it were too long."""
 
 _GUI = ("action", "actions", "model_xy", "screen_xy", "thought", "error", "resized_wh", "original_wh")
 
@@ -36,7 +34,7 @@ class Answer:
                 {
                     "index": 0,
                     "message": {"role": "assistant", "content": text, "refusal": None},
-                    "finish_reason": _REASONS.get(end.reason, "length"),
+                    "finish_reason": end.reason,
                     "logprobs": None,
                 }
             ],
@@ -52,14 +50,14 @@ class Answer:
 
     def last_chunk(self, text: str, end: Finished) -> dict[str, Any]:
         """The chunk that says why the reply ended, with everything that is known only now."""
-        return {**self._chunk({}, _REASONS.get(end.reason, "length")), **self.extras(text, end)}
+        return {**self._chunk({}, end.reason), **self.extras(text, end)}
 
     def usage_chunk(self, end: Finished) -> dict[str, Any]:
         return {**self._head("chat.completion.chunk"), "choices": [], "usage": usage(end)}
 
     def extras(self, text: str, end: Finished) -> dict[str, Any]:
         """``timings``, and the action in model and screen pixels where the conversation shows a screen."""
-        extras: dict[str, Any] = {"timings": end.timings.to_json(), "stopped_by": end.reason}
+        extras: dict[str, Any] = {"timings": end.timings.to_json()}
         if end.seen:
             reply = interpret(text, self.manifest, end.seen[-1], end.timings, end.reason).to_json()
             names = (

@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The server's endpoints."""
 
-import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -31,7 +28,7 @@ CLOSE_SECONDS = 30.0
 def create_app(
     scheduler: SchedulerLike, manifest: Manifest, info: EngineInfo, options: ServerOptions
 ) -> FastAPI:
-    """The server as an ASGI application; its end closes the scheduler.
+    """The server as an ASGI application.
 
     Args:
         scheduler: generates.
@@ -41,12 +38,7 @@ def create_app(
     """
     metrics = Metrics(scheduler)
 
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        await asyncio.to_thread(scheduler.close, CLOSE_SECONDS)
-
-    app = FastAPI(title="starkv", version=__version__, lifespan=lifespan, openapi_url=None)
+    app = FastAPI(title="starkv", version=__version__, openapi_url=None)
     chat = Chat(scheduler, manifest, options, metrics)
 
     @app.exception_handler(ApiError)
@@ -64,7 +56,8 @@ def create_app(
         return answer(ApiError(500, f"internal error: {type(error).__name__}; see the server's log"))
 
     app.add_middleware(Guard, key=options.api_key, metrics=metrics)
-    app.add_api_route(CHAT, chat.__call__, methods=["POST"], response_model=None)
+    for path in CHAT:
+        app.add_api_route(path, chat.__call__, methods=["POST"], response_model=None)
     _add_facts(app, scheduler, manifest, info, options)
 
     @app.get("/metrics")
@@ -83,9 +76,18 @@ def _add_facts(
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
+    model = {"id": options.model, "object": "model", "owned_by": "starkv"}
+
     @app.get("/v1/models")
+    @app.get("/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": options.model, "object": "model", "owned_by": "starkv"}]}
+        return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        if name != options.model:
+            raise ApiError(404, f"the only model here is {options.model!r}", "model", "model_not_found")
+        return model
 
     @app.get("/slots")
     async def slots() -> dict[str, Any]:

@@ -25,18 +25,26 @@ async def read_body(request: Request, most_bytes: int) -> bytes:
     said = request.headers.get("content-length", "0")
     if not said.isdigit() or int(said) > most_bytes:
         raise too_large
-    parts, size = [], 0
-
-    async def read() -> None:
-        nonlocal size
-        async for part in request.stream():
-            size += len(part)
-            if size > most_bytes:
-                raise too_large
-            parts.append(part)
-
+    parts: list[bytes] = []
+    reading = asyncio.create_task(_read(request, parts, most_bytes))
     try:
-        await asyncio.wait_for(read(), BODY_SECONDS)
-    except asyncio.TimeoutError:
-        raise ApiError(408, f"the body took longer than {BODY_SECONDS:g} seconds", code="slow_body") from None
+        # Not ``wait_for``: before Python 3.12 it may swallow the cancellation of who waits.
+        await asyncio.wait({reading}, timeout=BODY_SECONDS)
+        if not reading.done():
+            raise ApiError(408, f"the body took longer than {BODY_SECONDS:g} seconds", code="slow_body")
+        if not reading.result():
+            raise too_large
+    finally:
+        reading.cancel()
     return b"".join(parts)
+
+
+async def _read(request: Request, parts: list[bytes], most_bytes: int) -> bool:
+    """Collect the body's parts; False once they are more than allowed."""
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > most_bytes:
+            return False
+        parts.append(part)
+    return True

@@ -51,14 +51,21 @@ class Bridge:
 
     async def events(self, patience_seconds: float) -> AsyncIterator[Event | None]:
         """Events to the last one; None whenever none came for so long."""
-        while not self._over:
-            try:
-                event = await asyncio.wait_for(self._events.get(), patience_seconds)
-            except asyncio.TimeoutError:
-                yield None
-                continue
-            self._over = isinstance(event, (Finished, Failed))
-            yield event
+        coming: asyncio.Task[Event] | None = None
+        try:
+            while not self._over:
+                # Not ``wait_for``: before Python 3.12 it may swallow the cancellation of who waits.
+                coming = coming or asyncio.create_task(self._events.get())
+                await asyncio.wait({coming}, timeout=patience_seconds)
+                if not coming.done():
+                    yield None
+                    continue
+                event, coming = coming.result(), None
+                self._over = isinstance(event, (Finished, Failed))
+                yield event
+        finally:
+            if coming is not None:
+                coming.cancel()
 
     def leave(self) -> None:
         """Nobody listens any more."""

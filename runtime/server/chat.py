@@ -13,7 +13,7 @@ from starkv.manifest import Manifest
 from starkv.runtime.server.answers import DONE, Answer, event
 from starkv.runtime.server.body import read_body
 from starkv.runtime.server.bridge import Bridge, SchedulerLike
-from starkv.runtime.server.errors import ApiError, api_error
+from starkv.runtime.server.errors import ApiError, api_error, interrupted
 from starkv.runtime.server.logs import note
 from starkv.runtime.server.metrics import Metrics
 from starkv.runtime.server.options import ServerOptions
@@ -88,13 +88,8 @@ class Chat:
                     raise api_error(came.error)
                 elif isinstance(came, Finished):
                     self._over(came, arrived)
-                    if came.reason == "timeout":
-                        raise ApiError(
-                            504,
-                            f"the reply took longer than {self._options.timeout_seconds:g} seconds; stream "
-                            "it, or ask for fewer tokens",
-                            code="timeout",
-                        )
+                    if error := interrupted(came.reason, self._options.timeout_seconds):
+                        raise error
                     return "".join(pieces), came
         finally:
             bridge.leave()
@@ -119,6 +114,9 @@ class Chat:
                     yield event(api_error(came.error).body)
                 else:
                     self._over(came, arrived)
+                    if error := interrupted(came.reason, self._options.timeout_seconds):
+                        yield event(error.body)
+                        break
                     yield event(answer.last_chunk("".join(pieces), came))
                     if asked.stream_options and asked.stream_options.include_usage:
                         yield event(answer.usage_chunk(came))

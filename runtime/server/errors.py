@@ -11,6 +11,8 @@ from starkv.errors import EngineError, ImageError, StarkvError, UsageError
 from starkv.runtime.serving.requests import BusyError
 
 RETRY_SECONDS = 1
+DONT_RETRY = {"x-should-retry": "false"}
+"""Tells OpenAI's clients not to generate the same again by themselves."""
 
 
 @dataclass
@@ -49,6 +51,23 @@ def api_error(error: StarkvError, parameter: str | None = None) -> ApiError:
             400, str(error), parameter, "invalid_image" if isinstance(error, ImageError) else None
         )
     return ApiError(500, str(error), code="engine_error" if isinstance(error, EngineError) else None)
+
+
+def interrupted(reason: str, timeout_seconds: float) -> ApiError | None:
+    """What a reply is that ended before its time; None for one that is whole.
+
+    Half a reply may be half an action, so it is no answer.
+    """
+    if reason == "timeout":
+        return ApiError(
+            504,
+            f"the reply took longer than {timeout_seconds:g} seconds; ask for fewer tokens",
+            code="timeout",
+            headers=DONT_RETRY,
+        )
+    if reason == "cancelled":
+        return ApiError(503, "the server is shutting down", code="cancelled", headers=DONT_RETRY)
+    return None
 
 
 def answer(error: ApiError) -> JSONResponse:

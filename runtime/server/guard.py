@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looks at every request before it is answered: its key; and counts how chats ended.
+"""Looks at every request before it is answered: its key; counts how chats ended; and hangs up on who doesn't
+read.
 
 Plain ASGI: the middleware of Starlette's decorators stands between a handler and the socket, and then nobody
 notices that a client has left.
 """
 
+import asyncio
 import hmac
 
 from starlette.datastructures import Headers
@@ -13,9 +15,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starkv.runtime.server.errors import ApiError, answer
 from starkv.runtime.server.metrics import Metrics
 
-CHAT = "/v1/chat/completions"
+CHAT = ("/v1/chat/completions", "/chat/completions")
 _OPEN = ("/health",)
 """Paths that need no key."""
+READ_SECONDS = 60.0
+"""How long a client may leave a piece of its answer unread."""
+
+
+class ClientStuckError(ConnectionError):
+    """Nobody reads an answer."""
 
 
 class Guard:
@@ -37,9 +45,16 @@ class Guard:
         path = scope["path"]
 
         async def counted(message: Message) -> None:
-            if message["type"] == "http.response.start" and path == CHAT:
+            if message["type"] == "http.response.start" and path in CHAT:
                 self._metrics.requests.labels(str(message["status"])).inc()
-            await send(message)
+            sending = asyncio.ensure_future(send(message))
+            try:
+                await asyncio.wait({sending}, timeout=READ_SECONDS)
+            finally:
+                sending.cancel()
+            if not sending.done() or sending.cancelled():
+                raise ClientStuckError(f"a client left its answer unread for {READ_SECONDS:g} seconds")
+            sending.result()
 
         if self._key is None or path in _OPEN or _knows(Headers(scope=scope), self._key):
             await self._app(scope, receive, counted)
@@ -51,4 +66,5 @@ class Guard:
 def _knows(headers: Headers, key: str) -> bool:
     """Whether a request brings the key; takes as long for a nearly right one as for any other."""
     scheme, _, given = headers.get("authorization", "").partition(" ")
-    return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), key.encode())
+    # Headers are decoded as Latin-1, whatever they are.
+    return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode("latin-1"), key.encode())

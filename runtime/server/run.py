@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A server on a port."""
 
+import asyncio
 import socket
 from collections.abc import Callable
 
 import uvicorn
+from fastapi import FastAPI
 
 from starkv.errors import UsageError
 from starkv.manifest import Manifest
@@ -13,6 +15,30 @@ from starkv.runtime.server.app import CLOSE_SECONDS, create_app
 from starkv.runtime.server.bridge import SchedulerLike
 from starkv.runtime.server.logs import set_up
 from starkv.runtime.server.options import ServerOptions
+
+
+class DrainingServer(uvicorn.Server):
+    """Lets running requests end: those that take longer than ``CLOSE_SECONDS`` are told so, before their
+    connections are closed."""
+
+    def __init__(self, app: FastAPI, scheduler: SchedulerLike, close_seconds: float = CLOSE_SECONDS) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                lifespan="on",
+                # The scheduler ends what is left; uvicorn's own end is for what hangs even then.
+                timeout_graceful_shutdown=int(close_seconds) + 5,
+            )
+        )
+        self._scheduler, self._close_seconds = scheduler, close_seconds
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop listening, answer what runs, end."""
+        closing = asyncio.create_task(asyncio.to_thread(self._scheduler.close, self._close_seconds))
+        await super().shutdown(sockets)
+        await closing
 
 
 def run_server(
@@ -41,12 +67,9 @@ def run_server(
     set_up(options.log_format)
     sock = _listen(host, port)
     app = create_app(scheduler, manifest, info, options)
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, timeout_graceful_shutdown=int(CLOSE_SECONDS), lifespan="on"
-    )
     shown = f"[{host}]" if ":" in host else host
     listening(f"http://{shown}:{sock.getsockname()[1]}")
-    uvicorn.Server(config).run(sockets=[sock])
+    DrainingServer(app, scheduler).run(sockets=[sock])
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -20,6 +20,8 @@ from starkv.runtime.server.options import ServerOptions
 from starkv.runtime.server.wire import ChatRequest, ImageContent
 from starkv.runtime.serving.requests import GenerationRequest
 
+_SHOWN = 100
+"""Characters of a wrong value that a message repeats."""
 _TAGS = ("text", "image_url")
 _BRANCHES = ("str", "list[str]", "list[tagged-union[TextContent,ImageContent]]")
 
@@ -37,7 +39,8 @@ def parse(body: bytes, options: ServerOptions) -> ChatRequest:
     if request.model is not None and request.model != options.model:
         raise ApiError(
             404,
-            f"the model {request.model!r} is not served here; ask for {options.model!r}, or leave model out",
+            f"the model {request.model[:_SHOWN]!r} is not served here; ask for {options.model!r}, or leave "
+            "model out",
             "model",
             "model_not_found",
         )

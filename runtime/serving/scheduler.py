@@ -254,6 +254,7 @@ class Scheduler:
             return None
         if self._arena is None:
             return None
+        self._arena.reset()
         with self._changed:
             self._queue.remove(job)
         self._prefilling, job.begun = job, True

@@ -68,7 +68,7 @@ def test_knobs_lower_what_they_say(starkv: Command) -> None:
         (("--plan", "ui-tars"), "did you mean"),
         (("--plan", "gui-tiny", "--quant", "int3"), "unknown quantization 'int3'"),
         (("--plan", "gui-tiny", "--kv-budget", 2), "a KV budget is a share"),
-        (("--plan", "gui-tiny", "--max-pixels", 10), "--max-pixels is 10, but gui-tiny takes 50176"),
+        (("--plan", "gui-tiny", "--max-pixels", 10), "is 10, but gui-tiny takes 50176 to 250880"),
         (("--plan", "gui-tiny", "--prompt-rows", 4000), "more than gui-tiny's max_context of 4096"),
         (("--plan", "docs"), "docs is no engine directory"),
         (("--sessions", 3), "--sessions is about a memory plan; add --plan MODEL"),

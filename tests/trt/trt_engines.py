@@ -10,6 +10,7 @@ import numpy as np
 from fake_cuda import FakeCuda
 from fake_tensorrt.context import view
 from fake_tensorrt.state import State
+from PIL import Image
 
 from starkv.export.build.ort import build_ort_engine
 from starkv.export.build.trt import build_trt_engine
@@ -23,7 +24,8 @@ from starkv.runtime.engines.trt import TrtEngine
 from starkv.runtime.preprocess.tokenizer import ChatTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SCREEN = ROOT / "examples" / "screen.png"
+SCREEN = Image.open(ROOT / "examples" / "screen.png").resize((224, 224))
+"""Small, because most of what runs on the fakes is emulated."""
 PRESETS = ("fp32", "int4")
 _ELF = 4096
 """Bytes of a program, which the fake takes for a library."""
