@@ -28,7 +28,7 @@ from starkv.trt_compat.version import OLDEST
 
 Array = NDArray[Any]
 CAPACITY = 64
-GENEROUS = 1.7
+GENEROUS = 1.8
 """A bound may be so many times what lives."""
 
 

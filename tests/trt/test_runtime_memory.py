@@ -80,9 +80,9 @@ def test_a_card_without_room_for_a_prompt(engines: Engines) -> None:
     cuda = FakeCuda()
     engine = engines.open(cuda=cuda)
     cuda.total = cuda.in_use + cuda.reserved + (1 << 20)
-    with pytest.raises(EngineError, match=r"no room for the prompt's KV rows, 4 MiB: .*smaller images"):
+    with pytest.raises(EngineError, match=r"no room for the prompt's KV rows, 6 MiB: .*smaller images"):
         engine.new_arena(2000)
-    with pytest.raises(EngineError, match=r"sessions' KV rows, 16 MiB: .*--kv-budget, --kv-capacity"):
+    with pytest.raises(EngineError, match=r"sessions' KV rows, 24 MiB: .*--kv-budget, --kv-capacity"):
         engine.new_pool(4, 2000)
     before = cuda.in_use
     arena, _ = prefilled(engine, tokens(10))

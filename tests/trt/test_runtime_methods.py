@@ -55,8 +55,10 @@ def shared(ours: Compressed, theirs: Compressed) -> float:
 @pytest.mark.parametrize("method", ENGINE_METHODS)
 def test_every_method_keeps_what_it_keeps_in_float32(engine: TrtEngine, host: OrtEngine, method: str) -> None:
     (pool, ours), (expected, theirs) = (compressed(each, method) for each in (engine, host))
-    np.testing.assert_array_equal(pool.kv.lengths, expected.kv.lengths)
-    # Scores differ by the rounding of 16 bits: rows at the edge of the budget may change places.
+    # Scores differ by the rounding of 16 bits: rows at the edge of the budget may change places, and entropy
+    # may move a row between layers.
+    assert pool.kv.lengths.sum() == expected.kv.lengths.sum()
+    np.testing.assert_allclose(pool.kv.lengths, expected.kv.lengths, atol=1 if method == STAR_KV else 0)
     assert shared(ours, theirs) >= (0.9 if ours.scores is not None else 1.0)
 
 

@@ -13,7 +13,7 @@ from command import Command
 from fake_cuda import FakeCuda
 from fake_tensorrt import H100, ORIN
 from runtime_cases import Engines, open_on
-from trt_engines import SCREEN, Exports
+from trt_engines import SCREEN_FILE, Exports
 
 from starkv.errors import EngineError, StarkvError
 from starkv.gpu import Gpu
@@ -259,7 +259,7 @@ def test_a_share_of_weights_that_is_no_number(engines: Engines, monkeypatch: pyt
 def test_the_command_says_it_in_one_line(engines: Engines, starkv: Command) -> None:
     directory = engines.directory()
     engines.install(gpu=None)
-    result = starkv("run", "--engine", str(directory), "--image", str(SCREEN), "--prompt", "Click.")
+    result = starkv("run", "--engine", str(directory), "--image", str(SCREEN_FILE), "--prompt", "Click.")
     assert result.code == 2
     assert "no NVIDIA GPU here" in result.err
     assert len(result.err.strip().splitlines()) == 1

@@ -155,7 +155,7 @@ def test_a_weight_that_is_a_little_off_is_found_in_its_layer(
     start, size = int(place["offset"]), int(place["length"])
     data = bytearray((spoiled / place["location"]).read_bytes())
     weights = np.frombuffer(data, np.float32, size // 4, start)
-    data[start : start + size] = (weights * np.float32(1.02)).tobytes()
+    data[start : start + size] = (weights * np.float32(1.05)).tobytes()
     (spoiled / place["location"]).unlink()
     (spoiled / place["location"]).write_bytes(data)
     found = machine.failures(export=spoiled, debug_layers=SUMS)

@@ -24,7 +24,8 @@ from starkv.runtime.engines.trt import TrtEngine
 from starkv.runtime.preprocess.tokenizer import ChatTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SCREEN = Image.open(ROOT / "examples" / "screen.png").crop((0, 224, 224, 448))
+SCREEN_FILE = ROOT / "examples" / "screen.png"
+SCREEN = Image.open(SCREEN_FILE).crop((0, 224, 224, 448))
 """Small, because most of what runs on the fakes is emulated."""
 PRESETS = ("fp32", "int4")
 _ELF = 4096
