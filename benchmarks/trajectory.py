@@ -4,9 +4,9 @@
     python benchmarks/trajectory.py --out trajectory.json                    # gui-tiny
     python benchmarks/trajectory.py --model 0.5b --scratch DIR --out trajectory-0.5b.json
 
-Every mode sees the same screenshots and gives the same replies back, whatever it said itself, so that all
-prompts are the same. The modes take turns step by step, in one process on one engine, so that a machine that
-slows down slows all of them down.
+Every mode is sent the same conversations, with the last five screenshots, and gives the same replies back,
+whatever it said itself. The modes take turns step by step, in one process on one engine, so that a machine
+that slows down slows all of them down.
 
 * re-prefill, full: the last five screenshots are prefilled anew at every step; nothing is compressed;
 * prompt mode 20 %: the same, compressed to a fifth before the reply, as in the papers;
@@ -103,11 +103,11 @@ def modes(agent: Agent, capacity: int) -> list[Mode]:
     ]
 
 
-def conversation(step: int, said: str, shown: int | None) -> list[Message]:
+def conversation(step: int, said: str, shown: int) -> list[Message]:
     """The turns before a step's reply, with the last ``shown`` screenshots."""
     messages: list[Message] = []
     for number in range(step + 1):
-        image = int(shown is None or number > step - shown)
+        image = int(number > step - shown)
         text = "Do: 'Open', 'Save', the red star." if number == 0 else ""
         if image or text:
             messages.append(user_turn(text, image))
@@ -122,9 +122,8 @@ def run(agent: Agent, screens: Sequence[Image.Image], capacity: int, tokens: int
     taking_part = modes(agent, capacity)
     for step, _ in enumerate(screens):
         for mode in taking_part:
-            first = 0 if mode.session.mode == "stream" else max(0, step + 1 - SHOWN)
-            shown = None if mode.session.mode == "stream" else SHOWN
-            mode.step(conversation(step, said, shown), screens[first : step + 1], parameters)
+            shown = screens[max(0, step + 1 - SHOWN) : step + 1]
+            mode.step(conversation(step, said, SHOWN), shown, parameters)
             if mode.session.state is not None:
                 mode.session.state = _as_if_said(mode.session.state, said)
         print(f"step {step + 1} of {len(screens)}", file=sys.stderr, end="\r", flush=True)
