@@ -12,7 +12,6 @@ from typing import Literal
 
 from PIL import Image
 
-from starkv.methods.rows import PromptRows
 from starkv.methods.stream_rows import CacheRows
 from starkv.runtime.engines.base import Engine, check_kv_method
 from starkv.runtime.generation import SamplingParameters
@@ -131,9 +130,7 @@ class Session:
                 plan = plan_prompt(manifest, self.tokenizer, messages, self.images)
         check_fits(plan, parameters.max_new_tokens, manifest)
         self.reused_tokens = plan.reused_tokens
-        memory = self.kv_memory
-        if isinstance(plan.rows, PromptRows) and self.mode == "stream":
-            memory = None
+        memory = plan.state.memory if plan.state else self.kv_memory
         return Turn(
             engine, self.tokenizer, plan, parameters, self.kv_policy, memory, self.image_cache, timings
         )

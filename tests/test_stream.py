@@ -306,7 +306,6 @@ def test_a_saved_session_goes_on_as_if_nothing_had_happened(agent: Agent, tmp_pa
     restored = talk(agent, policy, mode="stream", screenshots=3)
     restored.messages, restored.images = list(stream.messages), list(stream.images)
     restored.session.state = load_session(path, agent.engine.manifest)
-    restored.session.kv_memory = restored.session.state.memory
     for number in range(4, 7):
         assert restored.step(number) == stream.step(number)
         assert restored.session.reused_tokens == stream.session.reused_tokens > 0

@@ -26,7 +26,7 @@ from starkv.runtime.serving.sessions import ParkedSessions
 from starkv.runtime.serving.slots import KvMemory, TurnPool
 from starkv.runtime.timings import Timings
 from starkv.runtime.turn import Turn, decode_step
-from starkv.runtime.turn_plan import TurnPlan, check_fits, plan_prompt, plan_stream
+from starkv.runtime.turn_plan import check_fits, plan_prompt, plan_stream
 
 log = logging.getLogger(__name__)
 
@@ -262,16 +262,15 @@ class Scheduler:
 
     def _plan(self, job: Job) -> Turn:
         request, manifest = job.request, self._engine.manifest
-        state = self._sessions.get(request.session_id) if request.session_id is not None else None
-        plan: TurnPlan
         if request.session_id is None:
             plan = plan_prompt(manifest, self._tokenizer, request.messages, job.images)
         else:
+            state = self._sessions.get(request.session_id)
             plan = plan_stream(
                 manifest, self._tokenizer, request.messages, job.images, state, self._limits.screenshots
             )
         check_fits(plan, request.parameters.max_new_tokens, manifest)
-        memory = state.memory if state is not None and plan.history is not None else None
+        memory = plan.state.memory if plan.state else None
         job.turn = Turn(
             self._engine,
             self._tokenizer,
