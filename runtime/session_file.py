@@ -20,7 +20,7 @@ from starkv.runtime.kv.parked import ParkedRows
 from starkv.runtime.kv.policy import StarKVMemory
 from starkv.runtime.stream import FrameInView, StreamState
 
-FORMAT = "starkv session 1"
+FORMAT = "starkv session 2"
 _MEMORY = ("mi_ema", "pattern_ema", "temperature")
 
 
@@ -37,10 +37,12 @@ def save_session(state: StreamState, manifest: Manifest, path: Path) -> None:
     """
     tensors: dict[str, NDArray[Any]] = {}
     rows = state.rows
-    for layer, (keys, values, meta) in enumerate(zip(rows.keys, rows.values, rows.row_meta, strict=True)):
+    every = zip(rows.keys, rows.values, rows.row_meta, rows.positions, strict=True)
+    for layer, (keys, values, meta, positions) in enumerate(every):
         # Safetensors' numpy has no bfloat16; the bits are what counts.
         tensors[f"keys.{layer}"], tensors[f"values.{layer}"] = _bits(keys), _bits(values)
         tensors[f"row_meta.{layer}"] = np.ascontiguousarray(meta)
+        tensors[f"positions.{layer}"] = np.ascontiguousarray(positions)
     memory = state.memory
     if memory is not None:
         tensors |= {name: np.ascontiguousarray(getattr(memory, name)) for name in _MEMORY}
@@ -108,6 +110,7 @@ def _state(facts: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> Str
         tuple(tensors[f"keys.{layer}"].view(dtype) for layer in layers),
         tuple(tensors[f"values.{layer}"].view(dtype) for layer in layers),
         tuple(tensors[f"row_meta.{layer}"] for layer in layers),
+        tuple(tensors[f"positions.{layer}"] for layer in layers),
     )
     memory = None
     if facts["progress"] is not None:

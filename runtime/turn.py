@@ -16,7 +16,7 @@ from starkv.runtime.kv.buffers import Arena, Pool
 from starkv.runtime.kv.image_cache import ImageCache
 from starkv.runtime.kv.parked import ParkedRows
 from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
-from starkv.runtime.preprocess.positions import rope_tables, text_positions
+from starkv.runtime.preprocess.positions import text_positions
 from starkv.runtime.preprocess.tokenizer import ChatTokenizer
 from starkv.runtime.reply import Reply
 from starkv.runtime.stream import StreamState
@@ -100,7 +100,7 @@ class Turn:
             if not length:
                 return False
             part = slice(self._done, self._done + length)
-            rope = Rope(*rope_tables(plan.positions.values[:, part], text))
+            rope = Rope.at(plan.positions.values[:, part], text)
             self._logits = engine.prefill(arena, self._embeds[part], rope)
             self._done += length
             return self._done < len(plan.ids)
@@ -173,7 +173,7 @@ def decode_step(engine: Engine, pool: Pool, turns: list[Turn]) -> list[str]:
     """
     inputs = [turn.next_input for turn in turns]
     positions = np.concatenate([text_positions(1, place).values for _, place in inputs], 1)
-    rope = Rope(*rope_tables(positions[:, :, None], engine.manifest.text))
+    rope = Rope.at(positions[:, :, None], engine.manifest.text)
     embeds = engine.embed([token for token, _ in inputs])
     samplers = [turn.reply.sampler for turn in turns]
     tokens = engine.decode_tokens(pool, embeds, rope, samplers)

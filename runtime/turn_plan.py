@@ -99,7 +99,7 @@ def plan_stream(
         frames = tuple(FrameInView(number, r * c) for number, (r, c) in enumerate(plan.grids))
         assert isinstance(plan.rows, PromptRows)
         begun = StreamState(
-            rows=ParkedRows((), (), ()),
+            rows=ParkedRows.none(),
             text=text,
             image_keys=keys,
             pending=(),

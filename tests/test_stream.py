@@ -348,7 +348,7 @@ def test_ui_tars_conversations_go_on() -> None:
     said = "<|im_start|>assistant\nAction: click(start_box='{}')"
     keys = (b"1", b"2")
     state = StreamState(
-        rows=ParkedRows((), (), ()),
+        rows=ParkedRows.none(),
         text="begin " + shown + said.format("(1,2)") + "<|im_end|>\n" + shown + said.format("(3,4)"),
         image_keys=keys,
         pending=(),

@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from starkv.errors import UsageError
-from starkv.manifest import Manifest
+from starkv.manifest import Manifest, TextShape
 from starkv.methods.names import FULL
 from starkv.methods.stream_rows import CacheRows
 from starkv.runtime.generation import Sampler
 from starkv.runtime.kv.buffers import Arena, Pool
 from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
 from starkv.runtime.preprocess.image import ImageInputs
+from starkv.runtime.preprocess.positions import rope_tables
 
 Floats = NDArray[np.float32]
 
@@ -78,6 +79,20 @@ class Rope:
     """``[B, S, head_dim / 2]``."""
     sin: Floats
     """``[B, S, head_dim / 2]``."""
+    positions: NDArray[np.int32] | None = None
+    """``[B, S, 3]``: the t, h and w that the angles are of. Rows prefilled or decoded without them can't be
+    packed."""
+
+    @classmethod
+    def at(cls, positions: NDArray[np.integer], text: TextShape) -> "Rope":
+        """Tables of tokens at ``[3, S]`` or ``[3, B, S]``; see :func:`rope_tables`."""
+        batched = positions if positions.ndim == 3 else positions[:, None]
+        return cls(*rope_tables(batched, text), np.moveaxis(batched, 0, -1).astype(np.int32))
+
+    def part(self, rows: slice) -> "Rope":
+        """Tables of some of the tokens."""
+        positions = None if self.positions is None else self.positions[:, rows]
+        return Rope(self.cos[:, rows], self.sin[:, rows], positions)
 
 
 class Engine(Protocol):

@@ -70,7 +70,7 @@ class DeviceKv(KvStore):
     def forget(self) -> None:
         """Make the memory as good as new for another user."""
         self.lengths[:] = 0
-        self.row_meta[:] = -1
+        self.row_meta[:] = self.positions[:] = -1
 
 
 def copy_rows(source: DeviceKv, source_slot: int, target: DeviceKv, target_slot: int, rows: int) -> None:
@@ -124,6 +124,7 @@ class DeviceArena(Arena):
         kv, own = KvBuffers.allocate(text, 1, self.kv.capacity), self.device_kv
         kv.keys[:], kv.values[:] = own.keys.read(), own.values.read()
         kv.lengths[:], kv.row_meta[:] = own.lengths, own.row_meta
+        kv.positions[:] = own.positions
         return Arena(kv, self.last_queries.read().astype(np.float32), self.hidden_norm)
 
 

@@ -133,7 +133,7 @@ class OrtEngine(OrtBase):
         lengths += rows
 
     def decode(self, pool: Pool, embeds: Floats, rope: Rope) -> Floats:
-        self._check_decode(pool, embeds)
+        self._start_decode(pool, embeds, rope)
         step = self._decode_step
         if step is None or not step.fits(pool):
             step = self._decode_step = DecodeStep(self._decoder, pool, self._manifest)

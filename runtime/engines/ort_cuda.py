@@ -213,7 +213,7 @@ class OrtDeviceEngine(OrtBase):
         lengths += rows
 
     def decode(self, pool: Pool, embeds: Floats, rope: Rope) -> Floats:
-        self._check_decode(pool, embeds)
+        self._start_decode(pool, embeds, rope)
         kv, batch = device_kv(pool.kv), pool.active
         step = self._step(kv, batch)
         try:

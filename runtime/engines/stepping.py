@@ -14,7 +14,7 @@ from starkv.methods.stream_rows import CacheRows
 from starkv.runtime.engines.base import EngineInfo, Floats, PicksOnHost, Rope, check_kv_method
 from starkv.runtime.engines.embedding import EmbeddingTable
 from starkv.runtime.engines.ort_compress import OrtCompressor
-from starkv.runtime.kv.buffers import Arena, Pool
+from starkv.runtime.kv.buffers import Arena, KvStore, Pool
 from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
 
 _RUNTIMES = {"ort": "ONNX Runtime", "trt": "TensorRT"}
@@ -117,8 +117,8 @@ class SteppingEngine(PicksOnHost):
         for length in chunk_lengths(total, self._chunk, self._manifest.observation_window):
             part = slice(done, done + length)
             done += length
-            tables = Rope(rope.cos[:, part], rope.sin[:, part])
-            self._prefill_chunk(arena, embeds[None, part], tables, logits, done == total)
+            note_positions(arena.kv, 1, rope.part(part))
+            self._prefill_chunk(arena, embeds[None, part], rope.part(part), logits, done == total)
         row: Floats = logits[0]
         return row
 
@@ -132,14 +132,33 @@ class SteppingEngine(PicksOnHost):
         memory: StarKVMemory | None = None,
     ) -> Compressed:
         check_kv_method(self.info, policy.method)
-        return self._compressor.compress(arena, pool, pool.slot_of(handle), prompt, policy, memory)
+        slot = pool.slot_of(handle)
+        compressed = self._compressor.compress(arena, pool, slot, prompt, policy, memory)
+        pool.kv.take_positions(slot, arena.kv, compressed.rows)
+        return compressed
 
-    def _check_decode(self, pool: Pool, embeds: Floats) -> None:
+    def _start_decode(self, pool: Pool, embeds: Floats, rope: Rope) -> None:
+        """Refuse what can't be decoded; note where the new rows are.
+
+        Raises:
+            UsageError: a slot is full.
+        """
         expected = (pool.active, self._manifest.text.hidden)
         if not pool.active or embeds.shape != expected:
             raise ValueError(f"decode got embeddings {embeds.shape} for {pool.active} sequences in use")
         if int(pool.kv.lengths[:, : pool.active].max()) >= pool.kv.capacity:
             raise UsageError(f"a sequence has filled its slot of {pool.kv.capacity} rows")
+        note_positions(pool.kv, pool.active, rope)
+
+
+def note_positions(kv: KvStore, batch: int, rope: Rope) -> None:
+    """Note the positions of the rows that the first ``batch`` slots are about to get, if they are known."""
+    if rope.positions is None:
+        return
+    rows = rope.positions.shape[1]
+    for layer, slot in np.ndindex(len(kv.lengths), batch):
+        start = kv.lengths[layer, slot]
+        kv.positions[layer, slot, start : start + rows] = rope.positions[slot]
 
 
 def store_norms(arena: Arena, norms: Floats, rows: int) -> None:

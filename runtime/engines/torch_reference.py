@@ -23,6 +23,7 @@ from starkv.methods.stream_rows import CacheRows
 from starkv.runtime.engines.base import EngineInfo, Floats, PicksOnHost, Rope, check_kv_method
 from starkv.runtime.engines.ort import OrtEngine
 from starkv.runtime.engines.ort_compress import check_prefilled
+from starkv.runtime.engines.stepping import note_positions
 from starkv.runtime.engines.torch_compress import (
     REFERENCE_METHODS,
     ReferenceArena,
@@ -110,6 +111,7 @@ class TorchReferenceEngine(PicksOnHost):
             raise UsageError(
                 f"prefill of {total} rows behind {start} exceeds the arena of {arena.kv.capacity} rows"
             )
+        note_positions(arena.kv, 1, rope)
         step = self._decoder.step(
             torch.from_numpy(embeds[None]),
             torch.from_numpy(rope.cos),
@@ -151,7 +153,9 @@ class TorchReferenceEngine(PicksOnHost):
                     raise EngineError(
                         f"keys or queries of layer {layer} are not numbers; nothing can be scored"
                     )
-        return compress(arena, pool.host_kv, slot, prompt, policy, memory)
+        compressed = compress(arena, pool.host_kv, slot, prompt, policy, memory)
+        pool.kv.take_positions(slot, arena.kv, compressed.rows)
+        return compressed
 
     def decode(self, pool: Pool, embeds: Floats, rope: Rope) -> Floats:
         expected = (pool.active, self.manifest.text.hidden)
@@ -159,6 +163,7 @@ class TorchReferenceEngine(PicksOnHost):
             raise ValueError(f"decode got embeddings {embeds.shape} for {pool.active} sequences in use")
         if int(pool.kv.lengths[:, : pool.active].max()) >= pool.kv.capacity:
             raise UsageError(f"a sequence has filled its slot of {pool.kv.capacity} rows")
+        note_positions(pool.kv, pool.active, rope)
         step = self._decoder.step(
             torch.from_numpy(embeds[:, None]),
             torch.from_numpy(rope.cos),

@@ -264,7 +264,7 @@ class TrtEngine(SteppingEngine):
         lengths += rows
 
     def decode(self, pool: Pool, embeds: Floats, rope: Rope) -> Floats:
-        step, lengths = self._step(pool, embeds)
+        step, lengths = self._step(pool, embeds, rope)
         logits = step.logits(lengths, embeds, rope)
         lengths += 1
         return logits
@@ -272,14 +272,14 @@ class TrtEngine(SteppingEngine):
     def decode_tokens(self, pool: Pool, embeds: Floats, rope: Rope, samplers: Sequence[Sampler]) -> list[int]:
         if not self.picks_on_device:
             return super().decode_tokens(pool, embeds, rope, samplers)
-        step, lengths = self._step(pool, embeds)
+        step, lengths = self._step(pool, embeds, rope)
         draws = [sampler.draw() for _, sampler in zip(pool.handles, samplers, strict=True)]
         tokens = step.tokens(lengths, embeds, rope, draws)
         lengths += 1
         return tokens
 
-    def _step(self, pool: Pool, embeds: Floats) -> tuple[TrtDecodeStep, NDArray[np.int32]]:
+    def _step(self, pool: Pool, embeds: Floats, rope: Rope) -> tuple[TrtDecodeStep, NDArray[np.int32]]:
         """The step of a pool's sequences, and their lengths ``[L, B]``, which are written to."""
-        self._check_decode(pool, embeds)
+        self._start_decode(pool, embeds, rope)
         kv = device_kv(pool.kv)
         return self._steps.get(kv, pool.active), kv.lengths[:, : pool.active]

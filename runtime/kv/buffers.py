@@ -38,6 +38,8 @@ class KvStore(ABC):
     """``[L, N]``: valid rows; layers may differ after compaction."""
     row_meta: NDArray[np.int32]
     """``[L, N, C, 4]``: what is known of each row, see ``starkv.methods.rows``; −1 where nothing is."""
+    positions: NDArray[np.int32]
+    """``[L, N, C, 3]``: t, h and w of each row, −1 where they are unknown."""
 
     @property
     @abstractmethod
@@ -64,8 +66,11 @@ class KvStore(ABC):
     def park(self, slot: int) -> ParkedRows:
         """Copy a slot's rows to host memory."""
         pairs = [self._read(layer, slot, int(rows)) for layer, rows in enumerate(self.lengths[:, slot])]
-        meta = (self.row_meta[layer, slot, :rows].copy() for layer, rows in enumerate(self.lengths[:, slot]))
-        return ParkedRows(tuple(keys for keys, _ in pairs), tuple(values for _, values in pairs), tuple(meta))
+        known = [
+            tuple(array[layer, slot, :rows].copy() for layer, rows in enumerate(self.lengths[:, slot]))
+            for array in (self.row_meta, self.positions)
+        ]
+        return ParkedRows(tuple(keys for keys, _ in pairs), tuple(values for _, values in pairs), *known)
 
     def load(self, slot: int, parked: ParkedRows) -> None:
         """Put parked rows into a slot, in place of what it holds.
@@ -81,12 +86,27 @@ class KvStore(ABC):
             raise UsageError("the parked KV rows are of another model or dtype; start the session anew")
         if lengths.max() > capacity:
             raise UsageError(f"{lengths.max()} parked KV rows do not fit {capacity} rows")
-        for layer, (keys, values, meta) in enumerate(
-            zip(parked.keys, parked.values, parked.row_meta, strict=True)
+        for layer, (keys, values, meta, positions) in enumerate(
+            zip(parked.keys, parked.values, parked.row_meta, parked.positions, strict=True)
         ):
             self._write(layer, slot, keys, values)
             self.row_meta[layer, slot, : len(meta)] = meta
+            self.positions[layer, slot, : len(meta)] = positions
         self.lengths[:, slot] = lengths
+
+    def take_positions(self, slot: int, source: "KvStore", rows: NDArray[np.int64]) -> None:
+        """Note where the rows of a slot are, which were those rows of ``source``'s slot 0.
+
+        Args:
+            slot: that holds them now.
+            source: may be this cache itself.
+            rows: ``[L, N, K]``, −1 behind a layer's last. Where each head kept rows of its own (N > 1), a row
+                has no one position: they are unknown then.
+        """
+        for layer, kept in enumerate(rows):
+            count = kept.shape[1]
+            known = source.positions[layer, 0, kept[0]] if len(kept) == 1 else -1
+            self.positions[layer, slot, :count] = known
 
     @property
     def slots(self) -> int:
@@ -124,12 +144,15 @@ def cache_shape(text: TextShape, slots: int, rows: int, heads: int | None = None
     return (text.layers, slots, heads or text.kv_heads, round_up_rows(rows), text.head_dim)
 
 
-def empty_rows(shape: tuple[int, ...]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """``lengths`` and ``row_meta`` of a cache of that shape without any row."""
+def empty_rows(
+    shape: tuple[int, ...],
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+    """``lengths``, ``row_meta`` and ``positions`` of a cache of that shape without any row."""
     layers, slots, _, capacity, _ = shape
     return (
         np.zeros((layers, slots), np.int32),
         np.full((layers, slots, capacity, ROW_COLUMNS), -1, np.int32),
+        np.full((layers, slots, capacity, 3), -1, np.int32),
     )
 
 
@@ -259,7 +282,8 @@ class Pool:
         if slot != last:
             longest = int(self.kv.lengths[:, last].max())
             self.kv.copy_rows(last, slot, longest)
-            self.kv.row_meta[:, slot, :longest] = self.kv.row_meta[:, last, :longest]
+            for known in (self.kv.row_meta, self.kv.positions):
+                known[:, slot, :longest] = known[:, last, :longest]
             self.kv.lengths[:, slot] = self.kv.lengths[:, last]
             self.handles[slot] = self.handles[last]
         self.handles.pop()

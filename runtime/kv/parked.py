@@ -23,6 +23,13 @@ class ParkedRows:
     """L times ``[Hkv, rows, D]``."""
     row_meta: tuple[NDArray[np.int32], ...]
     """L times ``[rows, 4]``, see ``starkv.methods.rows``."""
+    positions: tuple[NDArray[np.int32], ...]
+    """L times ``[rows, 3]``: t, h and w, −1 where they are unknown."""
+
+    @classmethod
+    def none(cls) -> "ParkedRows":
+        """Before the first row."""
+        return cls((), (), (), ())
 
     @property
     def lengths(self) -> NDArray[np.int32]:
@@ -31,8 +38,9 @@ class ParkedRows:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, values and metadata."""
-        return sum(array.nbytes for array in (*self.keys, *self.values, *self.row_meta))
+        """Bytes of keys, values and what is known of them."""
+        arrays = (*self.keys, *self.values, *self.row_meta, *self.positions)
+        return sum(array.nbytes for array in arrays)
 
     def stacked_meta(self) -> NDArray[np.int32]:
         """``[L, H, 4]`` for H rows of the longest layer, −1 behind the others' last."""
@@ -49,4 +57,5 @@ class ParkedRows:
             tuple(keys[:, rows] for keys, rows in zip(self.keys, kept, strict=True)),
             tuple(values[:, rows] for values, rows in zip(self.values, kept, strict=True)),
             tuple(meta[rows] for meta, rows in zip(self.row_meta, kept, strict=True)),
+            tuple(places[rows] for places, rows in zip(self.positions, kept, strict=True)),
         )
