@@ -99,6 +99,18 @@ class Quantization(_Strict):
     """Rows of the reduction axis that share one scale, or None without quantized weights."""
 
 
+class KvPacking(_Strict):
+    """How kept rows of the KV cache are packed; what with is in ``kv_packing.safetensors``."""
+
+    quant: Literal["none", "int8", "int4"]
+    rank: float | None
+    """Share of the cache's elements that low-rank latents have; None for all channels."""
+    bytes_per_row: int
+    """Of one token over all layers, with scales and padding."""
+    calibration_tokens: int
+    """That scales and factors were worked out from."""
+
+
 HardwareCompatibility = Literal["none", "same_compute_capability", "ampere_plus"]
 """GPUs that a plan runs on: the very model it was built on, all of its compute capability, or every one since
 Ampere."""
@@ -171,6 +183,8 @@ class Manifest(ModelDescription):
     """Of activations and KV cache."""
     tensorrt: TensorRTBuild | None = None
     """Of an engine for TensorRT."""
+    kv_packing: KvPacking | None = None
+    """Of an engine that can pack its cache."""
     files: dict[str, str]
     """File name → sha256 of its content; every file of the directory except the manifest."""
     manifest_sha256: str = ""

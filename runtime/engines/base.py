@@ -38,6 +38,10 @@ class EngineInfo:
     threads: int
     loaded_form: str
     """``portable``, or ``prepacked`` where weights packed for this processor were used."""
+    kv_packing: str | None = None
+    """How the engine can pack kept rows, such as ``int8``; None if it can't."""
+    kv_packed_bytes_per_row: int | None = None
+    """Bytes of one packed token over all layers."""
 
 
 def kv_bytes_per_row(manifest: Manifest) -> int:
@@ -120,9 +124,18 @@ class Engine(Protocol):
         """Memory to prefill up to ``rows`` rows in."""
         ...
 
-    def new_pool(self, slots: int, rows: int, method: str = FULL) -> Pool:
-        """Memory to decode ``slots`` sequences of up to ``rows`` rows in, as the method ``method`` keeps
-        them."""
+    def new_pool(self, slots: int, rows: int, method: str = FULL, packed: bool = False) -> Pool:
+        """Memory to decode ``slots`` sequences of up to ``rows`` rows in.
+
+        Args:
+            slots: sequences at once.
+            rows: of each.
+            method: that keeps the rows.
+            packed: they are to be packed, as ``info.kv_packing`` says.
+
+        Raises:
+            UsageError: the engine has no such method, was built for fewer rows, or can't pack.
+        """
         ...
 
     def most_kept_rows(self, prompt_rows: int, policy: KvPolicy) -> int:

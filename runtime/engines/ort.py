@@ -14,12 +14,18 @@ from numpy.typing import NDArray
 from starkv.errors import EngineError
 from starkv.host import cpu_model
 from starkv.methods.names import ENGINE_METHODS, FULL
+from starkv.methods.stream_rows import CacheRows
 from starkv.runtime.engines.base import EngineInfo, Floats, Rope, check_kv_method, kv_bytes_per_row
 from starkv.runtime.engines.ort_base import CPU_PROVIDER, OrtBase
 from starkv.runtime.engines.ort_compress import OrtCompressor
-from starkv.runtime.engines.ort_decode import DecodeStep, bind_array, bind_cache
+from starkv.runtime.engines.ort_binding import CacheBinding, FloatCache, bind_array
+from starkv.runtime.engines.ort_decode import DecodeStep
 from starkv.runtime.engines.stepping import store_norms
+from starkv.runtime.engines.ort_packed import FloatBesidePacked, packed_cache
 from starkv.runtime.kv.buffers import Arena, KvBuffers, Pool
+from starkv.runtime.kv.codecs import check_packable, open_codec, require_codec
+from starkv.runtime.kv.packed import PackedKv
+from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
 
 PREFILL_CHUNK = 512
 """Rows per prefill call: bounds the activations' memory; larger chunks are no faster on the CPU."""
@@ -52,6 +58,9 @@ class OrtEngine(OrtBase):
         self._vision_session = self._open("vision")
         self._decoder = self._check_decoder(self._open("decoder"))
         self._decode_step: DecodeStep | None = None
+        self._codec = open_codec(directory, self._manifest)
+        self._packed_cache = None if self._codec is None else packed_cache(self._codec)
+        self._float_cache: CacheBinding = FloatBesidePacked(self._packed_cache) if self._packed_cache else FloatCache()
         self._give_memory_back = self._run_options(memory__enable_memory_arena_shrinkage="cpu:0")
         self._host_compressor = OrtCompressor(
             self._manifest.text, self._manifest.observation_window, self._open_host_graph
@@ -80,6 +89,8 @@ class OrtEngine(OrtBase):
             kv_methods=ENGINE_METHODS,
             threads=self._threads,
             loaded_form="prepacked" if self._prepacked else "portable",
+            kv_packing=self._codec and self._codec.name,
+            kv_packed_bytes_per_row=self._codec.bytes_per_row if self._codec else None,
         )
 
     @property
@@ -100,18 +111,42 @@ class OrtEngine(OrtBase):
 
     def new_arena(self, rows: int) -> Arena:
         self._check_rows(rows)
-        return Arena.allocate(self._manifest.text, rows)
+        arena = Arena.allocate(self._manifest.text, rows)
+        arena.host_kv.unpack = self._codec and self._codec.unpack
+        return arena
 
-    def new_pool(self, slots: int, rows: int, method: str = FULL) -> Pool:
+    def new_pool(self, slots: int, rows: int, method: str = FULL, packed: bool = False) -> Pool:
         check_kv_method(self.info, method)
         self._check_rows(rows)
+        if packed:
+            return Pool(require_codec(self._codec, self._manifest).new_store(slots, rows))
         return Pool(KvBuffers.allocate(self._manifest.text, slots, rows))
+
+    def compress(
+        self,
+        arena: Arena,
+        pool: Pool,
+        handle: int,
+        prompt: CacheRows,
+        policy: KvPolicy,
+        memory: StarKVMemory | None = None,
+    ) -> Compressed:
+        if not isinstance(pool.kv, PackedKv):
+            return super().compress(arena, pool, handle, prompt, policy, memory)
+        check_packable(policy.method)
+        # Where all rows are kept, the arena's rows are packed where they are.
+        rows = 0 if policy.keeps_all_of(prompt) else self.most_rows_of(prompt, policy)
+        kept = Pool(KvBuffers.allocate(self._manifest.text, 1, rows) if rows else arena.kv)
+        kept.handles.append(handle)
+        compressed = super().compress(arena, kept, handle, prompt, policy, memory)
+        pool.kv.pack(pool.slot_of(handle), kept.host_kv)
+        return compressed
 
     def _prefill_chunk(self, arena: Arena, embeds: Floats, rope: Rope, logits: Floats, last: bool) -> None:
         lengths, rows = arena.kv.lengths, embeds.shape[1]
         last_rows = lengths + np.int32(rows - 1)
         binding = self._decoder.io_binding()
-        bind_cache(binding, arena.host_kv, batch=1)
+        self._float_cache.bind(binding, arena.kv, 1)
         inputs: dict[str, NDArray[Any]] = {
             "inputs_embeds": np.ascontiguousarray(embeds),
             "rope_cos": np.ascontiguousarray(rope.cos),
@@ -136,5 +171,7 @@ class OrtEngine(OrtBase):
         self._start_decode(pool, embeds, rope)
         step = self._decode_step
         if step is None or not step.fits(pool):
-            step = self._decode_step = DecodeStep(self._decoder, pool, self._manifest)
+            packed = self._packed_cache if isinstance(pool.kv, PackedKv) else None
+            cache = packed or self._float_cache
+            step = self._decode_step = DecodeStep(self._decoder, pool, self._manifest, cache)
         return step.run(pool, embeds, rope)

@@ -19,7 +19,7 @@ from starkv.methods.rows import PromptRows
 from starkv.methods.star_kv_plan import StarKVProgress, skipped_call
 from starkv.methods.star_kv_request import StarKVRequest, request_star_kv
 from starkv.methods.stream_rows import CacheRows
-from starkv.runtime.engines.ort_decode import bind_array
+from starkv.runtime.engines.ort_binding import bind_array
 from starkv.runtime.kv import baselines
 from starkv.runtime.kv.buffers import Arena, Pool
 from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory, whole_prompt

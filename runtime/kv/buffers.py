@@ -7,6 +7,7 @@ different things: positions enter the engine as rotary tables, rows are counted 
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,10 +122,14 @@ class KvStore(ABC):
         """Bytes of one row of one layer: its key and its value for all KV heads."""
         return 2 * self.shape[2] * self.shape[4] * self.itemsize
 
+    def bytes_of(self, slots: slice) -> int:
+        """Bytes of the valid rows of some slots."""
+        return int(self.lengths[:, slots].sum()) * self.row_bytes
+
     @property
     def bytes_held(self) -> int:
         """Bytes of the valid rows."""
-        return int(self.lengths.sum()) * self.row_bytes
+        return self.bytes_of(slice(None))
 
     @property
     def bytes_reserved(self) -> int:
@@ -157,19 +162,13 @@ def empty_rows(
 
 
 @dataclass
-class KvBuffers(KvStore):
+class HostKv(KvStore):
     """A cache in host memory."""
 
-    keys: NDArray[np.float32]
-    """``[L, N, Hkv, C, D]``; layer i is the contiguous tensor ``past_k.i`` of the decoder."""
-    values: NDArray[np.float32]
+    keys: NDArray[Any]
     """``[L, N, Hkv, C, D]``."""
-
-    @classmethod
-    def allocate(cls, text: TextShape, slots: int, rows: int, heads: int | None = None) -> "KvBuffers":
-        """Zeroed buffers, see :func:`cache_shape`."""
-        shape = cache_shape(text, slots, rows, heads)
-        return cls(*empty_rows(shape), np.zeros(shape, np.float32), np.zeros(shape, np.float32))
+    values: NDArray[Any]
+    """``[L, N, Hkv, C, D]``."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -189,6 +188,23 @@ class KvBuffers(KvStore):
     def copy_rows(self, source: int, target: int, rows: int) -> None:
         for buffer in (self.keys, self.values):
             buffer[:, target, :, :rows] = buffer[:, source, :, :rows]
+
+
+@dataclass
+class KvBuffers(HostKv):
+    """A cache in host memory, of float32 as the decoder computes; layer i is the contiguous ``past_k.i``."""
+
+    unpack: Callable[[ParkedRows], ParkedRows] | None = None
+    """How rows that were parked packed become float ones; None where the engine packs none."""
+
+    @classmethod
+    def allocate(cls, text: TextShape, slots: int, rows: int, heads: int | None = None) -> "KvBuffers":
+        """Zeroed buffers, see :func:`cache_shape`."""
+        shape = cache_shape(text, slots, rows, heads)
+        return cls(*empty_rows(shape), np.zeros(shape, np.float32), np.zeros(shape, np.float32))
+
+    def load(self, slot: int, parked: ParkedRows) -> None:
+        super().load(slot, self.unpack(parked) if self.unpack and parked.packed else parked)
 
 
 def host_buffers(store: KvStore) -> KvBuffers:

@@ -32,6 +32,11 @@ class ParkedRows:
         return cls((), (), (), ())
 
     @property
+    def packed(self) -> bool:
+        """Whether keys and values are codes of a packed cache, not numbers."""
+        return any(keys.dtype.kind in "iu" for keys in self.keys)
+
+    @property
     def lengths(self) -> NDArray[np.int32]:
         """``[L]``: rows of each layer."""
         return np.array([len(meta) for meta in self.row_meta], np.int32)

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding from an int8 or int4 cache in ONNX Runtime.
+
+The lowered decoder has both attentions of every layer behind one ``If``: exact over float rows, as a prefill
+needs it and engines without packing have it, or quantized over codes. So weights exist once, and either
+attention writes its rows in place.
+
+Codes of keys are those of rotated keys without the bias's share, which in Qwen2 is many times larger than the
+rest. Its part of the logits, q · R(position) bias, enters as an attention bias. It is a sum over position
+components of functions of one number, so a table over positions and three lookups per row give it.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from starkv.export.lower.branch import Branch
+from starkv.export.lower.ort_attention import MICROSOFT, AttentionInputs
+from starkv.kv_packing.quantized import QuantizedLayer, QuantizedPacking
+
+ROPE_TABLE = "rope_table"
+"""Input: [3 * P, D] f32; row ``3 * position + component`` has the cosines and sines of the rotary pairs that
+read that component, divided by √D, and zeros for the others."""
+ROW_POSITIONS = "row_positions"
+"""Inputs, one per layer: [B, C, 3] i32; t, h and w of each row of the packed cache."""
+
+_COMPONENTS = 3
+
+
+class QuantizedKvLowering:
+    """Writes the quantized branch of each layer."""
+
+    def __init__(self, graph: ir.Graph, packing: QuantizedPacking) -> None:
+        """Add the inputs that all layers share.
+
+        Args:
+            graph: the decoder.
+            packing: scales and biases.
+        """
+        self._graph, self._packing = graph, packing
+        self._dtype = ir.DataType.INT8 if packing.bits == 8 else ir.DataType.UINT8
+        self._table = self._new_input(ROPE_TABLE, ir.DataType.FLOAT, ["T", "D"])
+
+    def _new_input(self, name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        self._graph.inputs.append(value)
+        return value
+
+    def updated_inputs(self, layer: int, inputs: AttentionInputs) -> dict[str, ir.Value]:
+        """Inputs for the codes of a layer's keys and values, by the outputs that they become."""
+        assert inputs.past_k.shape is not None
+        _, heads, _, dim = inputs.past_k.shape
+        shape: list[int | str] = ["B", int(heads), "Q", self._packing.code_width(int(dim))]
+        return {
+            f"present_{kind}_codes.{layer}": self._new_input(f"past_{kind}_codes.{layer}", self._dtype, shape)
+            for kind in "kv"
+        }
+
+    def write_branch(
+        self, branch: Branch, layer: int, inputs: AttentionInputs, codes: Sequence[ir.Value]
+    ) -> list[ir.Value]:
+        constants = self._packing.layers[layer]
+        name = f"layers.{layer}/kv"
+        positions = self._new_input(f"{ROW_POSITIONS}.{layer}", ir.DataType.INT32, ["B", "Q", _COMPONENTS])
+        key_bias = branch.constant(f"{name}.key_bias", constants.key_bias)
+        value_bias = branch.constant(f"{name}.value_bias", constants.value_bias)
+        group = inputs.heads // inputs.kv_heads
+        per_head = constants.value_bias.reshape(inputs.kv_heads, -1).repeat(group, 0)
+        out, k_codes, v_codes = branch.node(
+            "GroupQueryAttention",
+            [
+                inputs.q,
+                self._without_bias(branch, inputs, key_bias),
+                branch.op("Sub", inputs.v, value_bias),
+                *codes,
+                inputs.last_rows,
+                inputs.longest,
+                *[None] * 3,
+                self._bias_logits(branch, layer, constants, positions, inputs),
+                None,
+                branch.constant(f"{name}.key_scale", constants.key_scale),
+                branch.constant(f"{name}.value_scale", constants.value_scale),
+            ],
+            3,
+            MICROSOFT,
+            num_heads=inputs.heads,
+            kv_num_heads=inputs.kv_heads,
+            k_quant_type="PER_CHANNEL",
+            v_quant_type="PER_CHANNEL",
+            kv_cache_bit_width=self._packing.bits,
+        )
+        # The weights of a softmax sum to 1: a constant of all values is added once.
+        restored = branch.op("Add", out, branch.constant(f"{name}.value_bias_of_heads", per_head.reshape(-1)))
+        return [restored, *(branch.op("Identity", past) for past in (inputs.past_k, inputs.past_v)), k_codes, v_codes]
+
+    @staticmethod
+    def _without_bias(branch: Branch, inputs: AttentionInputs, bias: ir.Value) -> ir.Value:
+        """The new keys, rotated after their bias was taken out."""
+        rotary = inputs.k.producer()
+        if rotary is None or rotary.op_type != "RotaryEmbedding":
+            raise ValueError(f"{inputs.k} is no rotated key")
+        projected, cos, sin = rotary.inputs[:3]
+        free = branch.op("Sub", projected, bias)
+        return branch.op("RotaryEmbedding", free, cos, sin, num_heads=inputs.kv_heads, interleaved=0)
+
+    def _bias_logits(
+        self,
+        branch: Branch,
+        layer: int,
+        constants: QuantizedLayer,
+        positions: ir.Value,
+        inputs: AttentionInputs,
+    ) -> ir.Value:
+        """q · R(position of a row) bias / √D: ``[B, Hq, 1, rows]``."""
+        kv_heads, heads = inputs.kv_heads, inputs.heads
+        bias: NDArray[np.float32] = constants.key_bias.reshape(kv_heads, 1, 2, -1)
+        first, second = (
+            branch.constant(f"layers.{layer}/kv.key_bias_{half}", bias[:, :, half]) for half in (0, 1)
+        )
+        split_heads = branch.ints(-1, kv_heads, heads // kv_heads, bias.shape[-1] * 2)
+        by_head = branch.op("Reshape", inputs.q, split_heads)
+        q_first, q_second = branch.node("Split", [by_head], 2, axis=-1, num_outputs=2)
+        with_cos = branch.op("Add", branch.op("Mul", q_first, first), branch.op("Mul", q_second, second))
+        with_sin = branch.op("Sub", branch.op("Mul", q_second, first), branch.op("Mul", q_first, second))
+        both = branch.op("Concat", with_cos, with_sin, axis=-1)
+        columns = branch.op(
+            "Transpose",
+            branch.op("Reshape", both, branch.ints(-1, heads, bias.shape[-1] * 2)),
+            perm=[0, 2, 1],
+        )
+        by_position = branch.op("MatMul", self._table, columns)
+        rows = branch.op("Cast", inputs.longest, to=ir.DataType.INT64)
+        used = branch.op("Slice", positions, branch.ints(0), rows, branch.ints(1))
+        scaled = branch.op(
+            "Mul", branch.op("Cast", used, to=ir.DataType.INT64), branch.ints(_COMPONENTS)
+        )
+        index = branch.op("Add", scaled, branch.ints(*range(_COMPONENTS)))
+        flat = branch.op("Reshape", index, branch.ints(0, -1, 1))
+        looked_up = branch.op("GatherND", by_position, flat, batch_dims=1)
+        by_row = branch.op("Reshape", looked_up, branch.ints(0, -1, _COMPONENTS, heads))
+        summed = branch.op("ReduceSum", by_row, branch.ints(2), keepdims=0)
+        turned = branch.op("Transpose", summed, perm=[0, 2, 1])
+        return branch.op("Unsqueeze", turned, branch.ints(2))

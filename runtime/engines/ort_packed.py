@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a decoder with packing takes beyond the others: which cache it is to read, and that cache.
+
+Every run must bind every input. Those of the attention that is not wanted are bound to a row of zeros.
+"""
+
+from abc import abstractmethod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from starkv.runtime.engines.ort_binding import (
+    CacheBinding,
+    FloatCache,
+    bind_array,
+    bind_cache,
+    bind_in_place,
+)
+from starkv.runtime.kv.buffers import KvStore
+from starkv.runtime.kv.packed import KvCodec
+from starkv.runtime.kv.quantized import QuantizedCodec, QuantizedKv
+
+COMPONENTS = 3
+"""Of a position: t, h and w."""
+_TABLE_STEP = 256
+"""Positions that a table grows by."""
+
+
+class PackedCache(CacheBinding):
+    """Binds packed rows; tables over positions grow as they need."""
+
+    def __init__(self, codec: KvCodec) -> None:
+        self._codec, self._text = codec, codec.text
+        self._no_rows = np.zeros((1, codec.text.kv_heads, 1, codec.text.head_dim), np.float32)
+        self._yes, self._no = np.array([True]), np.array([False])
+        self._positions = 0
+
+    def bind(self, binding: Any, kv: KvStore, batch: int) -> None:
+        bind_array(binding.bind_input, "packed", self._yes)
+        needed = int(kv.positions[:, :batch].max(initial=0)) + 1
+        if needed > self._positions:
+            self._positions = -(-needed // _TABLE_STEP) * _TABLE_STEP
+            angles = np.arange(self._positions)[:, None] * self._codec.rotary.inverse_frequencies
+            self._make_tables(angles)
+        self._bind_rows(binding, kv, batch)
+
+    def covers(self, kv: KvStore, batch: int) -> bool:
+        return int(kv.positions[:, :batch].max(initial=0)) < self._positions
+
+    def bind_nothing(self, binding: Any) -> None:
+        """Choose the exact attention."""
+        bind_array(binding.bind_input, "packed", self._no)
+        self._bind_no_packed_rows(binding)
+
+    @abstractmethod
+    def _make_tables(self, angles: NDArray[np.float64]) -> None:
+        """From the angles ``[P, D / 2]`` of every position and rotary pair."""
+
+    @abstractmethod
+    def _bind_rows(self, binding: Any, kv: KvStore, batch: int) -> None: ...
+
+    @abstractmethod
+    def _bind_no_packed_rows(self, binding: Any) -> None: ...
+
+    def _bind_no_float_rows(self, binding: Any) -> None:
+        for layer in range(self._text.layers):
+            for kind in "kv":
+                bind_in_place(binding, kind, layer, self._no_rows)
+
+
+class FloatBesidePacked(FloatCache):
+    """A float cache, in a decoder that could read packed ones, too."""
+
+    def __init__(self, packed: PackedCache) -> None:
+        self._packed = packed
+
+    def bind(self, binding: Any, kv: KvStore, batch: int) -> None:
+        super().bind(binding, kv, batch)
+        self._packed.bind_nothing(binding)
+
+
+class QuantizedCache(PackedCache):
+    """Int8 and int4 caches."""
+
+    def __init__(self, codec: QuantizedCodec) -> None:
+        super().__init__(codec)
+        self._table = np.zeros((COMPONENTS, codec.text.head_dim), np.float32)
+        self._no_positions = np.zeros((1, 1, COMPONENTS), np.int32)
+        self._no_codes = codec.new_store(1, 1)
+
+    def _make_tables(self, angles: NDArray[np.float64]) -> None:
+        """Row ``3 * position + component`` serves the pairs that read that component."""
+        reads = self._codec.rotary.component_of_pair == np.arange(COMPONENTS)[:, None]
+        halves = [np.where(reads, function(angles[:, None]), 0) for function in (np.cos, np.sin)]
+        table = np.concatenate(halves, -1).reshape(-1, self._text.head_dim)
+        self._table = np.ascontiguousarray(table / np.sqrt(self._text.head_dim), np.float32)
+
+    def _bind_rows(self, binding: Any, kv: KvStore, batch: int) -> None:
+        assert isinstance(kv, QuantizedKv)
+        bind_array(binding.bind_input, "rope_table", self._table)
+        for layer in range(self._text.layers):
+            bind_array(binding.bind_input, f"row_positions.{layer}", kv.positions[layer, :batch])
+        bind_cache(binding, kv, batch, "_codes")
+        self._bind_no_float_rows(binding)
+
+    def _bind_no_packed_rows(self, binding: Any) -> None:
+        bind_array(binding.bind_input, "rope_table", self._table)
+        for layer in range(self._text.layers):
+            bind_array(binding.bind_input, f"row_positions.{layer}", self._no_positions)
+        bind_cache(binding, self._no_codes, 1, "_codes")
+
+
+def packed_cache(codec: KvCodec) -> PackedCache:
+    """The binding of a codec's caches."""
+    if isinstance(codec, QuantizedCodec):
+        return QuantizedCache(codec)
+    raise TypeError(f"no binding for {codec}")

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Int8 and int4 caches: every row quantized, those of the reply as they are appended."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from starkv.kv_packing.quantized import QuantizedPacking
+from starkv.lowrank.quantized_rows import QuantizedRows
+from starkv.lowrank.rotary import Rotary, rotate
+from starkv.manifest import TextShape
+from starkv.runtime.kv.buffers import HostKv, KvBuffers, cache_shape, empty_rows
+from starkv.runtime.kv.packed import KvCodec, PackedKv, head_major
+from starkv.runtime.kv.parked import ParkedRows
+
+POSITION_BYTES = 12
+"""Of a row's position, which its key's bias is worked out from."""
+
+
+class QuantizedCodec(KvCodec):
+    """Static scales per channel."""
+
+    def __init__(self, packing: QuantizedPacking, rotary: Rotary, text: TextShape) -> None:
+        self.packing, self.rotary, self.text = packing, rotary, text
+        self.name = f"int{packing.bits}"
+        self.bytes_per_row = sum(layer.bytes_per_row + POSITION_BYTES for layer in packing.layers)
+
+    def new_store(self, slots: int, rows: int) -> "QuantizedKv":
+        layers, _, heads, capacity, dim = shape = cache_shape(self.text, slots, rows)
+        codes = (layers, slots, heads, capacity, self.packing.code_width(dim))
+        dtype = self.packing.code_dtype
+        return QuantizedKv(*empty_rows(shape), np.zeros(codes, dtype), np.zeros(codes, dtype), self)
+
+    def unpack(self, parked: ParkedRows) -> ParkedRows:
+        keys, values = [], []
+        for layer, positions in enumerate(parked.positions):
+            quantization = self.packing.layers[layer]
+            codes = (array[layer].transpose(1, 0, 2) for array in (parked.keys, parked.values))
+            rows = QuantizedRows(*codes, positions)
+            cosines, sines = self.rotary.tables(positions)
+            bias = rotate(quantization.key_bias, cosines[:, None], sines[:, None])
+            keys.append(head_major(quantization.stored_keys(rows) + bias))
+            values.append(head_major(quantization.stored_values(rows) + quantization.value_bias))
+        return ParkedRows(tuple(keys), tuple(values), parked.row_meta, parked.positions)
+
+
+@dataclass
+class QuantizedKv(HostKv, PackedKv):
+    """Codes ``[L, N, Hkv, C, D]`` int8, or ``[L, N, Hkv, C, D / 2]`` uint8."""
+
+    codec: QuantizedCodec
+
+    @property
+    def row_bytes(self) -> int:
+        return 2 * self.shape[2] * self.shape[4] * self.itemsize + POSITION_BYTES
+
+    def pack(self, slot: int, source: KvBuffers) -> None:
+        self._check_packable(source)
+        for layer, rows in enumerate(source.lengths[:, 0]):
+            exact = (array[layer, 0, :, :rows].transpose(1, 0, 2) for array in (source.keys, source.values))
+            codes = self.codec.packing.layers[layer].quantize(
+                *exact, source.positions[layer, 0, :rows], self.codec.rotary
+            )
+            self.keys[layer, slot, :, :rows] = codes.keys.transpose(1, 0, 2)
+            self.values[layer, slot, :, :rows] = codes.values.transpose(1, 0, 2)
+        self._note_packed(slot, source)

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Low-rank caches: latents of keys and values, and the newest rows as they are (STAR-KV, arXiv 2606.08382)."""
+
+from dataclasses import dataclass
+
+from starkv.lowrank.latent_format import KeyLanes, LatentFormat, key_bytes, value_bytes
+from starkv.lowrank.layer import LowRankLayer
+
+
+@dataclass(frozen=True)
+class LowRankPacking:
+    """How a model's rows become latents."""
+
+    latent: LatentFormat
+    layers: tuple[LowRankLayer, ...]
+    recent_rows: int
+    """Newest rows of a prompt that stay as they are, with those of the reply."""
+
+    def lanes(self, layer: int) -> KeyLanes:
+        """Where each group's latent lies in a row of keys."""
+        return KeyLanes(tuple(factor.rank for factor in self.layers[layer].keys))
+
+    def bytes_per_row(self, layer: int) -> int:
+        """Bytes of one packed token in a layer, with scales and padding."""
+        factors = self.layers[layer]
+        ranks = [factor.rank for factor in factors.keys]
+        return key_bytes(ranks, self.latent) + value_bytes(factors.values.rank, self.latent)

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Int8 and int4 caches of full rank: static scales per channel, the projections' biases taken out."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from starkv.lowrank.quantized_rows import Bits, RowQuantization
+
+
+@dataclass(frozen=True)
+class QuantizedPacking:
+    """How a model's rows are quantized."""
+
+    bits: Bits
+    layers: tuple[RowQuantization, ...]
+
+    @property
+    def code_dtype(self) -> np.dtype[np.generic]:
+        """int8, or uint8 with two codes in a byte."""
+        return np.dtype(np.int8 if self.bits == 8 else np.uint8)
+
+    def code_width(self, head_dim: int) -> int:
+        """Elements of a key's or value's codes per head."""
+        return head_dim * self.bits // 8
