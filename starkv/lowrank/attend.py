@@ -112,13 +112,13 @@ def softmax(logits: NDArray[Any]) -> NDArray[Any]:
 def _logits(queries: NDArray[Any], keys: NDArray[Any]) -> NDArray[np.float64]:
     """``[query heads, rows]`` of keys ``[rows, KV heads, D]``."""
     grouped = queries.reshape(keys.shape[1], -1, queries.shape[-1])
-    logits = np.einsum("hqd,nhd->hqn", grouped, keys, dtype=np.float64)
+    logits: NDArray[np.float64] = np.einsum("hqd,nhd->hqn", grouped, keys, dtype=np.float64)
     return logits.reshape(len(queries), len(keys))
 
 
 def _weighted(probabilities: NDArray[Any], values: NDArray[Any]) -> NDArray[np.float64]:
-    """Sums ``[query heads, D]`` of values ``[rows, KV heads, D]`` by probabilities ``[query heads, rows]``."""
+    """Sums ``[query heads, D]`` of values ``[rows, KV heads, D]``, by ``[query heads, rows]``."""
     heads_per_kv_head = len(probabilities) // values.shape[1]
     grouped = probabilities.reshape(values.shape[1], heads_per_kv_head, len(values))
-    heads = np.einsum("hqn,nhd->hqd", grouped, values, dtype=np.float64)
+    heads: NDArray[np.float64] = np.einsum("hqn,nhd->hqd", grouped, values, dtype=np.float64)
     return heads.reshape(len(probabilities), values.shape[-1])

@@ -42,12 +42,12 @@ class Factor:
     @property
     def width(self) -> int:
         """Channels of y."""
-        return self.up.shape[0]
+        return int(self.up.shape[0])
 
     @property
     def rank(self) -> int:
         """Channels of a latent."""
-        return self.up.shape[1]
+        return int(self.up.shape[1])
 
     def compress(self, outputs: NDArray[Any]) -> NDArray[np.float64]:
         """Latents ``[..., rank]`` of projection outputs ``[..., width]``."""
@@ -211,4 +211,5 @@ def _symmetric(matrix: NDArray[Any], name: str) -> NDArray[np.float64]:
         raise CalibrationError(
             f"the {name} holds values that are not finite numbers: calibrate in float32 and check the weights"
         )
-    return (matrix + matrix.T) / 2
+    symmetric: NDArray[np.float64] = (matrix + matrix.T) / 2
+    return symmetric

@@ -17,10 +17,11 @@ DEFAULT_SEED = 1234
 
 def hadamard(size: int) -> NDArray[np.float64]:
     """Orthogonal Hadamard matrix ``[size, size]`` of a power of two, every entry ±1/√size."""
-    matrix = np.ones((1, 1))
+    matrix: NDArray[np.float64] = np.ones((1, 1))
     while len(matrix) < size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return matrix / np.sqrt(size)
+    scaled: NDArray[np.float64] = matrix * size**-0.5
+    return scaled
 
 
 def rotated_parts(rank: int) -> list[tuple[int, int]]:

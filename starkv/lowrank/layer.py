@@ -40,7 +40,7 @@ class LowRankLayer:
     @property
     def head_dim(self) -> int:
         """D."""
-        return self.key_bias.shape[1]
+        return int(self.key_bias.shape[1])
 
     def key_latents(
         self, keys: NDArray[Any], cosines: NDArray[Any], sines: NDArray[Any]

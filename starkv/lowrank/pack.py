@@ -6,6 +6,7 @@ A block of a token is quantized symmetrically: ``scale = max(max |x|, 1e-5) / la
 bits are stored with 8 added, codes of 8 bits as signed bytes.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,8 +40,8 @@ class PackedRows:
     @property
     def bytes_per_row(self) -> int:
         """Memory of one token."""
-        rows = self.codes.size // self.codes.shape[-1]
-        return (self.codes.nbytes + self.scales.nbytes) // rows
+        rows = math.prod(self.codes.shape[:-1])
+        return int(self.codes.nbytes + self.scales.nbytes) // rows
 
 
 def quantize_block(block: NDArray[Any], bits: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
@@ -110,14 +111,15 @@ def pack_nibbles(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
     if codes.shape[-1] % 2:
         codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], axis=-1)
     stored = (codes + NIBBLE_OFFSET).astype(np.uint8)
-    packed: NDArray[np.uint8] = stored[..., 0::2] | stored[..., 1::2] << 4
+    packed: NDArray[np.uint8] = stored[..., 0::2] | (stored[..., 1::2] << np.uint8(4))
     return packed
 
 
 def unpack_nibbles(stored: NDArray[np.uint8], count: int) -> NDArray[np.int8]:
     """The first ``count`` signed codes of bytes ``[..., at least ⌈count/2⌉]``."""
-    halves = np.stack([stored & 15, stored >> 4], axis=-1).astype(np.int8) - NIBBLE_OFFSET
-    codes: NDArray[np.int8] = halves.reshape(*stored.shape[:-1], -1)[..., :count]
+    halves = np.stack([stored & 15, stored >> 4], axis=-1).astype(np.int8)
+    flat = halves.reshape(*stored.shape[:-1], 2 * stored.shape[-1])
+    codes: NDArray[np.int8] = flat[..., :count] - np.int8(NIBBLE_OFFSET)
     return codes
 
 

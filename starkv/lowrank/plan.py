@@ -182,7 +182,7 @@ def greedy_ranks(
     if floor > budget:
         raise UsageError(
             f"a budget of {budget} per token can't be reached: the least rank of {FLOOR} everywhere takes "
-            f"{floor - fixed_cost} and uncompressed layers {fixed_cost}; allow {floor} or compress more layers"
+            f"{floor - fixed_cost}, uncompressed layers {fixed_cost}; allow {floor} or compress more layers"
         )
     left = budget - floor
     sums = [np.concatenate([[0.0], np.cumsum(energies)]) for energies in spectra]

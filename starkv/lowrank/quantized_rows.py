@@ -93,7 +93,8 @@ def key_scales(pair_peaks: NDArray[Any], bits: Bits) -> NDArray[np.float32]:
 def value_scales(peaks: NDArray[Any], bits: Bits) -> NDArray[np.float32]:
     """Scales from the largest magnitude in each channel, in the same shape."""
     largest = np.float32(2 ** (bits - 1) - 1)
-    return np.maximum(peaks.astype(np.float32), LEAST_MAGNITUDE) / largest
+    scales: NDArray[np.float32] = np.maximum(peaks.astype(np.float32), LEAST_MAGNITUDE) / largest
+    return scales
 
 
 def key_bias_logits(
