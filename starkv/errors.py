@@ -10,6 +10,10 @@ class StarkvError(Exception):
     """
 
 
+class CalibrationError(StarkvError):
+    """Statistics that a calibration gathered are no numbers, or stand on too few tokens."""
+
+
 class CheckpointError(StarkvError):
     """A checkpoint is missing, truncated, or of an architecture that starkv does not know."""
 

@@ -20,6 +20,12 @@ def recordings(folder: str, pattern: str = "*.npz") -> list[Path]:
     return sorted((ROOT / folder).glob(pattern))
 
 
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Everything in one npz file."""
+    with np.load(path) as stored:
+        return {name: stored[name] for name in stored.files}
+
+
 @dataclass(frozen=True)
 class Recording:
     """One npz file."""
@@ -29,8 +35,7 @@ class Recording:
 
     @classmethod
     def read(cls, path: Path) -> "Recording":
-        with np.load(path) as stored:
-            arrays = {name: stored[name] for name in stored.files}
+        arrays = read_arrays(path)
         return cls(json.loads(str(arrays.pop("config_json"))), arrays)
 
     def call(self, index: int) -> dict[str, np.ndarray]:
