@@ -5,14 +5,9 @@ The standard bodies write out every attention score: 7.3 GB for a 1080p screensh
 the cache's capacity. ONNX Runtime's operators tile them, and their work follows the valid rows.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
-
 import numpy as np
 import onnx_ir as ir
 
-from starkv.export.lower.branch import Branch
 from starkv.export.lower.graph_edit import remove_unused, replace_node
 from starkv.onnx_ops import DOMAIN, FULL_ATTENTION, KV_ATTENTION
 
@@ -26,65 +21,12 @@ LONGEST = "longest"
 new row per sequence a larger number does no harm."""
 
 
-PACKED = "packed"
-"""Input of a decoder that can attend to a packed cache: [1] bool in host memory, whether it is to."""
-
-
-@dataclass(frozen=True)
-class AttentionInputs:
-    """What attention reads in a layer of the lowered decoder."""
-
-    q: ir.Value
-    """``[B, S, Hq * D]``, rotated."""
-    k: ir.Value
-    """``[B, S, G * D]``, likewise."""
-    v: ir.Value
-    """``[B, S, G * D]``."""
-    past_k: ir.Value
-    """``[B, G, C, D]``."""
-    past_v: ir.Value
-    """``[B, G, C, D]``."""
-    last_rows: ir.Value
-    """``[B]``: this layer's part of the input."""
-    longest: ir.Value
-    heads: int
-    kv_heads: int
-
-
-class PackedAttention(Protocol):
-    """How a decoder attends to a packed cache."""
-
-    def updated_inputs(self, layer: int, inputs: AttentionInputs) -> dict[str, ir.Value]:
-        """New inputs of the graph that a layer writes to, by the names of the outputs that they become."""
-        ...
-
-    def write_branch(
-        self, branch: Branch, layer: int, inputs: AttentionInputs, updated: Sequence[ir.Value]
-    ) -> list[ir.Value]:
-        """Write a layer's attention to the packed cache.
-
-        Args:
-            branch: where to.
-            layer: its index.
-            inputs: what the exact attention reads.
-            updated: values of :meth:`updated_inputs`.
-
-        Returns:
-            out ``[B, S, Hq * D]``, ``past_k`` and ``past_v`` afterwards, and ``updated`` afterwards.
-        """
-        ...
-
-
-def lower_kv_attention(model: ir.Model, packed: Callable[[ir.Graph], PackedAttention] | None = None) -> None:
+def lower_kv_attention(model: ir.Model) -> None:
     """Replace KVAttention by GroupQueryAttention, and the inputs ``kv_len`` and ``past_extent`` by
     ``last_rows`` and ``longest``.
 
     The operator writes the new rows in place where past and present share memory. Its batches have one new
     row per sequence or one sequence only, as decode and prefill do.
-
-    Args:
-        model: canonical decoder, or another graph.
-        packed: makes the attention to a packed cache, which the input ``packed`` then chooses.
 
     Raises:
         ValueError: a layer's length is no row of ``kv_len``.
@@ -105,67 +47,22 @@ def lower_kv_attention(model: ir.Model, packed: Callable[[ir.Graph], PackedAtten
     graph.insert_before(graph[0], split)
     for index, value in enumerate(split.outputs):
         value.name = f"{LAST_ROWS}.{index}"
-    choice = None if packed is None else PackedChoice(graph, packed(graph))
     for node in nodes:
         q, k, v, past_k, past_v, kv_len, _ = node.inputs
-        layer = _layer_of(kv_len)
-        counts = (node.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
-        inputs = AttentionInputs(q, k, v, past_k, past_v, split.outputs[layer], longest, *counts)
-        if choice is None:
-            attention = _exact_attention(inputs, str(node.name).replace(KV_ATTENTION, "GroupQueryAttention"))
-            replace_node(graph, node, attention)
-        else:
-            choice.replace(node, layer, inputs)
+        attention = ir.node(
+            "GroupQueryAttention",
+            [q, k, v, past_k, past_v, split.outputs[_layer_of(kv_len)], longest],
+            {name: node.attributes[name].as_int() for name in ("num_heads", "kv_num_heads")}
+            | {"do_rotary": 0},
+            domain=MICROSOFT,
+            num_outputs=3,
+            name=str(node.name).replace(KV_ATTENTION, "GroupQueryAttention"),
+        )
+        replace_node(graph, node, attention)
     remove_unused(graph)
     kept = [value for value in graph.inputs if value.name not in ("kv_len", "past_extent")]
     graph.inputs[:] = [*kept, last_rows, longest]
     del model.functions[DOMAIN, KV_ATTENTION, ""]
-
-
-def _exact_attention(inputs: AttentionInputs, name: str) -> ir.Node:
-    """Attention over float rows; outputs: out, present_k, present_v."""
-    values = [inputs.q, inputs.k, inputs.v, inputs.past_k, inputs.past_v, inputs.last_rows, inputs.longest]
-    return ir.node(
-        "GroupQueryAttention",
-        values,
-        {"num_heads": inputs.heads, "kv_num_heads": inputs.kv_heads, "do_rotary": 0},
-        domain=MICROSOFT,
-        num_outputs=3,
-        name=name,
-    )
-
-
-class PackedChoice:
-    """Puts both attentions of a layer behind ``If``: weights exist once, and each writes in place."""
-
-    def __init__(self, graph: ir.Graph, packed: PackedAttention) -> None:
-        self._graph, self._packed = graph, packed
-        self._flag = ir.Value(name=PACKED, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([1]))
-        graph.inputs.append(self._flag)
-
-    def replace(self, node: ir.Node, layer: int, inputs: AttentionInputs) -> None:
-        """Replace a layer's KVAttention."""
-        updated = self._packed.updated_inputs(layer, inputs)
-        types = [ir.DataType.FLOAT] * 3 + [value.dtype or ir.DataType.FLOAT for value in updated.values()]
-        exact = Branch(self._graph, f"layers.{layer}/exact")
-        attention = exact.append(_exact_attention(inputs, f"layers.{layer}/exact/GroupQueryAttention"))
-        untouched = [exact.op("Identity", value) for value in updated.values()]
-        packed = Branch(self._graph, f"layers.{layer}/packed")
-        results = self._packed.write_branch(packed, layer, inputs, list(updated.values()))
-        either = ir.node(
-            "If",
-            [self._flag],
-            {
-                "then_branch": packed.finish(results, types),
-                "else_branch": exact.finish([*attention, *untouched], types),
-            },
-            num_outputs=len(types),
-            name=str(node.name).replace(KV_ATTENTION, "If"),
-        )
-        replace_node(self._graph, node, either)
-        for (name, before), after in zip(updated.items(), either.outputs[3:], strict=True):
-            after.name, after.type, after.shape = name, before.type, before.shape
-            self._graph.outputs.append(after)
 
 
 def _input(name: str, shape: list[int | str]) -> ir.Value:

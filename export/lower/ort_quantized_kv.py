@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding from an int8 or int4 cache in ONNX Runtime.
-
-The lowered decoder has both attentions of every layer behind one ``If``: exact over float rows, as a prefill
-needs it and engines without packing have it, or quantized over codes. So weights exist once, and either
-attention writes its rows in place.
+"""Attention to an int8 or int4 cache in ONNX Runtime.
 
 Codes of keys are those of rotated keys without the bias's share, which in Qwen2 is many times larger than the
 rest. Its part of the logits, q · R(position) bias, enters as an attention bias. It is a sum over position
@@ -17,8 +13,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from starkv.export.lower.branch import Branch
-from starkv.export.lower.ort_attention import MICROSOFT, AttentionInputs
-from starkv.kv_packing.quantized import QuantizedLayer, QuantizedPacking
+from starkv.export.lower.ort_attention import MICROSOFT
+from starkv.export.lower.ort_packed_attention import AttentionInputs
+from starkv.kv_packing.quantized import QuantizedPacking
+from starkv.lowrank.quantized_rows import RowQuantization
 
 ROPE_TABLE = "rope_table"
 """Input: [3 * P, D] f32; row ``3 * position + component`` has the cosines and sines of the rotary pairs that
@@ -50,9 +48,8 @@ class QuantizedKvLowering:
 
     def updated_inputs(self, layer: int, inputs: AttentionInputs) -> dict[str, ir.Value]:
         """Inputs for the codes of a layer's keys and values, by the outputs that they become."""
-        assert inputs.past_k.shape is not None
-        _, heads, _, dim = inputs.past_k.shape
-        shape: list[int | str] = ["B", int(heads), "Q", self._packing.code_width(int(dim))]
+        width = self._packing.code_width(inputs.head_dim)
+        shape: list[int | str] = ["B", inputs.kv_heads, "Q", width]
         return {
             f"present_{kind}_codes.{layer}": self._new_input(f"past_{kind}_codes.{layer}", self._dtype, shape)
             for kind in "kv"
@@ -64,10 +61,12 @@ class QuantizedKvLowering:
         constants = self._packing.layers[layer]
         name = f"layers.{layer}/kv"
         positions = self._new_input(f"{ROW_POSITIONS}.{layer}", ir.DataType.INT32, ["B", "Q", _COMPONENTS])
-        key_bias = branch.constant(f"{name}.key_bias", constants.key_bias)
-        value_bias = branch.constant(f"{name}.value_bias", constants.value_bias)
-        group = inputs.heads // inputs.kv_heads
-        per_head = constants.value_bias.reshape(inputs.kv_heads, -1).repeat(group, 0)
+        arrays = (constants.key_bias, constants.value_bias, constants.key_scales, constants.value_scales)
+        key_bias, value_bias, key_scale, value_scale = (
+            branch.constant(f"{name}.{kind}", array.reshape(-1).astype(np.float32))
+            for kind, array in zip(("key_bias", "value_bias", "key_scale", "value_scale"), arrays, strict=True)
+        )
+        per_head = constants.value_bias.astype(np.float32).repeat(inputs.heads // inputs.kv_heads, 0)
         out, k_codes, v_codes = branch.node(
             "GroupQueryAttention",
             [
@@ -80,8 +79,8 @@ class QuantizedKvLowering:
                 *[None] * 3,
                 self._bias_logits(branch, layer, constants, positions, inputs),
                 None,
-                branch.constant(f"{name}.key_scale", constants.key_scale),
-                branch.constant(f"{name}.value_scale", constants.value_scale),
+                key_scale,
+                value_scale,
             ],
             3,
             MICROSOFT,
@@ -98,10 +97,7 @@ class QuantizedKvLowering:
     @staticmethod
     def _without_bias(branch: Branch, inputs: AttentionInputs, bias: ir.Value) -> ir.Value:
         """The new keys, rotated after their bias was taken out."""
-        rotary = inputs.k.producer()
-        if rotary is None or rotary.op_type != "RotaryEmbedding":
-            raise ValueError(f"{inputs.k} is no rotated key")
-        projected, cos, sin = rotary.inputs[:3]
+        projected, cos, sin = inputs.rotary.inputs[:3]
         free = branch.op("Sub", projected, bias)
         return branch.op("RotaryEmbedding", free, cos, sin, num_heads=inputs.kv_heads, interleaved=0)
 
@@ -109,13 +105,13 @@ class QuantizedKvLowering:
         self,
         branch: Branch,
         layer: int,
-        constants: QuantizedLayer,
+        constants: RowQuantization,
         positions: ir.Value,
         inputs: AttentionInputs,
     ) -> ir.Value:
         """q · R(position of a row) bias / √D: ``[B, Hq, 1, rows]``."""
         kv_heads, heads = inputs.kv_heads, inputs.heads
-        bias: NDArray[np.float32] = constants.key_bias.reshape(kv_heads, 1, 2, -1)
+        bias: NDArray[np.float32] = constants.key_bias.reshape(kv_heads, 1, 2, -1).astype(np.float32)
         first, second = (
             branch.constant(f"layers.{layer}/kv.key_bias_{half}", bias[:, :, half]) for half in (0, 1)
         )

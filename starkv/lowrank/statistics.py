@@ -52,41 +52,39 @@ class StatisticsAccumulator:
         self._query_energies = np.zeros((kv_heads, head_dim // 2))
         self._key_peaks = np.zeros((kv_heads, head_dim // 2))
         self._value_peaks = np.zeros((kv_heads, head_dim))
-        self._tokens = 0
+        self._tokens = self._queries = 0
+
+    def add_queries(self, queries: NDArray[Any]) -> None:
+        """Count queries ``[queries, query heads, D]``, with bias, rotated or not: those that will look back
+        at such tokens, which are fewer than the tokens.
+
+        Raises:
+            CalibrationError: a number is not finite.
+        """
+        queries = _finite("query", queries)
+        pairs = queries.reshape(len(queries), len(self._query_energies), -1, 2, queries.shape[-1] // 2)
+        self._query_energies += (pairs**2).mean(axis=(2, 3)).sum(axis=0)
+        self._queries += len(queries)
 
     def add(
-        self,
-        keys: NDArray[Any],
-        values: NDArray[Any],
-        queries: NDArray[Any],
-        cosines: NDArray[Any],
-        sines: NDArray[Any],
+        self, keys: NDArray[Any], values: NDArray[Any], cosines: NDArray[Any], sines: NDArray[Any]
     ) -> None:
         """Count a batch of tokens.
 
         Args:
             keys: ``[tokens, KV heads, D]``, before rotation, without bias.
             values: ``[tokens, KV heads, D]``, without bias.
-            queries: ``[tokens, query heads, D]``, with bias, rotated or not.
             cosines: ``[tokens, D/2]`` of the tokens' positions; ``sines`` likewise.
 
         Raises:
             CalibrationError: a number is not finite.
         """
         tokens, kv_heads, head_dim = keys.shape
-        keys, values, queries = (np.asarray(part, np.float64) for part in (keys, values, queries))
-        for name, part in (("key", keys), ("value", values), ("query", queries)):
-            if not np.isfinite(part).all():
-                raise CalibrationError(
-                    f"a {name} projection put out numbers that are not finite: calibrate in float32 and check "
-                    "the weights"
-                )
+        keys, values = _finite("key", keys), _finite("value", values)
         grouped = keys.reshape(tokens, self._groups, -1).swapaxes(0, 1)
         flat = values.reshape(tokens, kv_heads * head_dim)
         self._key_moments += grouped.swapaxes(1, 2) @ grouped
         self._value_moment += flat.T @ flat
-        pairs = queries.reshape(tokens, kv_heads, -1, 2, head_dim // 2)
-        self._query_energies += (pairs**2).mean(axis=(2, 3)).sum(axis=0)
         rotated = rotate(keys, cosines[:, None], sines[:, None]).reshape(tokens, kv_heads, 2, -1)
         self._key_peaks = np.maximum(self._key_peaks, np.abs(rotated).max(axis=(0, 2), initial=0.0))
         self._value_peaks = np.maximum(self._value_peaks, np.abs(values).max(axis=0, initial=0.0))
@@ -102,8 +100,10 @@ class StatisticsAccumulator:
 
         Raises:
             CalibrationError: there were fewer tokens than a moment has channels, so that it knows nothing of
-                some directions.
+                some directions, or no queries.
         """
+        if not self._queries:
+            raise CalibrationError("calibration saw no queries: add those of the prompts' last tokens")
         needed = len(self._value_moment)
         if self._tokens < needed:
             raise CalibrationError(
@@ -113,7 +113,7 @@ class StatisticsAccumulator:
         return LayerStatistics(
             key_moments=self._key_moments / self._tokens,
             value_moment=self._value_moment / self._tokens,
-            query_energies=self._query_energies / self._tokens,
+            query_energies=self._query_energies / self._queries,
             key_peaks=self._key_peaks.copy(),
             value_peaks=self._value_peaks.copy(),
             tokens=self._tokens,
@@ -140,3 +140,12 @@ def mix(visual: LayerStatistics, text: LayerStatistics, visual_weight: float) ->
         value_peaks=np.maximum(visual.value_peaks, text.value_peaks),
         tokens=visual.tokens + text.tokens,
     )
+
+
+def _finite(name: str, numbers: NDArray[Any]) -> NDArray[np.float64]:
+    exact = np.asarray(numbers, np.float64)
+    if not np.isfinite(exact).all():
+        raise CalibrationError(
+            f"a {name} projection put out numbers that are not finite: calibrate in float32 and check the weights"
+        )
+    return exact

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine for ONNX Runtime → the same engine with a packed KV cache."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from starkv.errors import UsageError
+from starkv.export.build.files import enough_space, link_or_copy
+from starkv.export.lower.ort_packed_attention import PackedAttention, add_packed_attention, projection_biases
+from starkv.export.lower.ort_quantized_kv import QuantizedKvLowering
+from starkv.export.staging import staged_directory
+from starkv.kv_packing.file import PACKING_NAME, Packing, save_packing
+from starkv.kv_packing.quantized import QuantizedPacking
+from starkv.manifest import MANIFEST_NAME, KvPacking, Manifest, read_manifest, seal, sha256_of
+
+_DECODER = "decoder.onnx"
+
+
+def attention_biases(engine: Path) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """Biases ``[KV heads, D]`` of each layer's key and value projections.
+
+    Raises:
+        UsageError: the engine can't be packed.
+        EngineError: it is none.
+    """
+    check_packable_engine(engine, read_manifest(engine))
+    return projection_biases(ir.load(engine / _DECODER))
+
+
+def check_packable_engine(engine: Path, manifest: Manifest) -> None:
+    """Refuse an engine whose cache can't be packed.
+
+    Raises:
+        UsageError: it is for a GPU, or packed already.
+    """
+    if manifest.backend != "ort" or manifest.compute_dtype != "float32":
+        raise UsageError(
+            f"{engine} is for a GPU; packed caches run in ONNX Runtime on processors so far: build with "
+            "--backend ort --device cpu"
+        )
+    if manifest.kv_packing is not None:
+        raise UsageError(f"{engine} has a packed cache already; pack the engine that it was made from")
+
+
+def pack_ort_engine(
+    engine: Path, out: Path, packing: Packing, description: KvPacking, link: bool = False
+) -> Manifest:
+    """Write the engine directory ``out``; it appears complete or not at all.
+
+    Args:
+        engine: for ONNX Runtime on processors, not packed.
+        out: an engine there is replaced; anything else is not.
+        packing: what rows are packed with.
+        description: of it.
+        link: share files with ``engine`` by hard links where the file system can.
+
+    Raises:
+        UsageError: the engine can't be packed, ``out`` holds something else, or the disk has no room.
+    """
+    manifest = read_manifest(engine)
+    check_packable_engine(engine, manifest)
+    # Made by ONNX Runtime from the decoder that is about to change.
+    names = [name for name in manifest.files if not name.startswith("decoder.prepacked")]
+    needed = 0 if link else sum((engine / name).stat().st_size for name in names)
+    with staged_directory(out, MANIFEST_NAME) as staging, enough_space(staging, needed):
+        for name in names:
+            if name != _DECODER:
+                link_or_copy(engine / name, staging / name, link)
+        model = ir.load(engine / _DECODER)
+        add_packed_attention(model, lambda graph: _lowering(graph, packing))
+        ir.save(model, staging / _DECODER)
+        save_packing(packing, staging / PACKING_NAME)
+        hashes = {path.name: sha256_of(path) for path in sorted(staging.iterdir())}
+        packed = manifest.model_copy(update={"kv_packing": description, "files": hashes})
+        (staging / MANIFEST_NAME).write_text(seal(packed))
+    return packed
+
+
+def _lowering(graph: ir.Graph, packing: Packing) -> PackedAttention:
+    assert isinstance(packing, QuantizedPacking)
+    return QuantizedKvLowering(graph, packing)
