@@ -48,7 +48,9 @@ class FunctionBody:
 
     def split(self, x: str, sizes: tuple[int, ...], axis: int = -1) -> list[str]:
         """Cut ``x`` into pieces of these sizes."""
-        return [x] if len(sizes) == 1 else self.ops("Split", x, self.ints(*sizes), outputs=len(sizes), axis=axis)
+        return (
+            [x] if len(sizes) == 1 else self.ops("Split", x, self.ints(*sizes), outputs=len(sizes), axis=axis)
+        )
 
     def concat(self, parts: list[str], axis: int = -1) -> str:
         return parts[0] if len(parts) == 1 else self.op("Concat", *parts, axis=axis)

@@ -6,30 +6,30 @@ factor per group of KV heads, values as latents of one factor per layer. Ranks d
 from group to group, so there is one function per :class:`LowRankShape`. Its body runs in any ONNX runtime and
 is what every faster implementation is tested against.
 
-Symbols: B sequences, Hq query heads, Hkv KV heads, D head dim, G groups of KV heads, C packed rows of capacity,
-T tail rows of capacity, P positions in the rotary tables, W key lanes, R value rank.
+Symbols: B sequences, Hq query heads, Hkv KV heads, D head dim, G groups of KV heads, C packed rows of
+capacity (1 or more), T tail rows of capacity, P positions in the rotary tables, W key lanes, R value rank.
 
-========================= ============================= =============================================================
-input                     type                          meaning
-========================= ============================= =============================================================
-q                         [B,1,Hq*D] f32                queries, rotated
-k, v                      [B,1,Hkv*D] f32               the new row, with bias; k rotated
-k_codes                   see :class:`LowRankShape`     key latents, packed, group behind group
-k_scales                  [B,C,G,2] f32 or bf16         of the outlier and the inlier channels; not with "float"
-v_codes                   see :class:`LowRankShape`     value latents, packed
-v_scales                  [B,C,2] f32 or bf16           likewise
-packed_len                [B] i32                       packed rows in use, from row 0
-positions                 [B,C,3] i32                   (t, h, w) of the packed rows; of unused ones too in 0 … P-1
-tail_k, tail_v            [B,Hkv,T,D] f32               rows kept as they are, with bias; keys rotated
-tail_len                  [B] i32                       tail rows in use; the new row goes behind them
-up_k                      [W, Hkv*D/G] f32              lane → channels of its group's heads, zero in padding lanes
-k_bias, v_bias            [Hkv*D] f32                   zero in models without
-up_v                      [Hkv*D, R] f32                latent → channels
-cos_table, sin_table      [P, D/2] f32                  of position p and rotary pair i
-========================= ============================= =============================================================
+===================== ========================= =======================================================
+input                 type                      meaning
+===================== ========================= =======================================================
+q                     [B,1,Hq*D] f32            queries, rotated
+k, v                  [B,1,Hkv*D] f32           the new row, with bias; k rotated
+k_codes               :class:`LowRankShape`     key latents, packed, group behind group
+k_scales              [B,C,G,2] f32 or bf16     of outlier and inlier channels; not with "float"
+v_codes               :class:`LowRankShape`     value latents, packed
+v_scales              [B,C,2] f32 or bf16       likewise
+packed_len            [B] i32                   packed rows in use, from row 0
+positions             [B,C,3] i32               (t, h, w) of packed rows, 0 … P-1 in unused ones too
+tail_k, tail_v        [B,Hkv,T,D] f32           rows kept as they are, with bias; keys rotated
+tail_len              [B] i32                   tail rows in use; the new row goes behind them
+up_k                  [W, Hkv*D/G] f32          lane → channels of its group, 0 in padding lanes
+k_bias, v_bias        [Hkv*D] f32               zero in models without
+up_v                  [Hkv*D, R] f32            latent → channels
+cos_table, sin_table  [P, D/2] f32              of position p and rotary pair i
+===================== ========================= =======================================================
 
-Outputs: out [B,1,Hq*D]; present_tail_k and present_tail_v [B,Hkv,T,D], which may share the memory of tail_k and
-tail_v. Rows that are not in use are never seen, but must hold finite numbers.
+Outputs: out [B,1,Hq*D]; present_tail_k and present_tail_v [B,Hkv,T,D], which may share the memory of tail_k
+and tail_v. Rows that are not in use are never seen, but must hold finite numbers.
 """
 
 import numpy as np
@@ -151,7 +151,7 @@ def _packed_scores(
     group_factors = body.split("up_k", shape.key_widths, axis=0)
     biases = body.split("k_bias", (shape.head_dim,) * shape.kv_heads)
     head_queries = body.split(queries, (1,) * shape.kv_heads, axis=1)
-    scores = []
+    scores: list[str] = []
     for lanes, factor in zip(keys, group_factors, strict=True):
         in_order = _reordered(body, factor, lanes, axis=0)
         for up in body.split(in_order, (shape.head_dim,) * shape.group_heads):
@@ -173,7 +173,7 @@ def _rotary_rows(body: FunctionBody, shape: LowRankShape, table: str, positions:
 
 
 def _reordered(body: FunctionBody, factor: str, lanes: Lanes, axis: int) -> str:
-    """The factor's rows in the order and with the multipliers of the lanes; constant, so folded on loading."""
+    """The factor's rows in the order and with the multipliers of the lanes: constant, folded on loading."""
     if np.array_equal(lanes.channels, np.arange(len(lanes.channels))) and np.all(lanes.factors == 1):
         return factor
     rows = body.op("Gather", factor, body.constant(lanes.channels), axis=axis)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How ``LowRankKVAttention`` reads the packed latents, see ``onnx_low_rank.py``.
 
-Half bytes are not put back into the order of the channels, which would move single numbers about. All low halves
-are followed by all high halves, and the rows of the constant factor take the same order instead.
+Half bytes are not put back into the order of the channels, which would move single numbers about. All low
+halves are followed by all high halves, and the rows of the constant factor take the same order instead.
 """
 
 from dataclasses import dataclass

@@ -12,7 +12,9 @@ POSITIONS = 50
 """Rows of the rotary tables."""
 
 
-def rotary_tables(dim: int, positions: int = POSITIONS, theta: float = 100.0) -> tuple[np.ndarray, np.ndarray]:
+def rotary_tables(
+    dim: int, positions: int = POSITIONS, theta: float = 100.0
+) -> tuple[np.ndarray, np.ndarray]:
     angles = np.arange(positions)[:, None] * theta ** (-2 * np.arange(dim // 2) / dim)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
