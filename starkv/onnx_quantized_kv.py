@@ -23,6 +23,7 @@ QUANTIZED_KV_ATTENTION = "QuantizedKVAttention"
 # a byte along D, the even channel low, each plus 8. Both channels of a rotary pair of keys have one scale.
 # mrope_section: rotary pairs that turn with t, h and w; [D/2] where positions have one component.
 #
+# Each pair's position is a product with ones, which is exact and much faster than gathering single numbers.
 # A byte, as a number from 0 to 255, has 8/bits digits of the base 2^bits, and a digit is a code plus half the
 # base. i8 is that number less 128.
 _BODY = """
@@ -30,7 +31,7 @@ _BODY = """
 QuantizedKVAttention <num_heads, kv_num_heads, bits, mrope_section>
     (q, k, v, past_k, past_v, kv_len, positions, k_scale, v_scale, k_bias, v_bias, cos_table, sin_table)
     => (out, present_k, present_v)
-{
+{{
     num_kv = Constant <value_int: int = @kv_num_heads> ()
     code_bits = Constant <value_int: int = @bits> ()
     section = Constant <value_ints: ints = @mrope_section> ()
@@ -49,8 +50,9 @@ QuantizedKVAttention <num_heads, kv_num_heads, bits, mrope_section>
     f0 = Constant <value_float = 0.0> ()
     f1 = Constant <value_float = 1.0> ()
     f2 = Constant <value_float = 2.0> ()
+    f16 = Constant <value_float = 16.0> ()
     f128 = Constant <value_float = 128.0> ()
-    unseen = Constant <value = float {-inf}> ()
+    unseen = Constant <value = float {{-inf}}> ()
 
     half_1d = Shape <start = 1, end = 2> (cos_table)
     dim_1d = Add (half_1d, half_1d)
@@ -76,11 +78,18 @@ QuantizedKVAttention <num_heads, kv_num_heads, bits, mrope_section>
     pair = Range (zero, half, one)
     section_end = CumSum (section, zero)
     section_end_2d = Unsqueeze (section_end, axis_1)
-    is_behind = GreaterOrEqual (pair, section_end_2d)
-    behind = Cast <to = 7> (is_behind)
-    component = ReduceSum <keepdims = 0> (behind, axis_0)
-    seen_positions = Slice (positions, zero_1d, rows_1d, axis_1)
-    pair_positions = Gather <axis = 2> (seen_positions, component)
+    section_start_1d = Sub (section_end, section)
+    section_start_2d = Unsqueeze (section_start_1d, axis_1)
+    is_started = GreaterOrEqual (pair, section_start_2d)
+    is_not_over = Less (pair, section_end_2d)
+    is_own = And (is_started, is_not_over)
+    own_component = Cast <to = 1> (is_own)
+    components_1d = Shape (section)
+    seen_rows = Slice (positions, zero_1d, rows_1d, axis_1)
+    seen_positions = Slice (seen_rows, zero_1d, components_1d, axis_2)
+    positions_f32 = Cast <to = 1> (seen_positions)
+    pair_positions_f32 = MatMul (positions_f32, own_component)
+    pair_positions = Cast <to = 7> (pair_positions_f32)
     table_shape = Concat <axis = 0> (infer, half_1d)
     table_rows = Reshape (pair_positions, table_shape)
     cos_2d = GatherElements <axis = 0> (cos_table, table_rows)
@@ -127,25 +136,13 @@ QuantizedKVAttention <num_heads, kv_num_heads, bits, mrope_section>
 
     k_stored = Slice (present_k, zero_1d, rows_1d, axis_2)
     v_stored = Slice (present_v, zero_1d, rows_1d, axis_2)
-    k_stored_f32 = Cast <to = 1> (k_stored)
-    v_stored_f32 = Cast <to = 1> (v_stored)
-    k_numbers = Add (k_stored_f32, zero_byte)
-    v_numbers = Add (v_stored_f32, zero_byte)
-    k_numbers_5d = Unsqueeze (k_numbers, last_axis)
-    v_numbers_5d = Unsqueeze (v_numbers, last_axis)
-    k_shifted = Div (k_numbers_5d, place)
-    v_shifted = Div (v_numbers_5d, place)
-    k_whole = Floor (k_shifted)
-    v_whole = Floor (v_shifted)
-    k_all_digits = Mod <fmod = 1> (k_whole, base)
-    v_all_digits = Mod <fmod = 1> (v_whole, base)
-    rows_shape = Concat <axis = 0> (keep, num_kv_1d, rows_1d, dim_1d)
-    k_all_flat = Reshape (k_all_digits, rows_shape)
-    v_all_flat = Reshape (v_all_digits, rows_shape)
-    k_codes = Sub (k_all_flat, offset)
-    v_codes = Sub (v_all_flat, offset)
+    k_codes = If (is_signed) <{k_branches}>
+    v_codes = If (is_signed) <{v_branches}>
 
-    group_shape = Concat <axis = 0> (keep, num_kv_1d, infer, dim_1d)
+    num_q = Constant <value_int: int = @num_heads> ()
+    group = Div (num_q, num_kv)
+    group_1d = Unsqueeze (group, axis_0)
+    group_shape = Concat <axis = 0> (keep, num_kv_1d, group_1d, dim_1d)
     channel_shape = Concat <axis = 0> (num_kv_1d, one_1d, dim_1d)
     k_scale_heads = Reshape (k_scale, channel_shape)
     v_scale_heads = Reshape (v_scale, channel_shape)
@@ -153,8 +150,12 @@ QuantizedKVAttention <num_heads, kv_num_heads, bits, mrope_section>
     v_bias_heads = Reshape (v_bias, channel_shape)
     q_heads = Reshape (q, group_shape)
     q_scaled = Mul (q_heads, k_scale_heads)
+    digits_last = Concat <axis = 0> (keep, num_kv_1d, group_1d, infer, codes_per_byte_1d)
+    q_by_byte = Reshape (q_scaled, digits_last)
+    q_by_digit = Transpose <perm = [0, 1, 2, 4, 3]> (q_by_byte)
+    q_ordered = Reshape (q_by_digit, group_shape)
     k_columns = Transpose <perm = [0, 1, 3, 2]> (k_codes)
-    code_scores = MatMul (q_scaled, k_columns)
+    code_scores = MatMul (q_ordered, k_columns)
 
     q_first, q_second = Split <axis = -1, num_outputs = 2> (q_heads)
     b_first, b_second = Split <axis = -1, num_outputs = 2> (k_bias_heads)
@@ -181,15 +182,41 @@ QuantizedKVAttention <num_heads, kv_num_heads, bits, mrope_section>
     is_seen = LessOrEqual (row, length_4d)
     seen_scores = Where (is_seen, scores, unseen)
     weights = Softmax <axis = -1> (seen_scores)
-    code_sums = MatMul (weights, v_codes)
+    ordered_sums = MatMul (weights, v_codes)
+    digits_first = Concat <axis = 0> (keep, num_kv_1d, group_1d, codes_per_byte_1d, infer)
+    sums_by_digit = Reshape (ordered_sums, digits_first)
+    sums_by_byte = Transpose <perm = [0, 1, 2, 4, 3]> (sums_by_digit)
+    code_sums = Reshape (sums_by_byte, group_shape)
     sums = Mul (code_sums, v_scale_heads)
     attended = Add (sums, v_bias_heads)
     out_shape = Concat <axis = 0> (keep, one_1d, infer)
     out = Reshape (attended, out_shape)
-}
+}}
+"""
+
+
+# Stored rows -> codes, float32 [B,Hkv,n,D]. Of 4 bits the even channels come first, the odd ones behind them:
+# queries and sums take that order, which are few, so that the rows need not be shuffled.
+_BRANCHES = """
+    then_branch = {x}_of_8_bits () => ({x}_signed)
+    {{
+        {x}_signed = Cast <to = 1> ({x}_stored)
+    }},
+    else_branch = {x}_of_4_bits () => ({x}_halves)
+    {{
+        {x}_two_codes = Cast <to = 1> ({x}_stored)
+        {x}_shifted = Div ({x}_two_codes, f16)
+        {x}_high = Floor ({x}_shifted)
+        {x}_above = Mul ({x}_high, f16)
+        {x}_low = Sub ({x}_two_codes, {x}_above)
+        {x}_low_high = Concat <axis = -1> ({x}_low, {x}_high)
+        {x}_halves = Sub ({x}_low_high, offset)
+    }}
 """
 
 
 def quantized_kv_function() -> onnx.FunctionProto:
     """The operator's definition in standard ONNX operators."""
-    return onnx.parser.parse_function(_BODY)
+    return onnx.parser.parse_function(
+        _BODY.format(k_branches=_BRANCHES.format(x="k"), v_branches=_BRANCHES.format(x="v"))
+    )
