@@ -9,12 +9,13 @@ from numpy.typing import NDArray
 
 from starkv.errors import UsageError
 from starkv.export.build.files import enough_space, link_or_copy
+from starkv.export.lower.ort_low_rank_kv import LowRankKvLowering
 from starkv.export.lower.ort_packed_attention import PackedAttention, add_packed_attention, projection_biases
 from starkv.export.lower.ort_quantized_kv import QuantizedKvLowering
 from starkv.export.staging import staged_directory
 from starkv.kv_packing.file import PACKING_NAME, Packing, save_packing
 from starkv.kv_packing.quantized import QuantizedPacking
-from starkv.manifest import MANIFEST_NAME, KvPacking, Manifest, read_manifest, seal, sha256_of
+from starkv.manifest import MANIFEST_NAME, KvPacking, Manifest, TextShape, read_manifest, seal, sha256_of
 
 _DECODER = "decoder.onnx"
 
@@ -70,7 +71,7 @@ def pack_ort_engine(
             if name != _DECODER:
                 link_or_copy(engine / name, staging / name, link)
         model = ir.load(engine / _DECODER)
-        add_packed_attention(model, lambda graph: _lowering(graph, packing))
+        add_packed_attention(model, lambda model: _lowering(model, packing, manifest.text))
         ir.save(model, staging / _DECODER)
         save_packing(packing, staging / PACKING_NAME)
         hashes = {path.name: sha256_of(path) for path in sorted(staging.iterdir())}
@@ -79,6 +80,7 @@ def pack_ort_engine(
     return packed
 
 
-def _lowering(graph: ir.Graph, packing: Packing) -> PackedAttention:
-    assert isinstance(packing, QuantizedPacking)
-    return QuantizedKvLowering(graph, packing)
+def _lowering(model: ir.Model, packing: Packing, text: TextShape) -> PackedAttention:
+    if isinstance(packing, QuantizedPacking):
+        return QuantizedKvLowering(model, packing)
+    return LowRankKvLowering(model, packing, text.mrope_section or [text.head_dim // 2])

@@ -86,15 +86,15 @@ class PackedAttention(Protocol):
         ...
 
 
-def add_packed_attention(model: ir.Model, packed: Callable[[ir.Graph], PackedAttention]) -> None:
+def add_packed_attention(model: ir.Model, packed: Callable[[ir.Model], PackedAttention]) -> None:
     """Put a second attention beside every layer's, which the new input ``packed`` chooses.
 
     Args:
         model: decoder of an engine for ONNX Runtime.
-        packed: makes that attention for a graph.
+        packed: makes that attention for a model.
     """
     graph = model.graph
-    attention = packed(graph)
+    attention = packed(model)
     flag = ir.Value(name=PACKED, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([1]))
     graph.inputs.append(flag)
     for layer, node in enumerate(_attention_nodes(graph)):

@@ -30,14 +30,14 @@ _COMPONENTS = 3
 class QuantizedKvLowering:
     """Writes the quantized branch of each layer."""
 
-    def __init__(self, graph: ir.Graph, packing: QuantizedPacking) -> None:
+    def __init__(self, model: ir.Model, packing: QuantizedPacking) -> None:
         """Add the inputs that all layers share.
 
         Args:
-            graph: the decoder.
+            model: the decoder.
             packing: scales and biases.
         """
-        self._graph, self._packing = graph, packing
+        self._graph, self._packing = model.graph, packing
         self._dtype = ir.DataType.INT8 if packing.bits == 8 else ir.DataType.UINT8
         self._table = self._new_input(ROPE_TABLE, ir.DataType.FLOAT, ["T", "D"])
 

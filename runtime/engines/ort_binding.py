@@ -4,15 +4,21 @@
 from abc import ABC, abstractmethod
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from starkv.runtime.kv.buffers import HostKv, KvStore, host_buffers
 
 
+ONNX_BFLOAT16 = 16
+
+
 def bind_array(bind: Any, name: str, array: NDArray[Any]) -> None:
     """Bind a contiguous numpy array by address. The caller keeps it alive."""
-    bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+    # numpy has no bfloat16 that ONNX Runtime knows, so it is named by ONNX's number.
+    dtype = ONNX_BFLOAT16 if array.dtype == ml_dtypes.bfloat16 else array.dtype
+    bind(name, "cpu", 0, dtype, array.shape, array.ctypes.data)
 
 
 def bind_in_place(binding: Any, kind: str, layer: int, array: NDArray[Any]) -> None:

@@ -18,11 +18,14 @@ from starkv.runtime.engines.ort_binding import (
     bind_in_place,
 )
 from starkv.runtime.kv.buffers import KvStore
+from starkv.runtime.kv.low_rank import LowRankCodec, LowRankKv
 from starkv.runtime.kv.packed import KvCodec
 from starkv.runtime.kv.quantized import QuantizedCodec, QuantizedKv
 
 COMPONENTS = 3
 """Of a position: t, h and w."""
+Array = NDArray[Any]
+
 _TABLE_STEP = 256
 """Positions that a table grows by."""
 
@@ -111,8 +114,62 @@ class QuantizedCache(PackedCache):
         bind_cache(binding, self._no_codes, 1, "_codes")
 
 
+class LowRankCache(PackedCache):
+    """Latents, with the tail in the place of the float cache."""
+
+    def __init__(self, codec: LowRankCodec) -> None:
+        super().__init__(codec)
+        half = codec.text.head_dim // 2
+        self._cos, self._sin = np.zeros((1, half), np.float32), np.zeros((1, half), np.float32)
+        self._nothing = codec.new_store(1, 1)
+        self._lengths = self._nothing.lengths
+        self._tail: Array | None = None
+
+    def _make_tables(self, angles: Array) -> None:
+        self._cos, self._sin = (function(angles).astype(np.float32) for function in (np.cos, np.sin))
+
+    def covers(self, kv: KvStore, batch: int) -> bool:
+        assert isinstance(kv, LowRankKv)
+        kv.grow_tail()
+        return super().covers(kv, batch) and kv.tail_keys is self._tail
+
+    def append_lengths(self, kv: KvStore, batch: int) -> NDArray[np.int32]:
+        assert isinstance(kv, LowRankKv)
+        # What is bound is this array.
+        self._lengths[:] = kv.packed_lengths[:, :batch]
+        return kv.tail_lengths[:, :batch]
+
+    def finish_step(self, kv: KvStore, batch: int) -> None:
+        assert isinstance(kv, LowRankKv)
+        super().finish_step(kv, batch)
+        kv.tail_lengths[:, :batch] += 1
+
+    def _bind_rows(self, binding: Any, kv: KvStore, batch: int) -> None:
+        assert isinstance(kv, LowRankKv)
+        kv.grow_tail()
+        self._tail = kv.tail_keys
+        self._lengths = np.zeros((self._text.layers, batch), np.int32)
+        self._bind_packed(binding, kv, batch)
+        for kind, tail in (("k", kv.tail_keys), ("v", kv.tail_values)):
+            for layer in range(self._text.layers):
+                bind_in_place(binding, kind, layer, tail[layer, :batch])
+
+    def _bind_no_packed_rows(self, binding: Any) -> None:
+        self._bind_packed(binding, self._nothing, 1)
+
+    def _bind_packed(self, binding: Any, kv: LowRankKv, batch: int) -> None:
+        for name, table in (("cos_table", self._cos), ("sin_table", self._sin)):
+            bind_array(binding.bind_input, name, table)
+        for layer, rows in enumerate(kv.packed):
+            bind_array(binding.bind_input, f"row_positions.{layer}", kv.positions[layer, :batch])
+            bind_array(binding.bind_input, f"packed_len.{layer}", self._lengths[layer])
+            for name, array in rows.items():
+                bind_array(binding.bind_input, f"{name}.{layer}", array[:batch])
+
+
 def packed_cache(codec: KvCodec) -> PackedCache:
     """The binding of a codec's caches."""
     if isinstance(codec, QuantizedCodec):
         return QuantizedCache(codec)
-    raise TypeError(f"no binding for {codec}")
+    assert isinstance(codec, LowRankCodec)
+    return LowRankCache(codec)

@@ -79,14 +79,11 @@ class KvStore(ABC):
         Raises:
             UsageError: they don't fit, or are another model's or dtype's.
         """
-        layers, _, heads, capacity, dim = self.shape
         lengths = parked.lengths
-        shapes = {(keys.shape[0], keys.shape[2]) for keys in parked.keys}
-        widths = {keys.dtype.itemsize for keys in parked.keys}
-        if len(lengths) != layers or shapes != {(heads, dim)} or widths != {self.itemsize}:
+        if not self._is_of_this_cache(parked):
             raise UsageError("the parked KV rows are of another model or dtype; start the session anew")
-        if lengths.max() > capacity:
-            raise UsageError(f"{lengths.max()} parked KV rows do not fit {capacity} rows")
+        if lengths.max() > self.capacity:
+            raise UsageError(f"{lengths.max()} parked KV rows do not fit {self.capacity} rows")
         for layer, (keys, values, meta, positions) in enumerate(
             zip(parked.keys, parked.values, parked.row_meta, parked.positions, strict=True)
         ):
@@ -94,6 +91,13 @@ class KvStore(ABC):
             self.row_meta[layer, slot, : len(meta)] = meta
             self.positions[layer, slot, : len(meta)] = positions
         self.lengths[:, slot] = lengths
+
+    def _is_of_this_cache(self, parked: ParkedRows) -> bool:
+        """Whether parked rows have this cache's layers, heads and dtype."""
+        layers, _, heads, _, dim = self.shape
+        shapes = {(keys.shape[0], keys.shape[2]) for keys in parked.keys}
+        widths = {keys.dtype.itemsize for keys in parked.keys}
+        return len(parked.keys) == layers and shapes == {(heads, dim)} and widths == {self.itemsize}
 
     def take_positions(self, slot: int, source: "KvStore", rows: NDArray[np.int64]) -> None:
         """Note where the rows of a slot are, which were those rows of ``source``'s slot 0.

@@ -7,8 +7,10 @@ import numpy as np
 
 from starkv.errors import UsageError
 from starkv.kv_packing.file import PACKING_NAME, load_packing
+from starkv.kv_packing.quantized import QuantizedPacking
 from starkv.lowrank.rotary import Rotary
-from starkv.manifest import Manifest, TextShape
+from starkv.manifest import KvPacking, Manifest, TextShape
+from starkv.runtime.kv.low_rank import LowRankCodec
 from starkv.runtime.kv.packed import PACKABLE_METHODS, KvCodec
 from starkv.runtime.kv.quantized import QuantizedCodec
 from starkv.runtime.preprocess.rope import inverse_frequencies
@@ -28,7 +30,16 @@ def open_codec(directory: Path, manifest: Manifest) -> KvCodec | None:
     """
     if manifest.kv_packing is None:
         return None
-    return QuantizedCodec(load_packing(directory / PACKING_NAME), rotary_of(manifest.text), manifest.text)
+    packing, rotary = load_packing(directory / PACKING_NAME), rotary_of(manifest.text)
+    if isinstance(packing, QuantizedPacking):
+        return QuantizedCodec(packing, rotary, manifest.text)
+    return LowRankCodec(packing, rotary, manifest.text, packing_name(manifest.kv_packing))
+
+
+def packing_name(packing: KvPacking) -> str:
+    """Such as ``int8`` or ``rank 0.5 int4``."""
+    rank = [] if packing.rank is None else [f"rank {packing.rank:g}"]
+    return " ".join([*rank, *([] if packing.quant == "none" else [packing.quant])])
 
 
 def require_codec(codec: KvCodec | None, manifest: Manifest) -> KvCodec:
