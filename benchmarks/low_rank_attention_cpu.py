@@ -121,7 +121,7 @@ def dense_case(rows: int, bits: int) -> Case:
 
 def low_rank_case(rows: int, shape: LowRankShape, name: str) -> Case:
     """LowRankKVAttention with all rows packed but those of the tail."""
-    packed, width, groups = rows - TAIL, sum(shape.key_widths), len(shape.key_ranks)
+    packed, width, groups = rows - TAIL, shape.key_lanes.lanes, len(shape.key_ranks)
     angles = np.arange(POSITIONS)[:, None] * 1e6 ** (-np.arange(DIM // 2) / (DIM // 2))
     random = np.random.default_rng(1)
     constants: Arrays = {
