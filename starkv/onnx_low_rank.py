@@ -148,7 +148,7 @@ def _packed_scores(
     cos, sin = (_rotary_rows(body, shape, table, positions) for table in ("cos_table", "sin_table"))
     batch = body.op("Shape", "q", start=0, end=1)
     key_shape = body.op("Concat", batch, body.ints(1), rows, body.ints(shape.head_dim), axis=0)
-    group_factors = body.split("up_k", shape.key_widths, axis=0)
+    group_factors = body.split("up_k", shape.key_lanes.widths, axis=0)
     biases = body.split("k_bias", (shape.head_dim,) * shape.kv_heads)
     head_queries = body.split(queries, (1,) * shape.kv_heads, axis=1)
     scores: list[str] = []

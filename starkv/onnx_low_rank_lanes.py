@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx
 
 from starkv.onnx_function_body import FunctionBody
-from starkv.onnx_low_rank_shape import LowRankShape, outlier_count
+from starkv.onnx_low_rank_shape import LowRankShape
 
 _F32 = onnx.TensorProto.FLOAT
 
@@ -59,21 +59,22 @@ def key_lanes(body: FunctionBody, shape: LowRankShape, codes: str, scales: str |
         Per group lanes of [B*n, its width]; channels and factors count the group's lanes.
     """
     half = 2 if shape.storage == "int4" else 1
-    widths = shape.key_widths
+    layout = shape.key_lanes
+    widths = layout.widths
     flat = body.reshape(codes, -1, sum(widths) // half)
     pieces = body.split(flat, tuple(width // half for width in widths))
     if scales is None:
         return [_in_order(piece, width) for piece, width in zip(pieces, widths, strict=True)]
     flat_scales = body.reshape(body.op("Cast", scales, to=_F32), -1, 2 * len(widths))
     lanes = []
-    for group, (piece, width, rank) in enumerate(zip(pieces, widths, shape.key_ranks, strict=True)):
+    for piece, width, offset in zip(pieces, widths, layout.offsets, strict=True):
         if half == 2:
             group_lanes = _half_bytes(body, piece, width)
         else:
             group_lanes = _in_order(body.op("Cast", piece, to=_F32), width)
-        block = (group_lanes.channels >= outlier_count(rank)).astype(np.int64)
+        scale_of_lane = layout.scale_of_lane[offset + group_lanes.channels]
         spread = np.zeros((2 * len(widths), width), np.float32)
-        spread[2 * group + block, np.arange(width)] = 1
+        spread[scale_of_lane, np.arange(width)] = 1
         # A product with ones spreads the scales over their lanes much faster than Gather.
         lane_scales = body.op("MatMul", flat_scales, body.constant(spread))
         values = body.op("Mul", group_lanes.values, lane_scales)
@@ -100,10 +101,9 @@ def value_latents(
         return _in_order(body.op("MatMul", weights, codes), shape.value_rank)
     by_block = body.op("Transpose", body.op("Cast", scales, to=_F32), perm=[0, 2, 1])
     block_scales = body.split(by_block, (1, 1), axis=1)
-    outliers, inliers = shape.value_blocks
     blocks: list[Lanes] = []
     start, first = 0, 0
-    for channels, block_scale in zip((outliers, inliers), block_scales, strict=True):
+    for channels, block_scale in zip(shape.value_blocks, block_scales, strict=True):
         if channels == 0:
             continue
         stored = -(-channels // 2) if shape.storage == "int4" else channels

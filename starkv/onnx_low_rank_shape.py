@@ -2,25 +2,20 @@
 """The shape of one layer's packed low-rank KV cache, which decides how its ONNX function looks."""
 
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Literal
 
 from starkv.errors import UsageError
+from starkv.lowrank.latent_format import NIBBLES, KeyLanes, outliers, value_code_bytes
 
 LaneStorage = Literal["int4", "int8", "float"]
-
-LANE_TILE = 16
-"""Key lanes of a group are filled up to a multiple of this."""
-OUTLIER_SHARE = 0.2
-"""Leading channels of a factor, those of most energy, that have a scale of their own (STAR-KV, section on
-quantization)."""
 
 
 @dataclass(frozen=True)
 class LowRankShape:
     """Heads, ranks and storage of one layer.
 
-    With W = sum of the groups' key lanes and R = ``value_rank``, a row of the packed cache is, by storage:
+    With W lanes of keys and R = ``value_rank``, a row of the packed cache is, by storage (see
+    ``lowrank/latent_format.py``):
 
     ======= ========================== ==============================================================
     storage k_codes                    v_codes
@@ -70,26 +65,20 @@ class LowRankShape:
         return self.kv_heads // len(self.key_ranks)
 
     @property
-    def key_widths(self) -> tuple[int, ...]:
-        """Lanes of each group: its rank, filled up to whole tiles."""
-        return tuple(-(-rank // LANE_TILE) * LANE_TILE for rank in self.key_ranks)
-
-    @property
-    def key_offsets(self) -> tuple[int, ...]:
-        """First lane of each group."""
-        return tuple(accumulate(self.key_widths[:-1], initial=0))
+    def key_lanes(self) -> KeyLanes:
+        """Where each group's latents lie in a row."""
+        return KeyLanes(self.key_ranks)
 
     @property
     def value_blocks(self) -> tuple[int, int]:
         """Outlier and inlier channels of the values."""
-        outliers = outlier_count(self.value_rank)
-        return outliers, self.value_rank - outliers
+        first = outliers(self.value_rank)
+        return first, self.value_rank - first
 
     @property
     def value_row(self) -> int:
-        """Bytes of a row of ``v_codes`` in int4: both blocks, filled up to a multiple of 8."""
-        used = sum(-(-channels // 2) for channels in self.value_blocks)
-        return -(-used // 8) * 8
+        """Bytes of a row of ``v_codes`` in int4."""
+        return value_code_bytes(self.value_rank, NIBBLES)
 
     @property
     def function_name(self) -> str:
@@ -103,8 +92,3 @@ class LowRankShape:
             "s" + "_".join(map(str, self.mrope_section)),
         )
         return "_".join(parts)
-
-
-def outlier_count(rank: int) -> int:
-    """Leading channels of a factor of this rank that form the outlier block."""
-    return int(OUTLIER_SHARE * rank)

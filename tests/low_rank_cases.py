@@ -78,9 +78,9 @@ def random_case(
         return random.standard_normal(size).astype(np.float32)
 
     cos, sin = rotary_tables(dim)
-    up_k = np.zeros((sum(shape.key_widths), shape.group_heads * dim), np.float32)
-    keys = np.zeros((batch, capacity, sum(shape.key_widths)), np.float32)
-    for offset, rank in zip(shape.key_offsets, shape.key_ranks, strict=True):
+    up_k = np.zeros((shape.key_lanes.lanes, shape.group_heads * dim), np.float32)
+    keys = np.zeros((batch, capacity, shape.key_lanes.lanes), np.float32)
+    for offset, rank in zip(shape.key_lanes.offsets, shape.key_ranks, strict=True):
         up_k[offset : offset + rank] = normal(rank, up_k.shape[1]) / np.sqrt(rank)
         keys[:, :, offset : offset + rank] = normal(batch, capacity, rank)
     values = normal(batch, capacity, shape.value_rank)
@@ -111,7 +111,9 @@ def pack(shape: LowRankShape, keys: np.ndarray, values: np.ndarray) -> tuple[Arr
     limit = 7 if shape.storage == "int4" else 127
     groups = [
         packed_block(keys[..., offset : offset + width], int(0.2 * rank), limit)
-        for offset, width, rank in zip(shape.key_offsets, shape.key_widths, shape.key_ranks, strict=True)
+        for offset, width, rank in zip(
+            shape.key_lanes.offsets, shape.key_lanes.widths, shape.key_ranks, strict=True
+        )
     ]
     outliers = int(0.2 * shape.value_rank)
     v_codes, v_scales, value_meaning = packed_block(values, outliers, limit)
@@ -145,7 +147,7 @@ def low_rank_attention(
         for head in range(shape.heads):
             kv_head = head // (shape.heads // shape.kv_heads)
             group, member = divmod(kv_head, shape.group_heads)
-            offset, rank = shape.key_offsets[group], shape.key_ranks[group]
+            offset, rank = shape.key_lanes.offsets[group], shape.key_ranks[group]
             channels = slice(kv_head * dim, (kv_head + 1) * dim)
             up_k = exact["up_k"][offset : offset + rank, member * dim : (member + 1) * dim]
             query = exact["q"][b, 0, head * dim : (head + 1) * dim]

@@ -60,7 +60,4 @@ def stacked_key_factors(shape: LowRankShape, factors: Sequence[npt.NDArray[Any]]
     expected = [(width, rank) for rank in shape.key_ranks]
     if [factor.shape for factor in factors] != expected:
         raise ValueError(f"key factors are {[factor.shape for factor in factors]} instead of {expected}")
-    stacked = np.zeros((sum(shape.key_widths), width), np.float32)
-    for offset, factor in zip(shape.key_offsets, factors, strict=True):
-        stacked[offset : offset + factor.shape[1]] = factor.T
-    return stacked
+    return np.ascontiguousarray(shape.key_lanes.join(factors).T, np.float32)

@@ -9,7 +9,7 @@ uncompressed layers included.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,26 +95,17 @@ def plan_ranks(
             finite.
     """
     spectra = [layer for layer in layers if layer is not None]
-    keys = [(energies, layer.key_sensitivity) for layer in spectra for energies in layer.keys]
-    values = [(layer.values, layer.value_sensitivity) for layer in spectra]
+    keys = [
+        _Part(energies, layer.key_sensitivity, _key_cost(latent))
+        for layer in spectra
+        for energies in layer.keys
+    ]
+    values = [_Part(layer.values, layer.value_sensitivity, _value_cost(latent)) for layer in spectra]
     fixed = dense_bytes * (len(layers) - len(spectra))
-
-    def cost_of(index: int, rank: int) -> int:
-        return key_bytes((rank,), latent) if index < len(keys) else value_bytes(rank, latent)
-
-    def spend(
-        parts: list[tuple[NDArray[Any], float]], left: int, cost: Callable[[int, int], int]
-    ) -> list[int]:
-        energies, weights = [part[0] for part in parts], [part[1] for part in parts]
-        return greedy_ranks(energies, weights, left, cost, fixed_cost=fixed_share)
-
     if isinstance(budget, SplitBudget):
-        fixed_share = fixed // 2
-        ranks = spend(keys, budget.keys, cost_of)
-        ranks += spend(values, budget.values, lambda index, rank: cost_of(len(keys) + index, rank))
+        ranks = _spend(keys, budget.keys, fixed - fixed // 2) + _spend(values, budget.values, fixed // 2)
     else:
-        fixed_share = fixed
-        ranks = spend(keys + values, budget, cost_of)
+        ranks = _spend(keys + values, budget, fixed)
     key_ranks, value_ranks = iter(ranks[: len(keys)]), iter(ranks[len(keys) :])
     return RankPlan(
         tuple(
@@ -187,8 +178,7 @@ def greedy_ranks(
     left = budget - floor
     sums = [np.concatenate([[0.0], np.cumsum(energies)]) for energies in spectra]
 
-    def best_step(index: int) -> tuple[float, int, int, int] | None:
-        """(−energy per cost, index, rank, cost) of the best affordable step; the shortest of equal ones."""
+    def best_step(index: int) -> _Step | None:
         rank, full = ranks[index], len(spectra[index])
         ends = [*range(rank + TILE, full, TILE), full] if rank < full else []
         steps = []
@@ -196,13 +186,52 @@ def greedy_ranks(
             extra = price(index, end) - price(index, rank)
             gain = weights[index] * float(sums[index][end] - sums[index][rank])
             if extra <= left:
-                steps.append((-gain / extra if extra else -np.inf, index, end, extra))
+                steps.append(_Step(-gain / extra if extra else -np.inf, index, end, extra))
         return min(steps, default=None)
 
-    while True:
-        steps = [step for index in range(len(spectra)) if (step := best_step(index)) is not None]
-        if not steps:
-            return ranks
-        _, index, rank, extra = min(steps)
-        ranks[index] = rank
-        left -= extra
+    # The best step of each spectrum that has one. It stays the best until it is taken or too dear.
+    steps = {index: step for index in range(len(spectra)) if (step := best_step(index)) is not None}
+    while steps:
+        step = steps.pop(min(steps.values()).spectrum)
+        if step.extra <= left:
+            ranks[step.spectrum] = step.rank
+            left -= step.extra
+        if (following := best_step(step.spectrum)) is not None:
+            steps[step.spectrum] = following
+    return ranks
+
+
+class _Step(NamedTuple):
+    """Raising one spectrum's rank; the smallest is the best one, and of equal ones the shortest."""
+
+    loss_per_cost: float
+    """Negative weighted energy per cost."""
+    spectrum: int
+    rank: int
+    extra: int
+
+
+class _Part(NamedTuple):
+    """What the planner knows of one group's keys or one layer's values."""
+
+    energies: NDArray[Any]
+    sensitivity: float
+    cost: Callable[[int], int]
+
+
+def _spend(parts: Sequence[_Part], budget: int, fixed: int) -> list[int]:
+    return greedy_ranks(
+        [part.energies for part in parts],
+        [part.sensitivity for part in parts],
+        budget,
+        lambda index, rank: parts[index].cost(rank),
+        fixed,
+    )
+
+
+def _key_cost(latent: LatentFormat) -> Callable[[int], int]:
+    return lambda rank: key_bytes((rank,), latent)
+
+
+def _value_cost(latent: LatentFormat) -> Callable[[int], int]:
+    return lambda rank: value_bytes(rank, latent)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantized rows of full rank: static scales per channel, the key bias taken out (docs/quantization.md).
+"""Quantized rows of full rank: static scales per channel, the key bias taken out.
 
 In a few channels Qwen2's keys have biases that are far larger than all the rest of a key. Quantized with the
 key they would set the scale and drown everything else. Here a stored key is the rotated key without its bias;
 what the bias adds to a logit is worked out exactly, from the positions alone.
 
-Codes lie as ONNX Runtime's GroupQueryAttention takes them: int8 as they are; int4 with 8 added, two per byte
-along the head dimension, the even channel in the low half.
+Codes lie as ONNX Runtime's GroupQueryAttention takes a cache quantized per channel: int8 as they are; int4
+with 8 added, two per byte along the head dimension, the even channel in the low half.
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from starkv.lowrank.pack import LEAST_MAGNITUDE, pack_nibbles, unpack_nibbles
 from starkv.lowrank.rotary import Rotary, rotate
+from starkv.lowrank.statistics import LayerStatistics
 
 Bits = Literal[4, 8]
 
@@ -83,6 +84,29 @@ class RowQuantization:
     def stored_values(self, rows: QuantizedRows) -> NDArray[np.float32]:
         """Values without their bias ``[rows, KV heads, D]``, as far as codes hold them."""
         return _signed(rows.values, self.bits) * self.value_scales
+
+
+def row_quantization(
+    statistics: LayerStatistics,
+    bits: Bits,
+    key_bias: NDArray[np.float64],
+    value_bias: NDArray[np.float64],
+    clip_deviations: float | None = None,
+) -> RowQuantization:
+    """Static scales from what calibration saw.
+
+    Args:
+        key_bias: ``[KV heads, D]``; ``value_bias`` likewise. clip_deviations: clip what lies beyond so many
+            root mean squares. With few bits a finer step is worth more than rare large values. Nothing that
+            calibration saw is clipped where it is left out.
+    """
+    key_peaks, value_peaks = statistics.key_peaks, statistics.value_peaks
+    if clip_deviations is not None:
+        key_peaks = np.minimum(key_peaks, clip_deviations * statistics.key_deviations)
+        value_peaks = np.minimum(value_peaks, clip_deviations * statistics.value_deviations)
+    return RowQuantization(
+        bits, key_scales(key_peaks, bits), value_scales(value_peaks, bits), key_bias, value_bias
+    )
 
 
 def key_scales(pair_peaks: NDArray[Any], bits: Bits) -> NDArray[np.float32]:

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What calibration measures of one layer: moments for factors, query energies for the metric, peaks for
-scales.
+"""What calibration measures of one layer: moments for factors, query energies for metrics, peaks for scales.
 
 A cache that has been compressed holds another mixture of tokens than the prompts of a calibration do: most
 rows of a screenshot are gone. So visual and text tokens are counted apart and mixed by a weight.
@@ -18,8 +17,8 @@ from starkv.lowrank.rotary import rotate
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Means over a layer's tokens. Keys and values are without their biases; moments are of keys before
-    rotation."""
+    """Means over a layer's tokens. Keys and values are without their biases; moments are of keys as they are
+    before rotation."""
 
     key_moments: NDArray[np.float64]
     """``[groups, width, width]``: E[y yᵀ] of each group of KV heads, width = heads per group · D."""
@@ -32,6 +31,19 @@ class LayerStatistics:
     value_peaks: NDArray[np.float64]
     """``[KV heads, D]``: largest magnitude of each channel."""
     tokens: int
+
+    @property
+    def key_deviations(self) -> NDArray[np.float64]:
+        """``[KV heads, D/2]``: root mean square over both channels of each rotary pair; rotation keeps it."""
+        squares = np.diagonal(self.key_moments, axis1=1, axis2=2).reshape(len(self.key_peaks), 2, -1)
+        deviations: NDArray[np.float64] = np.sqrt(squares.mean(axis=1))
+        return deviations
+
+    @property
+    def value_deviations(self) -> NDArray[np.float64]:
+        """``[KV heads, D]``: root mean square of each channel."""
+        deviations: NDArray[np.float64] = np.sqrt(np.diagonal(self.value_moment))
+        return deviations.reshape(self.value_peaks.shape)
 
 
 class StatisticsAccumulator:
@@ -99,16 +111,16 @@ class StatisticsAccumulator:
         """Means and peaks of everything counted.
 
         Raises:
-            CalibrationError: there were fewer tokens than a moment has channels, so that it knows nothing of
-                some directions, or no queries.
+            CalibrationError: there were fewer tokens than channels, or no queries.
         """
         if not self._queries:
             raise CalibrationError("calibration saw no queries: add those of the prompts' last tokens")
         needed = len(self._value_moment)
+        # Of fewer tokens than channels nothing is known in some directions.
         if self._tokens < needed:
             raise CalibrationError(
-                f"calibration saw {self._tokens} tokens of a kind, but {needed} are the least for statistics of "
-                f"{needed} channels: give more or longer prompts"
+                f"calibration saw {self._tokens} tokens of a kind, but statistics of {needed} channels need "
+                f"{needed} or more: give more or longer prompts"
             )
         return LayerStatistics(
             key_moments=self._key_moments / self._tokens,
@@ -146,6 +158,7 @@ def _finite(name: str, numbers: NDArray[Any]) -> NDArray[np.float64]:
     exact = np.asarray(numbers, np.float64)
     if not np.isfinite(exact).all():
         raise CalibrationError(
-            f"a {name} projection put out numbers that are not finite: calibrate in float32 and check the weights"
+            f"a {name} projection put out values that are not finite numbers: calibrate in float32 and check "
+            "the weights"
         )
     return exact
