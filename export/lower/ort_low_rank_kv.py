@@ -84,7 +84,7 @@ class LowRankKvLowering:
         latent, lanes = self._packing.latent, self._packing.lanes(layer)
         rows: list[int | str] = ["B", "Q"]
         if not latent.quantized:
-            widths = {"k_latent": sum(shape.key_widths), "v_latent": shape.value_rank}
+            widths = {"k_latent": shape.key_lanes.lanes, "v_latent": shape.value_rank}
             return {
                 name: self._new_input(f"{name}.{layer}", ir.DataType.FLOAT, [*rows, width])
                 for name, width in widths.items()

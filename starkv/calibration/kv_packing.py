@@ -19,10 +19,10 @@ from starkv.lowrank.hadamard import fold, random_rotation
 from starkv.lowrank.latent_format import FLOAT32, INT8, NIBBLES, LatentFormat, key_bytes
 from starkv.lowrank.layer import LowRankLayer
 from starkv.lowrank.plan import LayerSpectra, SplitBudget, flat_plan, plan_ranks
-from starkv.lowrank.quantized_rows import Bits, RowQuantization, key_scales, value_scales
+from starkv.lowrank.quantized_rows import Bits, row_quantization
 
 KvQuant = Literal["none", "int8", "int4"]
-RECENT_ROWS = 64
+RECENT_ROWS = 16
 """Newest rows of a prompt that stay as they are: those that a reply looks at most."""
 _LATENTS: dict[KvQuant, LatentFormat] = {"none": FLOAT32, "int8": INT8, "int4": NIBBLES}
 _BITS: dict[KvQuant, Bits] = {"int8": 8, "int4": 4}
@@ -109,15 +109,10 @@ def _key_groups(layer: LayerStatistics) -> Iterator[tuple[NDArray[np.float64], N
 
 
 def _quantized(bits: Bits, statistics: KvStatistics, biases: Sequence[Biases]) -> QuantizedPacking:
+    # By the largest magnitude, also with four bits: clicks hang on the few large numbers, and scales with a
+    # smaller squared error, which cut them off, change the logits more.
     layers = tuple(
-        RowQuantization(
-            bits,
-            # By the largest magnitude, also with four bits: clicks hang on the few large numbers, and scales
-            # with a smaller squared error, which cut them off, change the logits more.
-            key_scales(layer.key_peaks, bits),
-            value_scales(layer.value_peaks, bits),
-            *(bias.astype(np.float64) for bias in of_layer),
-        )
-        for layer, of_layer in zip(statistics.layers, biases, strict=True)
+        row_quantization(layer, bits, key_bias.astype(np.float64), value_bias.astype(np.float64))
+        for layer, (key_bias, value_bias) in zip(statistics.layers, biases, strict=True)
     )
     return QuantizedPacking(bits, layers)
