@@ -88,7 +88,7 @@ class Session:
         turn = self._plan(messages, images, parameters or SamplingParameters())
         engine, timings = self.engine, turn.timings
         arena = engine.new_arena(turn.plan.arena_rows)
-        pool = engine.new_pool(1, turn.slot_rows, self.kv_policy.method)
+        pool = engine.new_pool(1, turn.slot_rows, self.kv_policy.method, turn.packed)
         handle = pool.acquire()
         while turn.encode_next():
             pass
@@ -119,7 +119,7 @@ class Session:
         """Refuse whatever can be refused before the first expensive step."""
         self.timings = timings = Timings()
         engine, manifest = self.engine, self.engine.manifest
-        check_kv_method(engine.info, self.kv_policy.method)
+        check_kv_method(engine.info, self.kv_policy.method, bool(self.kv_policy.packed))
         with timings.measure("preprocess"):
             self.images = [preprocess(image, manifest.vision, manifest.image) for image in images]
             if self.mode == "stream":

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from starkv.errors import EngineError, UsageError
+from starkv.kv_packing.file import PACKING_NAME
 from starkv.manifest import Manifest
 from starkv.methods.star_kv_plan import StarKVProgress
 from starkv.runtime.kv.parked import ParkedRows
@@ -94,8 +95,9 @@ def load_session(path: Path, manifest: Manifest) -> StreamState:
 
 
 def engine_identity(manifest: Manifest) -> str:
-    """Names what must be the same for rows to mean the same: model, quantization and the cache's dtype."""
-    return f"{manifest.name} {manifest.quantization} {manifest.compute_dtype}"
+    """Names what must be the same for rows to mean the same: model, quantization, the cache's dtype and its packing."""
+    packing = manifest.files.get(PACKING_NAME, "")
+    return f"{manifest.name} {manifest.quantization} {manifest.compute_dtype} {packing}".rstrip()
 
 
 def _bits(array: NDArray[Any]) -> NDArray[Any]:

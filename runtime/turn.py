@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from starkv.runtime.engines.base import Engine, Floats, Rope
+from starkv.runtime.engines.base import Engine, Floats, Rope, packs
 from starkv.runtime.engines.stepping import chunk_lengths
 from starkv.runtime.generation import SamplingParameters
 from starkv.runtime.kv.buffers import Arena, Pool
@@ -59,6 +59,8 @@ class Turn:
         """Most rows that a layer holds after compression."""
         self.slot_rows = self.kept_rows + parameters.max_new_tokens
         """Rows that the reply's slot must have."""
+        self.packed = packs(engine.info, policy)
+        """Whether what is kept is packed."""
         self.compressed: Compressed | None = None
         self._engine, self._images = engine, images
         self._encoded: list[Floats] = []
@@ -113,11 +115,10 @@ class Turn:
                 arena, pool, handle, self.plan.rows, self.policy, self.memory
             )
         self.memory = self.compressed.memory
-        row_bytes, lengths = pool.kv.row_bytes, pool.kv.lengths[:, slot]
         timings.kv_tokens_full = self.plan.rows.full_rows
-        timings.kv_tokens_kept = float(lengths.mean())
-        timings.kv_bytes_full = timings.kv_tokens_full * row_bytes * len(lengths)
-        timings.kv_bytes_kept = timings.kv_bytes_held = int(lengths.sum()) * row_bytes
+        timings.kv_tokens_kept = float(pool.kv.lengths[:, slot].mean())
+        timings.kv_bytes_full = timings.kv_tokens_full * self._engine.info.kv_bytes_per_row
+        timings.kv_bytes_kept = timings.kv_bytes_held = pool.kv.bytes_of(slice(slot, slot + 1))
         assert self._logits is not None
         token = self.reply.sampler.pick(self._logits)
         self._embeds = self._logits = None
@@ -141,7 +142,7 @@ class Turn:
         The slot is the caller's to release.
         """
         slot = pool.slot_of(handle)
-        self.timings.kv_bytes_held = int(pool.kv.lengths[:, slot].sum()) * pool.kv.row_bytes
+        self.timings.kv_bytes_held = pool.kv.bytes_of(slice(slot, slot + 1))
         if self.plan.state is None:
             return None
         tokens, state = self.reply.tokens, self.plan.state

@@ -110,6 +110,11 @@ class KvPacking(_Strict):
     calibration_tokens: int
     """That scales and factors were worked out from."""
 
+    def describe(self) -> str:
+        """Such as ``int8`` or ``rank 0.5 int4``."""
+        rank = [] if self.rank is None else [f"rank {self.rank:g}"]
+        return " ".join([*rank, *([] if self.quant == "none" else [self.quant])])
+
 
 HardwareCompatibility = Literal["none", "same_compute_capability", "ampere_plus"]
 """GPUs that a plan runs on: the very model it was built on, all of its compute capability, or every one since

@@ -75,7 +75,7 @@ class FakeEngine(PicksOnHost):
     def new_arena(self, rows: int) -> Arena:
         return Arena.allocate(self.manifest.text, rows)
 
-    def new_pool(self, slots: int, rows: int, method: str = FULL) -> Pool:
+    def new_pool(self, slots: int, rows: int, method: str = FULL, packed: bool = False) -> Pool:
         return Pool(KvBuffers.allocate(self.manifest.text, slots, rows))
 
     def most_kept_rows(self, prompt_rows: int, policy: KvPolicy) -> int:

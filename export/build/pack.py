@@ -14,6 +14,7 @@ from starkv.export.lower.ort_packed_attention import PackedAttention, add_packed
 from starkv.export.lower.ort_quantized_kv import QuantizedKvLowering
 from starkv.export.staging import staged_directory
 from starkv.kv_packing.file import PACKING_NAME, Packing, save_packing
+from starkv.kv_packing.options import PackingOptions
 from starkv.kv_packing.quantized import QuantizedPacking
 from starkv.manifest import MANIFEST_NAME, KvPacking, Manifest, TextShape, read_manifest, seal, sha256_of
 
@@ -44,6 +45,23 @@ def check_packable_engine(engine: Path, manifest: Manifest) -> None:
         )
     if manifest.kv_packing is not None:
         raise UsageError(f"{engine} has a packed cache already; pack the engine that it was made from")
+
+
+def describe_packing(packing: Packing, options: PackingOptions, tokens: int) -> KvPacking:
+    """A packing as the manifest tells of it.
+
+    Args:
+        packing: what rows are packed with.
+        options: what it was made for.
+        tokens: of its calibration.
+    """
+    if isinstance(packing, QuantizedPacking):
+        row_bytes = sum(layer.bytes_per_row for layer in packing.layers)
+    else:
+        row_bytes = sum(packing.bytes_per_row(layer) for layer in range(len(packing.layers)))
+    return KvPacking(
+        quant=options.quant, rank=options.rank, bytes_per_row=row_bytes, calibration_tokens=tokens
+    )
 
 
 def pack_ort_engine(

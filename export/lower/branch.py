@@ -23,18 +23,26 @@ class Branch:
         self._nodes: list[ir.Node] = []
 
     def node(
-        self, op_type: str, inputs: Sequence[ir.Value | None], outputs: int, domain: str = "", **attributes: Any
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        outputs: int,
+        domain: str = "",
+        **attributes: Any,
     ) -> Sequence[ir.Value]:
         """Append a node; returns its outputs."""
         name = f"{self._scope}/{op_type}_{len(self._nodes)}"
-        return self.append(ir.node(op_type, inputs, attributes, domain=domain, num_outputs=outputs, name=name))
+        return self.append(
+            ir.node(op_type, inputs, attributes, domain=domain, num_outputs=outputs, name=name)
+        )
 
     def append(self, node: ir.Node) -> Sequence[ir.Value]:
         """Append a node; returns its outputs, named after it."""
-        for index, value in enumerate(node.outputs):
+        outputs: Sequence[ir.Value] = node.outputs
+        for index, value in enumerate(outputs):
             value.name = f"{node.name}.{index}"
         self._nodes.append(node)
-        return node.outputs
+        return outputs
 
     def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
         """Append a node with one output; returns it."""

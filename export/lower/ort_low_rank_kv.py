@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from starkv.export.lower.branch import Branch
 from starkv.export.lower.low_rank_attention import low_rank_node, stacked_key_factors
@@ -57,7 +58,7 @@ class LowRankKvLowering:
             self._sections,
             _STORAGE[self._packing.latent.lane_bits],
         )
-        constants = {
+        constants: dict[str, NDArray[np.floating]] = {
             "up_k": stacked_key_factors(shape, [factor.up for factor in factors.keys]),
             "up_v": factors.values.up,
             "k_bias": factors.key_bias.reshape(-1),
@@ -75,7 +76,10 @@ class LowRankKvLowering:
             "positions": self._new_input(f"row_positions.{layer}", ir.DataType.INT32, ["B", "Q", 3]),
             **self._tables,
             **self._rows(layer, shape),
-            **{kind: branch.constant(f"{name}.{kind}", array.astype(np.float32)) for kind, array in constants.items()},
+            **{
+                kind: branch.constant(f"{name}.{kind}", array.astype(np.float32))
+                for kind, array in constants.items()
+            },
         }
         return list(branch.append(low_rank_node(self._model, shape, values, f"{name}/attention")))
 

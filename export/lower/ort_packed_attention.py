@@ -159,7 +159,9 @@ _UNKNOWN_FORM = (
 def _attention_nodes(graph: ir.Graph) -> list[ir.Node]:
     nodes = [node for node in graph if node.op_type == _ATTENTION and node.domain == MICROSOFT]
     if not nodes:
-        raise UsageError("this engine's decoder can be packed only once, before it is; take the unpacked engine")
+        raise UsageError(
+            "this engine's decoder can be packed only once, before it is; take the unpacked engine"
+        )
     return nodes
 
 

@@ -61,10 +61,17 @@ class QuantizedKvLowering:
         constants = self._packing.layers[layer]
         name = f"layers.{layer}/kv"
         positions = self._new_input(f"{ROW_POSITIONS}.{layer}", ir.DataType.INT32, ["B", "Q", _COMPONENTS])
-        arrays = (constants.key_bias, constants.value_bias, constants.key_scales, constants.value_scales)
+        arrays: tuple[NDArray[np.floating], ...] = (
+            constants.key_bias,
+            constants.value_bias,
+            constants.key_scales,
+            constants.value_scales,
+        )
         key_bias, value_bias, key_scale, value_scale = (
             branch.constant(f"{name}.{kind}", array.reshape(-1).astype(np.float32))
-            for kind, array in zip(("key_bias", "value_bias", "key_scale", "value_scale"), arrays, strict=True)
+            for kind, array in zip(
+                ("key_bias", "value_bias", "key_scale", "value_scale"), arrays, strict=True
+            )
         )
         per_head = constants.value_bias.astype(np.float32).repeat(inputs.heads // inputs.kv_heads, 0)
         out, k_codes, v_codes = branch.node(
@@ -92,7 +99,12 @@ class QuantizedKvLowering:
         )
         # The weights of a softmax sum to 1: a constant of all values is added once.
         restored = branch.op("Add", out, branch.constant(f"{name}.value_bias_of_heads", per_head.reshape(-1)))
-        return [restored, *(branch.op("Identity", past) for past in (inputs.past_k, inputs.past_v)), k_codes, v_codes]
+        return [
+            restored,
+            *(branch.op("Identity", past) for past in (inputs.past_k, inputs.past_v)),
+            k_codes,
+            v_codes,
+        ]
 
     @staticmethod
     def _without_bias(branch: Branch, inputs: AttentionInputs, bias: ir.Value) -> ir.Value:
@@ -129,9 +141,7 @@ class QuantizedKvLowering:
         by_position = branch.op("MatMul", self._table, columns)
         rows = branch.op("Cast", inputs.longest, to=ir.DataType.INT64)
         used = branch.op("Slice", positions, branch.ints(0), rows, branch.ints(1))
-        scaled = branch.op(
-            "Mul", branch.op("Cast", used, to=ir.DataType.INT64), branch.ints(_COMPONENTS)
-        )
+        scaled = branch.op("Mul", branch.op("Cast", used, to=ir.DataType.INT64), branch.ints(_COMPONENTS))
         index = branch.op("Add", scaled, branch.ints(*range(_COMPONENTS)))
         flat = branch.op("Reshape", index, branch.ints(0, -1, 1))
         looked_up = branch.op("GatherND", by_position, flat, batch_dims=1)

@@ -15,11 +15,51 @@ from starkv.methods.names import FULL
 from starkv.methods.stream_rows import CacheRows
 from starkv.runtime.generation import Sampler
 from starkv.runtime.kv.buffers import Arena, Pool
+from starkv.runtime.kv.packed import NO_PACKING, PACKABLE_METHODS
 from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
 from starkv.runtime.preprocess.image import ImageInputs
 from starkv.runtime.preprocess.positions import rope_tables
 
 Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class PackingInfo:
+    """How an engine packs kept rows."""
+
+    name: str
+    """Such as ``int8`` or ``rank 0.5 int4``."""
+    bytes_per_row: int
+    """Of one packed token over all layers."""
+    raw_rows: int | None
+    """Newest rows of a prompt that stay as they are, as those of the reply do. None: every row is packed."""
+
+    def slot_bytes(self, kept_rows: int, reply_rows: int, raw_row_bytes: int) -> int:
+        """Bytes to reserve for a sequence."""
+        packed = (kept_rows + reply_rows) * self.bytes_per_row
+        if self.raw_rows is None:
+            return packed
+        return packed + (min(kept_rows, self.raw_rows) + reply_rows) * raw_row_bytes
+
+
+def packs(info: "EngineInfo", policy: KvPolicy) -> bool:
+    """Whether rows that a policy keeps are packed.
+
+    Raises:
+        UsageError: they must be, and the engine or the method can't.
+    """
+    if policy.packed is False or (info.kv_packing is None and policy.packed is None):
+        return False
+    if info.kv_packing is None:
+        raise UsageError(NO_PACKING)
+    if policy.method not in PACKABLE_METHODS:
+        if policy.packed is None:
+            return False
+        raise UsageError(
+            f"the KV method {policy.method} keeps other rows for every head, which can't be packed; "
+            f"choose one of {', '.join(PACKABLE_METHODS)}, or --kv-quant none"
+        )
+    return True
 
 
 @dataclass(frozen=True)
@@ -38,10 +78,8 @@ class EngineInfo:
     threads: int
     loaded_form: str
     """``portable``, or ``prepacked`` where weights packed for this processor were used."""
-    kv_packing: str | None = None
-    """How the engine can pack kept rows, such as ``int8``; None if it can't."""
-    kv_packed_bytes_per_row: int | None = None
-    """Bytes of one packed token over all layers."""
+    kv_packing: PackingInfo | None = None
+    """How the engine can pack kept rows; None if it can't."""
 
 
 def kv_bytes_per_row(manifest: Manifest) -> int:
@@ -51,12 +89,14 @@ def kv_bytes_per_row(manifest: Manifest) -> int:
     return 2 * text.layers * text.kv_heads * text.head_dim * bytes_each
 
 
-def check_kv_method(info: EngineInfo, method: str) -> None:
+def check_kv_method(info: EngineInfo, method: str, packed: bool = False) -> None:
     """Refuse a compression method that an engine doesn't have.
 
     Raises:
-        UsageError: ``method`` is none of ``info.kv_methods``.
+        UsageError: ``method`` is none of ``info.kv_methods``, or rows are to be packed and the engine can't.
     """
+    if packed and info.kv_packing is None:
+        raise UsageError(NO_PACKING)
     if method not in info.kv_methods:
         known = ", ".join(info.kv_methods)
         raise UsageError(f"this engine has no KV method {method!r}; it has: {known}")

@@ -5,6 +5,7 @@ Keys and values are numpy buffers bound by address as past *and* present: the at
 rows in place and nothing of the cache is ever copied between steps.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from starkv.errors import EngineError
 from starkv.host import cpu_model
 from starkv.methods.names import ENGINE_METHODS, FULL
 from starkv.methods.stream_rows import CacheRows
-from starkv.runtime.engines.base import EngineInfo, Floats, Rope, check_kv_method, kv_bytes_per_row
+from starkv.runtime.engines.base import EngineInfo, Floats, Rope, check_kv_method, kv_bytes_per_row, packs
 from starkv.runtime.engines.ort_base import CPU_PROVIDER, OrtBase
 from starkv.runtime.engines.ort_compress import OrtCompressor
 from starkv.runtime.engines.ort_binding import CacheBinding, FloatCache, bind_array
@@ -23,7 +24,7 @@ from starkv.runtime.engines.ort_decode import DecodeStep
 from starkv.runtime.engines.stepping import store_norms
 from starkv.runtime.engines.ort_packed import FloatBesidePacked, packed_cache
 from starkv.runtime.kv.buffers import Arena, KvBuffers, Pool
-from starkv.runtime.kv.codecs import check_packable, open_codec, require_codec
+from starkv.runtime.kv.codecs import open_codec, packing_info, require_codec
 from starkv.runtime.kv.packed import PackedKv
 from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
 
@@ -60,7 +61,9 @@ class OrtEngine(OrtBase):
         self._decode_step: DecodeStep | None = None
         self._codec = open_codec(directory, self._manifest)
         self._packed_cache = None if self._codec is None else packed_cache(self._codec)
-        self._float_cache: CacheBinding = FloatBesidePacked(self._packed_cache) if self._packed_cache else FloatCache()
+        self._float_cache: CacheBinding = (
+            FloatBesidePacked(self._packed_cache) if self._packed_cache else FloatCache()
+        )
         self._give_memory_back = self._run_options(memory__enable_memory_arena_shrinkage="cpu:0")
         self._host_compressor = OrtCompressor(
             self._manifest.text, self._manifest.observation_window, self._open_host_graph
@@ -89,8 +92,7 @@ class OrtEngine(OrtBase):
             kv_methods=ENGINE_METHODS,
             threads=self._threads,
             loaded_form="prepacked" if self._prepacked else "portable",
-            kv_packing=self._codec and self._codec.name,
-            kv_packed_bytes_per_row=self._codec.bytes_per_row if self._codec else None,
+            kv_packing=packing_info(self._codec),
         )
 
     @property
@@ -112,14 +114,14 @@ class OrtEngine(OrtBase):
     def new_arena(self, rows: int) -> Arena:
         self._check_rows(rows)
         arena = Arena.allocate(self._manifest.text, rows)
-        arena.host_kv.unpack = self._codec and self._codec.unpack
+        arena.host_kv.unpack = None if self._codec is None else self._codec.unpack
         return arena
 
     def new_pool(self, slots: int, rows: int, method: str = FULL, packed: bool = False) -> Pool:
         check_kv_method(self.info, method)
         self._check_rows(rows)
         if packed:
-            return Pool(require_codec(self._codec, self._manifest).new_store(slots, rows))
+            return Pool(require_codec(self._codec).new_store(slots, rows))
         return Pool(KvBuffers.allocate(self._manifest.text, slots, rows))
 
     def compress(
@@ -133,7 +135,7 @@ class OrtEngine(OrtBase):
     ) -> Compressed:
         if not isinstance(pool.kv, PackedKv):
             return super().compress(arena, pool, handle, prompt, policy, memory)
-        check_packable(policy.method)
+        packs(self.info, replace(policy, packed=True))
         # Where all rows are kept, the arena's rows are packed where they are.
         rows = 0 if policy.keeps_all_of(prompt) else self.most_rows_of(prompt, policy)
         kept = Pool(KvBuffers.allocate(self._manifest.text, 1, rows) if rows else arena.kv)

@@ -160,8 +160,8 @@ class OrtDeviceEngine(OrtBase):
         kv = DeviceKv.allocate(self._memory, self._manifest.text, 1, rows, self._dtype)
         return DeviceArena.around(kv, self._manifest.text)
 
-    def new_pool(self, slots: int, rows: int, method: str = FULL) -> Pool:
-        check_kv_method(self.info, method)
+    def new_pool(self, slots: int, rows: int, method: str = FULL, packed: bool = False) -> Pool:
+        check_kv_method(self.info, method, packed)
         self._check_rows(rows)
         rows = -(-rows // POOL_STEP) * POOL_STEP
         fitting = [kv for kv in self._spare if (kv.slots, kv.capacity) == (slots, rows)]

@@ -65,4 +65,3 @@ class DecodeStep:
         self._cache.finish_step(pool.kv, self._batch)
         logits: Floats = self._logits.copy()
         return logits
-

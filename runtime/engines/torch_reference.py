@@ -89,8 +89,8 @@ class TorchReferenceEngine(PicksOnHost):
         self._check_rows(rows)
         return ReferenceArena.allocate(self.manifest.text, rows)
 
-    def new_pool(self, slots: int, rows: int, method: str = FULL) -> Pool:
-        check_kv_method(self.info, method)
+    def new_pool(self, slots: int, rows: int, method: str = FULL, packed: bool = False) -> Pool:
+        check_kv_method(self.info, method, packed)
         self._check_rows(rows)
         text = self.manifest.text
         return Pool(KvBuffers.allocate(text, slots, rows, cached_heads(method, text)))

@@ -216,8 +216,8 @@ class TrtEngine(SteppingEngine):
             self._allocate(1, rows, "the prompt's KV rows", remedy), self._manifest.text
         )
 
-    def new_pool(self, slots: int, rows: int, method: str = FULL) -> Pool:
-        check_kv_method(self.info, method)
+    def new_pool(self, slots: int, rows: int, method: str = FULL, packed: bool = False) -> Pool:
+        check_kv_method(self.info, method, packed)
         self._check_rows(rows)
         if slots > self._build.sessions:
             raise UsageError(

@@ -9,9 +9,10 @@ from starkv.errors import UsageError
 from starkv.kv_packing.file import PACKING_NAME, load_packing
 from starkv.kv_packing.quantized import QuantizedPacking
 from starkv.lowrank.rotary import Rotary
-from starkv.manifest import KvPacking, Manifest, TextShape
+from starkv.manifest import Manifest, TextShape
+from starkv.runtime.engines.base import PackingInfo
 from starkv.runtime.kv.low_rank import LowRankCodec
-from starkv.runtime.kv.packed import PACKABLE_METHODS, KvCodec
+from starkv.runtime.kv.packed import NO_PACKING, KvCodec
 from starkv.runtime.kv.quantized import QuantizedCodec
 from starkv.runtime.preprocess.rope import inverse_frequencies
 
@@ -33,37 +34,23 @@ def open_codec(directory: Path, manifest: Manifest) -> KvCodec | None:
     packing, rotary = load_packing(directory / PACKING_NAME), rotary_of(manifest.text)
     if isinstance(packing, QuantizedPacking):
         return QuantizedCodec(packing, rotary, manifest.text)
-    return LowRankCodec(packing, rotary, manifest.text, packing_name(manifest.kv_packing))
+    return LowRankCodec(packing, rotary, manifest.text, manifest.kv_packing.describe())
 
 
-def packing_name(packing: KvPacking) -> str:
-    """Such as ``int8`` or ``rank 0.5 int4``."""
-    rank = [] if packing.rank is None else [f"rank {packing.rank:g}"]
-    return " ".join([*rank, *([] if packing.quant == "none" else [packing.quant])])
+def packing_info(codec: KvCodec | None) -> PackingInfo | None:
+    """What an engine with this codec says of itself."""
+    if codec is None:
+        return None
+    raw = codec.packing.recent_rows if isinstance(codec, LowRankCodec) else None
+    return PackingInfo(codec.name, codec.bytes_per_row, raw)
 
 
-def require_codec(codec: KvCodec | None, manifest: Manifest) -> KvCodec:
+def require_codec(codec: KvCodec | None) -> KvCodec:
     """The codec.
 
     Raises:
         UsageError: the engine has none.
     """
     if codec is None:
-        raise UsageError(
-            f"this engine of {manifest.name} was built without packing; build one with "
-            "`starkv build … --kv-quant int8` or `--kv-rank 0.5`"
-        )
+        raise UsageError(NO_PACKING)
     return codec
-
-
-def check_packable(method: str) -> None:
-    """Refuse a method whose rows can't be packed.
-
-    Raises:
-        UsageError: it keeps other rows for every head.
-    """
-    if method not in PACKABLE_METHODS:
-        raise UsageError(
-            f"the KV method {method} keeps other rows for every head, which can't be packed; "
-            f"choose one of {', '.join(PACKABLE_METHODS)}, or an unpacked cache"
-        )

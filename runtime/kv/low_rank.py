@@ -94,7 +94,9 @@ class LowRankCodec(KvCodec):
         """Exact-form keys and values ``[Hkv, rows, D]`` f32, as far as packed rows hold them."""
         factors, latent, lanes = self.packing.layers[layer], self.packing.latent, self.packing.lanes(layer)
         if latent.quantized:
-            of_keys: Sequence[Array] = unpack_keys(PackedRows(rows["k_codes"], rows["k_scales"]), lanes, latent)
+            of_keys: Sequence[Array] = unpack_keys(
+                PackedRows(rows["k_codes"], rows["k_scales"]), lanes, latent
+            )
             packed_values = PackedRows(rows["v_codes"], rows["v_scales"])
             of_values: Array = unpack_values(packed_values, factors.values.rank, latent)
         else:
@@ -193,8 +195,8 @@ class LowRankKv(PackedKv):
         """Bytes ``[1, rows, …]``; the tail is packed, too: newer rows come behind it in the next turn."""
         recent = int(self.tail_lengths[layer, slot])
         older = rows - recent
-        tail = (array[layer, slot, :, :recent] for array in (self.tail_keys, self.tail_values))
-        newer = self.codec.encode(layer, *tail, self.positions[layer, slot, older:rows])
+        keys, values = self.tail_keys[layer, slot, :, :recent], self.tail_values[layer, slot, :, :recent]
+        newer = self.codec.encode(layer, keys, values, self.positions[layer, slot, older:rows])
         every = {
             name: np.concatenate([array[slot, :older], newer[name].astype(array.dtype)])
             for name, array in self.packed[layer].items()

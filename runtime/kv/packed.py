@@ -22,6 +22,12 @@ PACKABLE_METHODS = (FULL, STAR_KV, STREAMING_LLM, RANDOM)
 position."""
 
 
+NO_PACKING = (
+    "this engine was built without a packed cache; make one with `starkv pack ENGINE --kv-quant int8`, "
+    "`--kv-rank 0.5` or both, for ONNX Runtime on processors"
+)
+
+
 class PackedKv(KvStore):
     """A cache of packed rows."""
 

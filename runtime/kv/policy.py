@@ -25,6 +25,8 @@ class KvPolicy:
     """Hyper-parameters of the method ``star_kv``."""
     seed: int = 0
     """Of the method ``random``."""
+    packed: bool | None = None
+    """Whether kept rows are packed; None: where the engine and the method can."""
 
     def kept_rows(self, prompt_rows: int) -> int:
         """Rows to keep per layer on average."""

@@ -35,8 +35,8 @@ class QuantizedCodec(KvCodec):
         keys, values = [], []
         for layer, positions in enumerate(parked.positions):
             quantization = self.packing.layers[layer]
-            codes = (array[layer].transpose(1, 0, 2) for array in (parked.keys, parked.values))
-            rows = QuantizedRows(*codes, positions)
+            codes = [array[layer].transpose(1, 0, 2) for array in (parked.keys, parked.values)]
+            rows = QuantizedRows(codes[0], codes[1], positions)
             cosines, sines = self.rotary.tables(positions)
             bias = rotate(quantization.key_bias, cosines[:, None], sines[:, None])
             keys.append(head_major(quantization.stored_keys(rows) + bias))
@@ -57,9 +57,11 @@ class QuantizedKv(HostKv, PackedKv):
     def pack(self, slot: int, source: KvBuffers) -> None:
         self._check_packable(source)
         for layer, rows in enumerate(source.lengths[:, 0]):
-            exact = (array[layer, 0, :, :rows].transpose(1, 0, 2) for array in (source.keys, source.values))
+            keys, values = (
+                array[layer, 0, :, :rows].transpose(1, 0, 2) for array in (source.keys, source.values)
+            )
             codes = self.codec.packing.layers[layer].quantize(
-                *exact, source.positions[layer, 0, :rows], self.codec.rotary
+                keys, values, source.positions[layer, 0, :rows], self.codec.rotary
             )
             self.keys[layer, slot, :, :rows] = codes.keys.transpose(1, 0, 2)
             self.values[layer, slot, :, :rows] = codes.values.transpose(1, 0, 2)

@@ -25,6 +25,7 @@ class TurnPool:
 
     pool: Pool
     method: str
+    packed: bool
     turns: dict[int, Turn] = field(default_factory=dict)
     """Handle → turn."""
 
@@ -67,10 +68,7 @@ class KvMemory:
     @property
     def bytes_held(self) -> int:
         """Bytes of the valid rows in the pools."""
-        return sum(
-            int(pool.pool.kv.lengths[:, : pool.pool.active].sum()) * pool.pool.kv.row_bytes
-            for pool in self.pools
-        )
+        return sum(pool.pool.kv.bytes_of(slice(pool.pool.active)) for pool in self.pools)
 
     @property
     def bytes_reserved(self) -> int:
@@ -85,7 +83,11 @@ class KvMemory:
         return round_up_rows(turn.plan.arena_rows) * self._row_bytes
 
     def _slot_bytes(self, turn: Turn) -> int:
-        return self._slot_rows(turn) * self._row_bytes
+        rows, packing = self._slot_rows(turn), self._engine.info.kv_packing
+        if not turn.packed or packing is None:
+            return rows * self._row_bytes
+        reply = turn.slot_rows - turn.kept_rows
+        return packing.slot_bytes(rows - reply, reply, self._row_bytes)
 
     def _slot_rows(self, turn: Turn) -> int:
         return min(bucket_rows(turn.slot_rows), round_up_rows(self._engine.manifest.max_context))
@@ -110,17 +112,18 @@ class KvMemory:
             return None
         capacity, method = self._slot_rows(turn), turn.policy.method
         for pool in self.pools:
-            fits = pool.pool.kv.capacity >= turn.slot_rows and pool.method == method
+            same_kind = (pool.method, pool.packed) == (method, turn.packed)
+            fits = pool.pool.kv.capacity >= turn.slot_rows and same_kind
             if fits and pool.pool.kv.capacity <= capacity and not pool.full:
                 return pool
         slots = self._slots
-        while slots and not self._make_room(slots * capacity * self._row_bytes):
+        while slots and not self._make_room(slots * self._slot_bytes(turn)):
             slots //= 2
         if not slots:
             return None
-        pool = TurnPool(
-            self._engine.new_pool(slots, min(capacity, self._engine.manifest.max_context), method), method
-        )
+        rows = min(capacity, self._engine.manifest.max_context)
+        made = self._engine.new_pool(slots, rows, method, turn.packed)
+        pool = TurnPool(made, method, turn.packed)
         self.pools.append(pool)
         return pool
 

@@ -15,7 +15,7 @@ FIRST_SCREEN = 1_000_000
 """Calibration draws the screens from 0 on."""
 EMBEDDED = "gui-tiny"
 """The model that was trained on the synthetic suite, and is judged by its test split."""
-_NAMED = ("icon", "word")
+NAMED_TASKS = ("icon", "word")
 """Tasks whose questions name their target."""
 
 
@@ -24,11 +24,12 @@ def held_out_prompts(model: ResolvedModel, count: int) -> list[GuiPrompt]:
     if model.card.name != EMBEDDED:
         return drawn_prompts(count, model.card.max_pixels, FIRST_SCREEN)
     # Every screen has at least one of each three questions.
-    samples = (sample for sample in click_samples("test", 0, 4 * count) if sample.task in _NAMED)
-    return [_prompt(sample) for sample in islice(samples, count)]
+    samples = (sample for sample in click_samples("test", 0, 4 * count) if sample.task in NAMED_TASKS)
+    return [prompt_of_sample(sample) for sample in islice(samples, count)]
 
 
-def _prompt(sample: Sample) -> GuiPrompt:
+def prompt_of_sample(sample: Sample) -> GuiPrompt:
+    """A question of the synthetic suite that names its target, as a prompt."""
     # The longest verb first: one begins with another.
     verb = next(v for v in sorted(VERBS, key=len, reverse=True) if sample.question.startswith(f"{v} "))
     phrase = sample.question.removeprefix(f"{verb} ").removesuffix(".")

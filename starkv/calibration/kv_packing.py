@@ -2,16 +2,14 @@
 """From statistics to a packing: scales, or factors and ranks."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from starkv.calibration.kv_statistics import Biases, KvStatistics
-from starkv.errors import UsageError
 from starkv.kv_packing.file import Packing
 from starkv.kv_packing.low_rank import LowRankPacking
+from starkv.kv_packing.options import KvQuant, PackingOptions
 from starkv.kv_packing.quantized import QuantizedPacking
 from starkv.lowrank.statistics import LayerStatistics
 from starkv.lowrank.factor import key_metric, output_pca
@@ -21,45 +19,14 @@ from starkv.lowrank.layer import LowRankLayer
 from starkv.lowrank.plan import LayerSpectra, SplitBudget, flat_plan, plan_ranks
 from starkv.lowrank.quantized_rows import Bits, row_quantization
 
-KvQuant = Literal["none", "int8", "int4"]
 RECENT_ROWS = 16
 """Newest rows of a prompt that stay as they are: those that a reply looks at most."""
 _LATENTS: dict[KvQuant, LatentFormat] = {"none": FLOAT32, "int8": INT8, "int4": NIBBLES}
 _BITS: dict[KvQuant, Bits] = {"int8": 8, "int4": 4}
 
 
-@dataclass(frozen=True)
-class PackingOptions:
-    """What the user asks for.
-
-    Raises:
-        UsageError: nothing is asked for, there is no such quantization, or the rank is outside (0, 1].
-    """
-
-    quant: KvQuant = "none"
-    rank: float | None = None
-    """Share of the cache's elements that latents have."""
-
-    def __post_init__(self) -> None:
-        if self.quant not in ("none", *_BITS):
-            raise UsageError(f"unknown KV quantization {self.quant!r}; known: none, {', '.join(_BITS)}")
-        if self.rank is not None and not 0 < self.rank <= 1:
-            raise UsageError(
-                f"a KV rank is a share of full rank in (0, 1], such as 0.5, not {self.rank:g}; for all channels "
-                "leave --kv-rank out"
-            )
-        if self.quant == "none" and self.rank is None:
-            raise UsageError("nothing to pack: give --kv-quant int8 or int4, --kv-rank, or both")
-
-    @property
-    def name(self) -> str:
-        """Part of an engine directory's name, such as ``kv-int8`` or ``kv-r50-int4``."""
-        rank = [] if self.rank is None else [f"r{self.rank * 100:g}"]
-        return "-".join(["kv", *rank, *([] if self.quant == "none" else [self.quant])])
-
-
 def make_packing(options: PackingOptions, statistics: KvStatistics, biases: Sequence[Biases]) -> Packing:
-    """Work out what the options ask for.
+    """Work out scales, or factors and ranks.
 
     Raises:
         UsageError: no ranks reach the share that is asked for.
@@ -88,7 +55,9 @@ def _low_rank(
     key_share = sum(key_bytes(ranks.keys, latent) for ranks in flat.layers if ranks is not None)
     plan = plan_ranks(spectra, latent, dense, SplitBudget(key_share, flat.total_bytes - key_share))
     layers = []
-    for (keys, values), ranks, (key_bias, value_bias) in zip(decompositions, plan.layers, biases, strict=True):
+    for (keys, values), ranks, (key_bias, value_bias) in zip(
+        decompositions, plan.layers, biases, strict=True
+    ):
         assert ranks is not None
         factors = [
             *(key.truncated(rank) for key, rank in zip(keys, ranks.keys, strict=True)),

@@ -32,7 +32,6 @@ VISUAL_WEIGHT = 0.5
 """Share of image tokens in a compressed cache, about."""
 
 
-
 Biases = tuple[NDArray[np.float32], NDArray[np.float32]]
 """Of a layer's key and value projections, ``[KV heads, D]`` each."""
 
@@ -88,7 +87,9 @@ def gather_statistics(
         assert sequence.rope.positions is not None
         cosines, sines = rotary.tables(sequence.rope.positions[0])
         for layer, (key_bias, value_bias) in enumerate(biases):
-            cached = (array[layer, 0, :, : len(visual)] for array in (arena.host_kv.keys, arena.host_kv.values))
+            cached = (
+                array[layer, 0, :, : len(visual)] for array in (arena.host_kv.keys, arena.host_kv.values)
+            )
             rotated, values = (rows.transpose(1, 0, 2).astype(np.float64) for rows in cached)
             keys = unrotate(rotated, cosines[:, None], sines[:, None]) - key_bias
             values -= value_bias

@@ -7,12 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from starkv.cli.backends import reason_not_to_run
 from starkv.cli.console import StageProgress, note, progress
 from starkv.cli.sources import SourceOptions, find_source
 from starkv.errors import UsageError
 from starkv.manifest import MANIFEST_NAME, ComputeDtype, Manifest
+
+if TYPE_CHECKING:
+    from starkv.kv_packing.options import PackingOptions
 
 NO_OPTIONS = SourceOptions()
 
@@ -181,7 +185,12 @@ def settle_dtype(device: str, compute_dtype: str | None) -> ComputeDtype:
     raise UsageError(f"an engine for {device} computes in {known}, not in {compute_dtype}")
 
 
-def find_engine(name: str, quantization: str | None = None, device: str = "auto") -> Path:
+def find_engine(
+    name: str,
+    quantization: str | None = None,
+    device: str = "auto",
+    packing: "PackingOptions | None" = None,
+) -> Path:
     """Directory of the engine called ``name``; a model's engine that doesn't exist yet is built.
 
     Args:
@@ -190,10 +199,14 @@ def find_engine(name: str, quantization: str | None = None, device: str = "auto"
         device: that a model's engine is for; with ``auto`` the GPU if ONNX Runtime can use one, unless only
             the processor's engine is there already. An engine for TensorRT that fits this machine goes first,
             but not where the processor is asked for.
+        packing: of a model's engine; such an engine is one for the processor.
 
     Raises:
-        UsageError: ``name`` is neither a directory nor a model, or there is no such device.
+        UsageError: ``name`` is neither a directory nor a model, or there is no such device, or none that
+            packs.
     """
+    if packing is not None and not Path(name).is_dir():
+        return _find_packed(name, quantization, device, packing)
     if (Path(name) / MANIFEST_NAME).is_file():
         return Path(name)
     if Path(name).is_dir() or os.sep in name:
@@ -220,3 +233,17 @@ def find_engine(name: str, quantization: str | None = None, device: str = "auto"
             return directory
     note(f"no engine at {places[0]} yet: building it once")
     return build_engine(name, quantization, None, compute_dtype=settle_dtype(devices[0], None))[0]
+
+
+def _find_packed(name: str, quantization: str | None, device: str, packing: "PackingOptions") -> Path:
+    """The engine of a model that packs its cache; made from the plain one if there is none."""
+    if device == "cuda":
+        raise UsageError("packed caches run in ONNX Runtime on processors so far; leave --device cuda out")
+    plain = find_engine(name, quantization, "cpu")
+    target = plain.with_name(f"{plain.name}-{packing.directory_suffix}")
+    if not (target / MANIFEST_NAME).is_file():
+        from starkv.cli.packing import pack_engine
+
+        note(f"no engine at {target} yet: packing {plain} once")
+        pack_engine(plain, target, packing)
+    return target

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of KV compression, which ``run``, ``chat``, ``bench`` and ``inspect`` share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +13,7 @@ from starkv.methods.names import ENGINE_METHODS, FULL, STAR_KV
 from starkv.methods.star_kv_config import StarKVConfig
 
 if TYPE_CHECKING:
+    from starkv.kv_packing.options import PackingOptions
     from starkv.manifest import Manifest
     from starkv.runtime.kv.policy import KvPolicy
     from starkv.runtime.timings import Timings
@@ -47,6 +48,38 @@ KvMode = Annotated[
         help="STaR-KV as improved here (`native`) or as the paper's code computes it (`official`).",
     ),
 ]
+
+
+KvQuant = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-quant",
+        help="Keep rows as int8 or int4; none: as they are computed. By default as the engine packs them; a "
+        "model's engine that packs so is made once.",
+        show_default=False,
+    ),
+]
+KvRank = Annotated[
+    float | None,
+    typer.Option(
+        "--kv-rank",
+        help="Keep rows as low-rank latents with this share of the channels, such as 0.5; goes with --kv-quant. "
+        "1: all channels, quantized token by token.",
+        show_default=False,
+    ),
+]
+
+
+def packing_options(quant: str | None, rank: float | None) -> "PackingOptions | None":
+    """The packing that the options ask for; None: the engine's, or none at all.
+
+    Raises:
+        UsageError: an unknown quantization, or a rank outside (0, 1].
+    """
+    from starkv.kv_packing.options import PackingOptions, parse_kv_quant
+
+    chosen = parse_kv_quant(quant or "none")
+    return None if chosen == "none" and rank is None else PackingOptions(chosen, rank)
 
 
 def kv_policy(
@@ -85,13 +118,42 @@ class KvOptions:
     budget: float | None
     capacity: int | None
     mode: str
+    quant: str | None = None
+    rank: float | None = None
 
     def __post_init__(self) -> None:
         # Refused before an engine is loaded for it.
         kv_policy(self.method, self.budget, self.capacity, self.mode)
+        packing_options(self.quant, self.rank)
+
+    @property
+    def packing(self) -> "PackingOptions | None":
+        """The packing that they ask for."""
+        return packing_options(self.quant, self.rank)
 
     def policy(self, manifest: "Manifest") -> "KvPolicy":
-        """The policy they describe, or the engine's own if none is given, which a line on stderr says."""
+        """The policy they describe, or the engine's own if none is given, which a line on stderr says.
+
+        Raises:
+            UsageError: the engine packs its cache in another way than they ask for.
+        """
+        return replace(self._which_rows(manifest), packed=self._packed(manifest))
+
+    def _packed(self, manifest: "Manifest") -> bool | None:
+        """As ``KvPolicy.packed``."""
+        wanted = self.packing
+        if wanted is None:
+            return False if self.quant == "none" else None
+        found = manifest.kv_packing
+        if found is None or (found.quant, found.rank) != (wanted.quant, wanted.rank):
+            packs = "does not pack its cache" if found is None else f"packs its cache as {found.describe()}"
+            raise UsageError(
+                f"this engine of {manifest.name} {packs}, not as {wanted}; make one with `starkv pack`, or name "
+                "the model instead of a directory"
+            )
+        return True
+
+    def _which_rows(self, manifest: "Manifest") -> "KvPolicy":
         from starkv.runtime.agent import default_policy
 
         if (self.method, self.budget, self.capacity) != (None, None, None):

@@ -70,7 +70,9 @@ def load_packing(path: Path) -> Packing:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         layers = range(facts["layers"])
         if "bits" in facts:
-            return QuantizedPacking(facts["bits"], tuple(_quantized_layer(tensors, index, facts["bits"]) for index in layers))
+            return QuantizedPacking(
+                facts["bits"], tuple(_quantized_layer(tensors, index, facts["bits"]) for index in layers)
+            )
         return LowRankPacking(
             FORMATS[facts["latent"]],
             tuple(_low_rank_layer(tensors, index, facts["groups"][index]) for index in layers),

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``starkv pack``: an engine → the same engine with a packed KV cache."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from starkv.cli.kv import KvQuant, KvRank, packing_options
+from starkv.cli.options import Output
+from starkv.errors import UsageError
+
+
+def pack(
+    engine: Annotated[str, typer.Argument(help="Engine directory, or a model's name.")],
+    out: Output = None,
+    kv_quant: KvQuant = None,
+    kv_rank: KvRank = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with prompts.jsonl and its images. Drawn screens by default.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Give an engine a packed KV cache: kept rows as int8 or int4, as low-rank latents, or both.
+
+    Prefill and the choice of rows stay exact; only what is kept is packed. The engine's directory is printed.
+
+    Example: [bold]starkv pack gui-tiny --kv-quant int8[/]
+
+    Example: [bold]starkv pack engines/gui-tiny-ort-int4 --kv-rank 0.5 --kv-quant int4 --out small[/]
+    """
+    from starkv.cli.engines import find_engine, made_parents
+    from starkv.cli.packing import pack_engine
+    from starkv.kv_packing.options import PackingOptions, parse_kv_quant
+
+    wanted = packing_options(kv_quant, kv_rank) or PackingOptions(parse_kv_quant(kv_quant or "none"))
+    plain = find_engine(engine, device="cpu")
+    target = out or plain.with_name(f"{plain.name}-{wanted.directory_suffix}")
+    if target.absolute() == plain.absolute():
+        raise UsageError(f"{target} is the engine that is to be packed; choose another --out")
+    with made_parents(target):
+        pack_engine(plain, target, wanted, calibration)
+    print(target)

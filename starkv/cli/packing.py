@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packing an engine's cache, for ``pack``, ``build`` and engines that are found by name."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from starkv.cli.console import progress
+from starkv.kv_packing.options import PackingOptions
+
+if TYPE_CHECKING:
+    from starkv.calibration.kv_statistics import Biases, KvStatistics
+    from starkv.cli.console import StageProgress
+    from starkv.manifest import Manifest
+
+
+def pack_engine(
+    engine: Path,
+    out: Path,
+    options: PackingOptions,
+    calibration: Path | None = None,
+    link: bool = False,
+) -> "Manifest":
+    """Make of an engine one that packs its cache.
+
+    Args:
+        engine: for ONNX Runtime on processors, without a packed cache.
+        out: where to; an engine there is replaced.
+        options: how rows are packed.
+        calibration: folder with prompts; the model's own by default.
+        link: share files by hard links.
+
+    Raises:
+        StarkvError: the engine can't be packed, calibration has too few tokens, or the disk has no room.
+    """
+    from starkv.calibration.kv_packing import make_packing
+    from starkv.export.build.pack import attention_biases, describe_packing, pack_ort_engine
+    from starkv.export.staging import check_replaceable
+    from starkv.manifest import MANIFEST_NAME
+
+    check_replaceable(out, MANIFEST_NAME)
+    biases = attention_biases(engine)
+    with progress() as stages:
+        statistics = measure(engine, biases, calibration, stages)
+        packing = make_packing(options, statistics, biases)
+        description = describe_packing(packing, options, statistics.tokens)
+        return pack_ort_engine(engine, out, packing, description, link)
+
+
+def measure(
+    engine: Path, biases: "list[Biases]", calibration: Path | None, stages: "StageProgress"
+) -> "KvStatistics":
+    """Run calibration prompts through an engine."""
+    from starkv.calibration.kv_prompts import kv_prompts
+    from starkv.calibration.kv_statistics import gather_statistics
+    from starkv.runtime.engines.ort import OrtEngine
+    from starkv.runtime.preprocess.tokenizer import ChatTokenizer
+
+    opened = OrtEngine(engine)
+    prompts = kv_prompts(opened.manifest.name, opened.manifest.image.max_pixels, calibration)
+    return gather_statistics(opened, ChatTokenizer.from_directory(engine), biases, prompts, progress=stages)
