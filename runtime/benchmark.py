@@ -16,7 +16,7 @@ from starkv.host import usable_processors
 from starkv.manifest import read_manifest
 from starkv.methods.names import FULL
 from starkv.methods.rows import prompt_rows
-from starkv.runtime.engines.base import Engine, Rope
+from starkv.runtime.engines.base import Engine, Rope, packs
 from starkv.runtime.engines.cuda_driver import CudaDevice
 from starkv.runtime.generation import Sampler, SamplingParameters
 from starkv.runtime.kv.policy import KvPolicy
@@ -120,6 +120,7 @@ class Benchmark:
     ) -> None:
         self._engine, self._weight_bytes, self._repetitions = engine, weight_bytes, repetitions
         self._policy = policy or KvPolicy()
+        self._packed = packs(engine.info, self._policy)
         self._random = np.random.default_rng(0)
 
     def _inputs(self, rows: int, start: int) -> tuple[np.ndarray, Rope]:
@@ -148,7 +149,7 @@ class Benchmark:
         prompt = prompt_rows(rows, spans, grids, range(_TEXT_ROWS // 2) if side else ())
         arena = engine.new_arena(rows)
         engine.prefill(arena, *self._inputs(rows, 0))
-        pool = engine.new_pool(1, engine.most_kept_rows(rows, policy), policy.method)
+        pool = engine.new_pool(1, engine.most_kept_rows(rows, policy), policy.method, self._packed)
         handle = pool.acquire()
 
         def once() -> None:
@@ -165,22 +166,24 @@ class Benchmark:
         Tokens are picked where a reply picks them, the likeliest.
         """
         kept = self._policy.kept_rows(depth) if depth else 0
-        pool = self._engine.new_pool(1, kept + tokens)
+        pool = self._engine.new_pool(1, kept + tokens, packed=self._packed)
         pool.acquire()
         embeds, rope = self._inputs(1, depth)
         samplers = [Sampler(SamplingParameters())]
 
         def once() -> None:
-            pool.kv.lengths[:] = kept
+            pool.kv.count_rows(kept)
             for _ in range(tokens):
                 self._engine.decode_tokens(pool, embeds, rope, samplers)
 
         once()
         rates = tuple(tokens / _timed(once) for _ in range(self._repetitions))
-        kv_bytes = self._engine.info.kv_bytes_per_row * (kept + tokens / 2)
+        held = pool.kv.bytes_held
+        pool.kv.count_rows(kept)
+        kv_bytes = (pool.kv.bytes_held + held) / 2
         name = f"tg{tokens} @ d{depth}→{kept}" if kept < depth else f"tg{tokens}"
         depth = 0 if kept < depth else depth
-        return self._row(name, depth, rates, pool.kv.bytes_held, self._weight_bytes + kv_bytes)
+        return self._row(name, depth, rates, held, self._weight_bytes + kv_bytes)
 
     def vision(self, width: int, height: int) -> Measurement:
         """Encode one screenshot; counts image tokens."""

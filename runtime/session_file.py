@@ -95,7 +95,8 @@ def load_session(path: Path, manifest: Manifest) -> StreamState:
 
 
 def engine_identity(manifest: Manifest) -> str:
-    """Names what must be the same for rows to mean the same: model, quantization, the cache's dtype and its packing."""
+    """Names what must be the same for rows to mean the same: model, quantization, the cache's dtype and
+    packing."""
     packing = manifest.files.get(PACKING_NAME, "")
     return f"{manifest.name} {manifest.quantization} {manifest.compute_dtype} {packing}".rstrip()
 

@@ -151,8 +151,8 @@ def projection_biases(model: ir.Model) -> list[tuple[NDArray[np.float32], NDArra
 
 
 _UNKNOWN_FORM = (
-    "this engine's decoder was not written by starkv's builder, so its attention biases can't be found and its "
-    "cache can't be packed; export the model with the builder (no --route trace) and build it again"
+    "this engine's decoder was not written by starkv's builder, so its attention biases can't be found and "
+    "its cache can't be packed; export the model with the builder (no --route trace) and build it again"
 )
 
 
@@ -172,7 +172,7 @@ def _inputs_of(node: ir.Node) -> AttentionInputs:
 
 
 def _bias_of(value: ir.Value | None) -> NDArray[np.float32] | None:
-    """What a projection adds in the end: its bias, one zero where it has none, None if it is no projection."""
+    """What a projection adds in the end: its bias, one zero without any, None if it is no projection."""
     node = None if value is None else value.producer()
     if node is None or value is None:
         return None

@@ -18,11 +18,11 @@ from starkv.methods.names import ENGINE_METHODS, FULL
 from starkv.methods.stream_rows import CacheRows
 from starkv.runtime.engines.base import EngineInfo, Floats, Rope, check_kv_method, kv_bytes_per_row, packs
 from starkv.runtime.engines.ort_base import CPU_PROVIDER, OrtBase
-from starkv.runtime.engines.ort_compress import OrtCompressor
 from starkv.runtime.engines.ort_binding import CacheBinding, FloatCache, bind_array
+from starkv.runtime.engines.ort_compress import OrtCompressor
 from starkv.runtime.engines.ort_decode import DecodeStep
-from starkv.runtime.engines.stepping import store_norms
 from starkv.runtime.engines.ort_packed import FloatBesidePacked, packed_cache
+from starkv.runtime.engines.stepping import store_norms
 from starkv.runtime.kv.buffers import Arena, KvBuffers, Pool
 from starkv.runtime.kv.codecs import open_codec, packing_info, require_codec
 from starkv.runtime.kv.packed import PackedKv

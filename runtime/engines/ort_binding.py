@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from starkv.runtime.kv.buffers import HostKv, KvStore, host_buffers
 
-
 ONNX_BFLOAT16 = 16
 
 

@@ -126,6 +126,10 @@ class KvStore(ABC):
         """Bytes of one row of one layer: its key and its value for all KV heads."""
         return 2 * self.shape[2] * self.shape[4] * self.itemsize
 
+    def count_rows(self, rows: int) -> None:
+        """Say that every slot holds so many rows, whatever is in them: to measure with."""
+        self.lengths[:] = rows
+
     def bytes_of(self, slots: slice) -> int:
         """Bytes of the valid rows of some slots."""
         return int(self.lengths[:, slots].sum()) * self.row_bytes

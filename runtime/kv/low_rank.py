@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Low-rank caches: latents of the rows that a compression kept, and a tail of newer rows as they are.
 
-A row in memory is one run of bytes per layer: latents or codes of its key, then those scales, and the same of its
+A parked row is one run of bytes per layer: latents or codes of its key, their scales, and the same of its
 value. The tail grows with the reply.
 """
 
@@ -149,6 +149,10 @@ class LowRankKv(PackedKv):
         """``[L, N]``."""
         lengths: NDArray[np.int32] = self.lengths - self.tail_lengths
         return lengths
+
+    def count_rows(self, rows: int) -> None:
+        super().count_rows(rows)
+        self.tail_lengths[:] = min(rows, self.codec.packing.recent_rows)
 
     def bytes_of(self, slots: slice) -> int:
         tail_row = 2 * self.shape[2] * self.shape[4] * self.itemsize

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packed caches: rows that are stored quantized, or as low-rank latents, once they are kept.
 
-A prefill is exact and a method chooses rows by their exact keys; only what is kept is packed. A packed sequence
-goes on by being unpacked into an arena, and packing it again changes nothing.
+A prefill is exact and a method chooses rows by their exact keys; only what is kept is packed. A packed
+sequence goes on by being unpacked into an arena, and packing it again changes little.
 """
 
 from abc import ABC, abstractmethod
@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from starkv.errors import UsageError
-from starkv.methods.names import FULL, RANDOM, STAR_KV, STREAMING_LLM
 from starkv.lowrank.rotary import Rotary
 from starkv.manifest import TextShape
+from starkv.methods.names import FULL, RANDOM, STAR_KV, STREAMING_LLM
 from starkv.runtime.kv.buffers import KvBuffers, KvStore
 from starkv.runtime.kv.parked import ParkedRows
 

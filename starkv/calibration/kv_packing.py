@@ -11,13 +11,13 @@ from starkv.kv_packing.file import Packing
 from starkv.kv_packing.low_rank import LowRankPacking
 from starkv.kv_packing.options import KvQuant, PackingOptions
 from starkv.kv_packing.quantized import QuantizedPacking
-from starkv.lowrank.statistics import LayerStatistics
 from starkv.lowrank.factor import key_metric, output_pca
 from starkv.lowrank.hadamard import fold, random_rotation
 from starkv.lowrank.latent_format import FLOAT32, INT8, NIBBLES, LatentFormat, key_bytes
 from starkv.lowrank.layer import LowRankLayer
 from starkv.lowrank.plan import LayerSpectra, SplitBudget, flat_plan, plan_ranks
 from starkv.lowrank.quantized_rows import Bits, row_quantization
+from starkv.lowrank.statistics import LayerStatistics
 
 RECENT_ROWS = 16
 """Newest rows of a prompt that stay as they are: those that a reply looks at most."""

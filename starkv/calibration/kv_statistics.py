@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What keys and values of GUI prompts look like, measured on an engine of the model itself.
 
-An exact prefill leaves every key and value in the arena. So no other framework is needed, and no memory beyond
-the engine's: a model of 7B is calibrated on the machine that runs it.
+An exact prefill leaves every key and value in the arena. So no other framework is needed, and no memory
+beyond the engine's: a model of 7B is calibrated on the machine that runs it.
 """
 
 from collections.abc import Sequence

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from starkv.cli.console import fail, note
-from starkv.cli.kv import KvBudget, KvCapacity, KvMethod, KvMode, KvOptions
+from starkv.cli.kv import KvBudget, KvCapacity, KvMethod, KvMode, KvOptions, KvQuant, KvRank
 from starkv.cli.options import (
     Device,
     Dialect,
@@ -75,6 +75,8 @@ def agent(
     kv_budget: KvBudget = None,
     kv_capacity: KvCapacity = None,
     kv_mode: KvMode = "native",
+    kv_quant: KvQuant = None,
+    kv_rank: KvRank = None,
     stream: Stream = False,
     dialect: Dialect = None,
     max_new_tokens: MaxNewTokens = 512,
@@ -103,7 +105,7 @@ def agent(
     from starkv.runtime.prompts.dialects import parse_dialect
 
     parameters = SamplingParameters(max_new_tokens, temperature, top_p, seed)
-    kv_options = KvOptions(kv_method, kv_budget, kv_capacity, kv_mode)
+    kv_options = KvOptions(kv_method, kv_budget, kv_capacity, kv_mode, kv_quant, kv_rank)
     words = parse_dialect(dialect) if dialect else None
     if minutes is not None and not minutes > 0:
         raise UsageError(f"--minutes must be more than 0, not {minutes:g}")
@@ -118,7 +120,9 @@ def agent(
             raise UsageError(
                 f"the environment {environment} sets no goal; say what is to be done with --goal"
             )
-        found = Agent.load(find_engine(engine, device=device), not no_verify, threads, device)
+        found = Agent.load(
+            find_engine(engine, device=device, packing=kv_options.packing), not no_verify, threads, device
+        )
         manifest = found.engine.manifest
         policy = kv_options.policy(manifest)
         settings = LoopSettings(

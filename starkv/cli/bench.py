@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from starkv.cli.console import errors, note
-from starkv.cli.kv import KvBudget, KvCapacity, KvMethod, KvMode, kv_policy
+from starkv.cli.kv import KvBudget, KvCapacity, KvMethod, KvMode, KvOptions, KvQuant, KvRank
 from starkv.cli.options import Device, Engine, NoVerify, Threads
 from starkv.errors import UsageError
 from starkv.methods.names import FULL
@@ -59,6 +59,8 @@ def bench(
     kv_budget: KvBudget = None,
     kv_capacity: KvCapacity = None,
     kv_mode: KvMode = "native",
+    kv_quant: KvQuant = None,
+    kv_rank: KvRank = None,
     output: Annotated[str, typer.Option("-o", "--output", help="md, json or csv.")] = "md",
     threads: Threads = None,
     device: Device = "auto",
@@ -80,9 +82,12 @@ def bench(
     if output not in ("md", "json", "csv"):
         raise UsageError(f"unknown output {output!r}; known: md, json, csv")
     size = _parse_screen(screen)
-    policy = kv_policy(kv_method, kv_budget, kv_capacity, kv_mode)
-    directory = find_engine(engine, device=device)
+    # Without a budget nothing is evicted, whatever the engine's default is: depths mean what they say.
+    budget = 1.0 if (kv_method, kv_budget, kv_capacity) == (None, None, None) else kv_budget
+    kv_options = KvOptions(kv_method, budget, kv_capacity, kv_mode, kv_quant, kv_rank)
+    directory = find_engine(engine, device=device, packing=kv_options.packing)
     agent = Agent.load(directory, not no_verify, threads, device)
+    policy = kv_options.policy(agent.engine.manifest)
     runner = Benchmark(agent.engine, decoder_bytes(directory), repetitions, policy)
     measurements = []
     with errors.status("measuring") as status:
@@ -118,12 +123,15 @@ def _print(
     measurements: "list[Measurement]",
     bandwidth: float,
 ) -> None:
+    from starkv.runtime.engines.base import packs
+
     manifest, info = agent.engine.manifest, agent.engine.info
     size = sum(
         (directory / name).stat().st_size for name in manifest.files if not name.endswith(".prepacked.data")
     )
     model = f"{manifest.name} {manifest.quantization.preset}"
-    kv = info.kv_dtype if policy.method == FULL else f"{info.kv_dtype} {policy.method}"
+    stored = info.kv_packing.name if info.kv_packing and packs(info, policy) else info.kv_dtype
+    kv = stored if policy.method == FULL else f"{stored} {policy.method}"
     fixed = (
         model,
         f"{size / MIB:.2f} MiB",

@@ -10,6 +10,7 @@ from starkv.cli import trt_options as trt
 from starkv.cli.backends import choose_backend
 from starkv.cli.console import note
 from starkv.cli.engines import build_engine, settle_dtype
+from starkv.cli.kv import KvQuant, KvRank, packing_options
 from starkv.cli.options import (
     Calibration,
     Checkpoint,
@@ -47,6 +48,8 @@ def build(
     random_dtype: RandomDtype = None,
     layers: Layers = None,
     calibration: Calibration = None,
+    kv_quant: KvQuant = None,
+    kv_rank: KvRank = None,
     device: Annotated[
         str | None,
         typer.Option(
@@ -81,12 +84,15 @@ def build(
 
     Example: [bold]starkv build gui-tiny --quant int4[/]
 
+    Example: [bold]starkv build gui-tiny --kv-quant int8[/] for a KV cache of a quarter
+
     Example: [bold]starkv build ui-tars-1.5-7b --random-weights[/] to see what the real size costs here
 
     Example: [bold]starkv build gui-tiny --backend trt --target-version 10.3 --dry-run[/]
     """
     sources = SourceOptions(checkpoint, random_weights, random_dtype, layers, calibration)
-    for_ort = _given({"--prepack": prepack, "--device": device})
+    packing = packing_options(kv_quant, kv_rank)
+    for_ort = _given({"--prepack": prepack, "--device": device, "--kv-quant": kv_quant, "--kv-rank": kv_rank})
     for_trt = _given(
         {
             "--dry-run": dry_run,
@@ -113,7 +119,7 @@ def build(
     note(f"backend {chosen}: {reason}")
     if chosen == "ort":
         dtype = settle_dtype(device or "cpu", compute_dtype)
-        print(build_engine(model, quant, out, prepack, sources, dtype)[0])
+        print(build_engine(model, quant, out, prepack, sources, dtype, packing)[0])
         return
     options = trt.parse_trt_options(for_trt, compute_dtype)
     from starkv.cli.build_report import plan_as_json, print_plan

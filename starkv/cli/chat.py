@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from starkv.cli.console import fail, note, print_actions
-from starkv.cli.kv import KvBudget, KvCapacity, KvMethod, KvMode, KvOptions, kept_rows
+from starkv.cli.kv import KvBudget, KvCapacity, KvMethod, KvMode, KvOptions, KvQuant, KvRank, kept_rows
 from starkv.cli.options import (
     Device,
     Dialect,
@@ -57,6 +57,8 @@ def chat(
     kv_budget: KvBudget = None,
     kv_capacity: KvCapacity = None,
     kv_mode: KvMode = "native",
+    kv_quant: KvQuant = None,
+    kv_rank: KvRank = None,
     stream: Stream = False,
     screenshots: Screenshots = None,
     dialect: Dialect = None,
@@ -83,10 +85,12 @@ def chat(
     from starkv.runtime.prompts.dialects import parse_dialect
 
     parameters = SamplingParameters(max_new_tokens, temperature, top_p, seed, tuple(stop or ()))
-    kv_options = KvOptions(kv_method, kv_budget, kv_capacity, kv_mode)
+    kv_options = KvOptions(kv_method, kv_budget, kv_capacity, kv_mode, kv_quant, kv_rank)
     words = parse_dialect(dialect) if dialect else None
     images = [load_image(path) for path in image or []]
-    agent = Agent.load(find_engine(engine, device=device), not no_verify, threads, device)
+    agent = Agent.load(
+        find_engine(engine, device=device, packing=kv_options.packing), not no_verify, threads, device
+    )
     policy = kv_options.policy(agent.engine.manifest)
     mode = stream_mode(stream, screenshots)
     conversation = Conversation(

@@ -3,6 +3,7 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -141,6 +142,7 @@ def build_engine(
     prepack: bool = False,
     options: SourceOptions = NO_OPTIONS,
     compute_dtype: ComputeDtype = "float32",
+    packing: "PackingOptions | None" = None,
 ) -> tuple[Path, Manifest]:
     """Build an engine for ONNX Runtime.
 
@@ -151,19 +153,36 @@ def build_engine(
         prepack: also store the form compiled for this processor.
         options: what the user says about weights.
         compute_dtype: of activations and KV cache; one of 16 bits makes an engine for GPUs.
+        packing: of its cache.
 
     Raises:
-        StarkvError: see ``exported_model`` and ``build_ort_engine``.
+        StarkvError: see ``exported_model``, ``build_ort_engine`` and ``pack_engine``.
     """
+    from starkv.cli.packing import pack_engine
     from starkv.export.build.ort import build_ort_engine
 
+    if packing is not None and (prepack or compute_dtype != "float32"):
+        raise UsageError(
+            "a packed cache needs an engine for processors that is not prepacked; leave --prepack and "
+            "--device cuda out, or --kv-quant and --kv-rank"
+        )
+
     def place(name: str, preset: str) -> Path:
-        return engine_directory(name, "ort", preset, "cpu" if compute_dtype == "float32" else "cuda")
+        plain = engine_directory(name, "ort", preset, "cpu" if compute_dtype == "float32" else "cuda")
+        return plain if packing is None else plain.with_name(f"{plain.name}-{packing.directory_suffix}")
 
     with exported_model(model, quantization, out, options, place) as job:
-        manifest = build_ort_engine(
-            job.exported, job.target, job.stages, prepack, link=job.temporary, compute_dtype=compute_dtype
-        )
+        if packing is None:
+            manifest = build_ort_engine(
+                job.exported, job.target, job.stages, prepack, link=job.temporary, compute_dtype=compute_dtype
+            )
+            return job.target, manifest
+        # Calibration runs the plain engine; the packed one takes over its files.
+        beside = job.target.absolute().parent
+        with tempfile.TemporaryDirectory(prefix=f".{job.target.name}.plain-", dir=beside) as folder:
+            plain = Path(folder) / "engine"
+            build_ort_engine(job.exported, plain, job.stages)
+            manifest = pack_engine(plain, job.target, packing, job.stages, options.calibration, link=True)
     return job.target, manifest
 
 
@@ -245,5 +264,6 @@ def _find_packed(name: str, quantization: str | None, device: str, packing: "Pac
         from starkv.cli.packing import pack_engine
 
         note(f"no engine at {target} yet: packing {plain} once")
-        pack_engine(plain, target, packing)
+        with progress() as stages:
+            pack_engine(plain, target, packing, stages)
     return target

@@ -17,7 +17,7 @@ from starkv.cli.eval_source import (
     DEFAULT_TASK,
     SourceChoice,
 )
-from starkv.cli.kv import KvBudget, KvCapacity, KvMethod, KvMode, KvOptions
+from starkv.cli.kv import KvBudget, KvCapacity, KvMethod, KvMode, KvOptions, KvQuant, KvRank
 from starkv.cli.options import Device, Dialect, Engine, Json, NoVerify, Threads
 from starkv.errors import UsageError
 
@@ -74,6 +74,8 @@ def evaluate(
     kv_budget: KvBudget = None,
     kv_capacity: KvCapacity = None,
     kv_mode: KvMode = "native",
+    kv_quant: KvQuant = None,
+    kv_rank: KvRank = None,
     dialect: Dialect = None,
     max_new_tokens: Annotated[
         int | None,
@@ -103,14 +105,14 @@ def evaluate(
 
     source = SourceChoice(suite, data, level, limit, task, n, seed, split)
     words = parse_dialect(dialect) if dialect else None
-    kv_options = KvOptions(kv_method, kv_budget, kv_capacity, kv_mode)
+    kv_options = KvOptions(kv_method, kv_budget, kv_capacity, kv_mode, kv_quant, kv_rank)
     told = parse_level(level)
     chosen, loaded = source.read()
     _tell(loaded)
     samples = loaded.samples[:limit]
     if not samples:
         raise UsageError(_nothing_left(source.place, loaded.problems))
-    directory = find_engine(engine, device=device)
+    directory = find_engine(engine, device=device, packing=kv_options.packing)
     manifest = read_manifest(directory)
     policy = kv_options.policy(manifest)
     settings = settings_of(chosen, loaded, manifest, policy, kv_mode, told, words, max_new_tokens)

@@ -157,6 +157,18 @@ def _facts(manifest: Manifest) -> Table:
             f"{kv_bytes_per_row(manifest):,} bytes per token ({manifest.compute_dtype}), "
             f"up to {manifest.max_context:,} rows",
         ),
+        *(
+            [
+                (
+                    "packed cache",
+                    f"{packing.describe()}: {packing.bytes_per_row:,} bytes per token, "
+                    f"{kv_bytes_per_row(manifest) / packing.bytes_per_row:.1f} times fewer; calibrated on "
+                    f"{packing.calibration_tokens:,} tokens",
+                )
+            ]
+            if (packing := manifest.kv_packing)
+            else []
+        ),
         ("built with", ", ".join(f"{tool} {version}" for tool, version in manifest.tool_versions.items())),
     ):
         table.add_row(name, Text(value))

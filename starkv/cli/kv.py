@@ -63,8 +63,8 @@ KvRank = Annotated[
     float | None,
     typer.Option(
         "--kv-rank",
-        help="Keep rows as low-rank latents with this share of the channels, such as 0.5; goes with --kv-quant. "
-        "1: all channels, quantized token by token.",
+        help="Keep rows as low-rank latents with this share of the channels, such as 0.5; goes with "
+        "--kv-quant. 1: all channels, quantized token by token.",
         show_default=False,
     ),
 ]
@@ -148,8 +148,8 @@ class KvOptions:
         if found is None or (found.quant, found.rank) != (wanted.quant, wanted.rank):
             packs = "does not pack its cache" if found is None else f"packs its cache as {found.describe()}"
             raise UsageError(
-                f"this engine of {manifest.name} {packs}, not as {wanted}; make one with `starkv pack`, or name "
-                "the model instead of a directory"
+                f"this engine of {manifest.name} {packs}, not as {wanted}; make one with `starkv pack`, or "
+                "name the model instead of a directory"
             )
         return True
 

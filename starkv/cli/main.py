@@ -17,6 +17,7 @@ from starkv.cli.doctor import doctor
 from starkv.cli.eval import evaluate
 from starkv.cli.export import export
 from starkv.cli.inspect import inspect
+from starkv.cli.pack import pack
 from starkv.cli.run import run
 from starkv.cli.serve import serve
 from starkv.cli.validate import app as validate_app
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     help="Compile GUI vision-language models into quantized engines and run them offline.",
 )
-for command in (export, build, run, chat, agent, serve, inspect, doctor, bench):
+for command in (export, build, pack, run, chat, agent, serve, inspect, doctor, bench):
     app.command()(command)
 app.command("eval")(evaluate)
 app.add_typer(validate_app, name="validate")

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from starkv.cli.console import progress
 from starkv.cli.kv import KvQuant, KvRank, packing_options
 from starkv.cli.options import Output
 from starkv.errors import UsageError
@@ -40,6 +41,6 @@ def pack(
     target = out or plain.with_name(f"{plain.name}-{wanted.directory_suffix}")
     if target.absolute() == plain.absolute():
         raise UsageError(f"{target} is the engine that is to be packed; choose another --out")
-    with made_parents(target):
-        pack_engine(plain, target, wanted, calibration)
+    with made_parents(target), progress() as stages:
+        pack_engine(plain, target, wanted, stages, calibration)
     print(target)

@@ -4,7 +4,6 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from starkv.cli.console import progress
 from starkv.kv_packing.options import PackingOptions
 
 if TYPE_CHECKING:
@@ -17,6 +16,7 @@ def pack_engine(
     engine: Path,
     out: Path,
     options: PackingOptions,
+    stages: "StageProgress",
     calibration: Path | None = None,
     link: bool = False,
 ) -> "Manifest":
@@ -26,6 +26,7 @@ def pack_engine(
         engine: for ONNX Runtime on processors, without a packed cache.
         out: where to; an engine there is replaced.
         options: how rows are packed.
+        stages: told about every prompt.
         calibration: folder with prompts; the model's own by default.
         link: share files by hard links.
 
@@ -39,11 +40,10 @@ def pack_engine(
 
     check_replaceable(out, MANIFEST_NAME)
     biases = attention_biases(engine)
-    with progress() as stages:
-        statistics = measure(engine, biases, calibration, stages)
-        packing = make_packing(options, statistics, biases)
-        description = describe_packing(packing, options, statistics.tokens)
-        return pack_ort_engine(engine, out, packing, description, link)
+    statistics = measure(engine, biases, calibration, stages)
+    packing = make_packing(options, statistics, biases)
+    description = describe_packing(packing, options, statistics.tokens)
+    return pack_ort_engine(engine, out, packing, description, link)
 
 
 def measure(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from starkv.cli.console import note, print_actions
-from starkv.cli.kv import KvBudget, KvCapacity, KvMethod, KvMode, KvOptions, kept_rows
+from starkv.cli.kv import KvBudget, KvCapacity, KvMethod, KvMode, KvOptions, KvQuant, KvRank, kept_rows
 from starkv.cli.options import (
     Device,
     Dialect,
@@ -37,6 +37,8 @@ def run(
     kv_budget: KvBudget = None,
     kv_capacity: KvCapacity = None,
     kv_mode: KvMode = "native",
+    kv_quant: KvQuant = None,
+    kv_rank: KvRank = None,
     dialect: Dialect = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
@@ -63,10 +65,12 @@ def run(
     if draw:
         check_place(draw)
     parameters = SamplingParameters(max_new_tokens, temperature, top_p, seed, tuple(stop or ()))
-    kv_options = KvOptions(kv_method, kv_budget, kv_capacity, kv_mode)
+    kv_options = KvOptions(kv_method, kv_budget, kv_capacity, kv_mode, kv_quant, kv_rank)
     words = parse_dialect(dialect) if dialect else None
     *earlier, screenshot = [load_image(path) for path in image]
-    agent = Agent.load(find_engine(engine, device=device), not no_verify, threads, device)
+    agent = Agent.load(
+        find_engine(engine, device=device, packing=kv_options.packing), not no_verify, threads, device
+    )
     reply = agent.act(
         screenshot,
         prompt,

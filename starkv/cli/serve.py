@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from starkv.cli.console import note
-from starkv.cli.kv import KvBudget, KvCapacity, KvMethod, KvMode, KvOptions
+from starkv.cli.kv import KvBudget, KvCapacity, KvMethod, KvMode, KvOptions, KvQuant, KvRank
 from starkv.cli.options import Device, Engine, NoVerify, Threads
 
 MIB = 2**20
@@ -29,6 +29,8 @@ def serve(
     kv_budget: KvBudget = None,
     kv_capacity: KvCapacity = None,
     kv_mode: KvMode = "native",
+    kv_quant: KvQuant = None,
+    kv_rank: KvRank = None,
     slots: Annotated[int, typer.Option(min=1, help="Sequences that decode at once.")] = 8,
     max_queue: Annotated[
         int, typer.Option(min=1, help="Requests that wait; more are told to come back.")
@@ -79,8 +81,10 @@ def serve(
         prefill_rows=prefill_rows,
         screenshots=screenshots,
     )
-    kv_options = KvOptions(kv_method, kv_budget, kv_capacity, kv_mode)
-    agent = Agent.load(find_engine(engine, device=device), not no_verify, threads, device)
+    kv_options = KvOptions(kv_method, kv_budget, kv_capacity, kv_mode, kv_quant, kv_rank)
+    agent = Agent.load(
+        find_engine(engine, device=device, packing=kv_options.packing), not no_verify, threads, device
+    )
     manifest = agent.engine.manifest
     options = ServerOptions(
         model=manifest.name,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Low-rank caches: latents of keys and values, and the newest rows as they are (STAR-KV, arXiv 2606.08382)."""
+"""Low-rank caches: latents of keys and values; the newest rows as they are (STAR-KV, arXiv 2606.08382)."""
 
 from dataclasses import dataclass
 

@@ -39,8 +39,8 @@ class PackingOptions:
     def __post_init__(self) -> None:
         if self.rank is not None and not 0 < self.rank <= 1:
             raise UsageError(
-                f"a KV rank is a share of full rank in (0, 1], such as 0.5, not {self.rank:g}; for all channels "
-                "leave --kv-rank out"
+                f"a KV rank is a share of full rank in (0, 1], such as 0.5, not {self.rank:g}; for all "
+                "channels leave --kv-rank out"
             )
         if self.quant == "none" and self.rank is None:
             raise UsageError("nothing to pack: give --kv-quant int8 or int4, --kv-rank, or both")
