@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An engine for ONNX Runtime → the same engine with a packed KV cache."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,12 @@ from numpy.typing import NDArray
 from starkv.errors import UsageError
 from starkv.export.build.files import enough_space, link_or_copy
 from starkv.export.lower.ort_low_rank_kv import LowRankKvLowering
-from starkv.export.lower.ort_packed_attention import PackedAttention, add_packed_attention, projection_biases
+from starkv.export.lower.ort_packed_attention import (
+    PackedAttention,
+    add_packed_attention,
+    output_weights,
+    projection_biases,
+)
 from starkv.export.lower.ort_quantized_kv import QuantizedKvLowering
 from starkv.export.staging import staged_directory
 from starkv.kv_packing.file import PACKING_NAME, Packing, save_packing
@@ -21,15 +27,26 @@ from starkv.manifest import MANIFEST_NAME, KvPacking, Manifest, TextShape, read_
 _DECODER = "decoder.onnx"
 
 
-def attention_biases(engine: Path) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """Biases ``[KV heads, D]`` of each layer's key and value projections.
+@dataclass(frozen=True)
+class AttentionWeights:
+    """What packing must know of a decoder's attention."""
+
+    biases: list[tuple[NDArray[np.float32], NDArray[np.float32]]]
+    """``[KV heads, D]`` of each layer's key and value projections."""
+    outputs: list[NDArray[np.float32]]
+    """``[hidden, Hq * D]`` of each layer's output projection."""
+
+
+def attention_weights(engine: Path) -> AttentionWeights:
+    """Read them from an engine.
 
     Raises:
         UsageError: the engine can't be packed.
         EngineError: it is none.
     """
     check_packable_engine(engine, read_manifest(engine))
-    return projection_biases(ir.load(engine / _DECODER))
+    model = ir.load(engine / _DECODER)
+    return AttentionWeights(projection_biases(model), output_weights(model))
 
 
 def check_packable_engine(engine: Path, manifest: Manifest) -> None:

@@ -17,6 +17,7 @@ from starkv.errors import UsageError
 from starkv.export.lower.branch import Branch
 from starkv.export.lower.graph_edit import replace_node
 from starkv.export.lower.ort_attention import MICROSOFT
+from starkv.export.tensor_file import stored_values
 
 PACKED = "packed"
 """Input of a decoder that can attend to a packed cache: [1] bool in host memory, whether it is to."""
@@ -150,6 +151,49 @@ def projection_biases(model: ir.Model) -> list[tuple[NDArray[np.float32], NDArra
     return found
 
 
+def output_weights(model: ir.Model) -> list[NDArray[np.float32]]:
+    """Weights ``[hidden, Hq * D]`` of each layer's output projection, dequantized.
+
+    Raises:
+        UsageError: the graph has another form than the builder's.
+    """
+    found = []
+    for node in _attention_nodes(model.graph):
+        users = [use.node for use in node.outputs[0].uses()]
+        if len(users) != 1 or users[0].op_type not in ("MatMul", "MatMulNBits"):
+            raise UsageError(_UNKNOWN_FORM)
+        found.append(_weight_of(users[0]))
+    return found
+
+
+def _weight_of(node: ir.Node) -> NDArray[np.float32]:
+    """``[outputs, inputs]`` of a linear layer."""
+    constants = [None if x is None else ir.convenience.get_const_tensor(x) for x in node.inputs]
+    stored = [None if tensor is None else _values(tensor) for tensor in constants[1:4]]
+    if node.op_type == "MatMul":
+        assert stored[0] is not None
+        return stored[0].T
+    sizes = {name: node.attributes[name].as_int() for name in ("K", "N", "bits", "block_size")}
+    codes, scales = stored[:2]
+    assert codes is not None and scales is not None
+    values = unpack_codes(codes.astype(np.uint8), sizes["bits"])
+    blocks = values.reshape(sizes["N"], -1, sizes["block_size"])
+    zero = np.float32(1 << (sizes["bits"] - 1))
+    if len(stored) > 2 and stored[2] is not None:
+        points = unpack_codes(stored[2].astype(np.uint8).reshape(sizes["N"], -1), sizes["bits"])
+        zero = points[:, : blocks.shape[1], None]
+    weight = (blocks - zero) * scales.reshape(sizes["N"], -1, 1)
+    return weight.reshape(sizes["N"], -1)[:, : sizes["K"]]
+
+
+def unpack_codes(codes: NDArray[np.uint8], bits: int) -> NDArray[np.float32]:
+    """``[..., bytes]`` → ``[..., values]``, the low half of a byte first where two values share it."""
+    if bits == 8:
+        return codes.astype(np.float32)
+    halves = np.stack([codes & 15, codes >> 4], axis=-1)
+    return halves.reshape(*codes.shape[:-1], -1).astype(np.float32)
+
+
 _UNKNOWN_FORM = (
     "this engine's decoder was not written by starkv's builder, so its attention biases can't be found and "
     "its cache can't be packed; export the model with the builder (no --route trace) and build it again"
@@ -181,11 +225,11 @@ def _bias_of(value: ir.Value | None) -> NDArray[np.float32] | None:
         case "MatMulNBits":
             # Input 5 is the bias.
             bias = constants[5] if len(constants) > 5 else None
-            return np.zeros(1, np.float32) if bias is None else bias.numpy()
+            return np.zeros(1, np.float32) if bias is None else _values(bias)
         case "MatMul":
             return np.zeros(1, np.float32)
         case "Add":
-            known = [tensor.numpy() for tensor in constants if tensor is not None]
+            known = [_values(tensor) for tensor in constants if tensor is not None]
             return known[0] if len(known) == 1 else None
         case "Split":
             whole, sizes = _bias_of(node.inputs[0]), constants[1]
@@ -196,3 +240,9 @@ def _bias_of(value: ir.Value | None) -> NDArray[np.float32] | None:
             parts = [part for x in node.inputs if (part := _bias_of(x)) is not None and part.size > 1]
             return np.concatenate(parts) if len(parts) == len(node.inputs) else None
     return None
+
+
+def _values(tensor: ir.TensorProtocol) -> NDArray[np.float32]:
+    # onnx_ir refuses data that other engines share by hard links.
+    found = stored_values(tensor) if isinstance(tensor, ir.ExternalTensor) else tensor.numpy()
+    return found.astype(np.float32)

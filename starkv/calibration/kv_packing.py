@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """From statistics to a packing: scales, or factors and ranks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from starkv.calibration.kv_sensitivity import LayerFactors, Sensitivity
 from starkv.calibration.kv_statistics import Biases, KvStatistics
 from starkv.kv_packing.file import Packing
 from starkv.kv_packing.low_rank import LowRankPacking
 from starkv.kv_packing.options import KvQuant, PackingOptions
 from starkv.kv_packing.quantized import QuantizedPacking
-from starkv.lowrank.factor import key_metric, output_pca
+from starkv.lowrank.factor import key_metric, output_pca, value_metric
 from starkv.lowrank.hadamard import fold, random_rotation
-from starkv.lowrank.latent_format import FLOAT32, INT8, NIBBLES, LatentFormat, key_bytes
+from starkv.lowrank.latent_format import FLOAT32, INT8, NIBBLES, LatentFormat
 from starkv.lowrank.layer import LowRankLayer
-from starkv.lowrank.plan import LayerSpectra, SplitBudget, flat_plan, plan_ranks
+from starkv.lowrank.plan import LayerSpectra, RankPlan, flat_plan, plan_ranks
 from starkv.lowrank.quantized_rows import Bits, row_quantization
-from starkv.lowrank.statistics import LayerStatistics
 
 RECENT_ROWS = 16
 """Newest rows of a prompt that stay as they are: those that a reply looks at most."""
@@ -25,56 +25,87 @@ _LATENTS: dict[KvQuant, LatentFormat] = {"none": FLOAT32, "int8": INT8, "int4": 
 _BITS: dict[KvQuant, Bits] = {"int8": 8, "int4": 4}
 
 
-def make_packing(options: PackingOptions, statistics: KvStatistics, biases: Sequence[Biases]) -> Packing:
+def make_packing(
+    options: PackingOptions,
+    statistics: KvStatistics,
+    biases: Sequence[Biases],
+    output_weights: Sequence[NDArray[np.floating]],
+    sensitivities: Callable[[Sequence[LayerFactors], float], Sequence[Sensitivity]] | None = None,
+) -> Packing:
     """Work out scales, or factors and ranks.
+
+    Args:
+        options: what is asked for.
+        statistics: of the model's keys and values.
+        biases: of each layer.
+        output_weights: ``[hidden, Hq * D]`` of each layer's output projection.
+        sensitivities: measures layers at a share of their rank; the same ranks everywhere without it.
 
     Raises:
         UsageError: no ranks reach the share that is asked for.
     """
     if options.rank is None:
         return _quantized(_BITS[options.quant], statistics, biases)
-    return _low_rank(options.rank, _LATENTS[options.quant], statistics, biases)
-
-
-def _low_rank(
-    share: float, latent: LatentFormat, statistics: KvStatistics, biases: Sequence[Biases]
-) -> LowRankPacking:
-    """Output PCA, the query-pair metric for keys; ranks where they keep the most energy."""
-    decompositions = [
-        (
-            [output_pca(moment, key_metric(energies)) for moment, energies in _key_groups(layer)],
-            output_pca(layer.value_moment),
-        )
-        for layer in statistics.layers
-    ]
-    spectra = [
-        LayerSpectra(tuple(key.energies for key in keys), values.energies) for keys, values in decompositions
-    ]
-    dense = biases[0][0].size * 2 * np.dtype(np.float32).itemsize
-    flat = flat_plan(share, spectra, latent, dense)
-    key_share = sum(key_bytes(ranks.keys, latent) for ranks in flat.layers if ranks is not None)
-    plan = plan_ranks(spectra, latent, dense, SplitBudget(key_share, flat.total_bytes - key_share))
+    latent = _LATENTS[options.quant]
+    factors = layer_factors(statistics, biases, output_weights)
+    plan = plan_of(factors, options.rank, latent, sensitivities)
     layers = []
-    for (keys, values), ranks, (key_bias, value_bias) in zip(
-        decompositions, plan.layers, biases, strict=True
-    ):
+    for layer, ranks in zip(factors, plan.layers, strict=True):
         assert ranks is not None
-        factors = [
-            *(key.truncated(rank) for key, rank in zip(keys, ranks.keys, strict=True)),
-            values.truncated(ranks.values),
-        ]
-        if latent.quantized:
-            factors = [fold(factor, random_rotation(factor.rank)) for factor in factors]
-        *of_keys, of_values = factors
-        both = (bias.astype(np.float64) for bias in (key_bias, value_bias))
-        layers.append(LowRankLayer(tuple(of_keys), of_values, *both))
+        truncated = layer.truncated(ranks.keys, ranks.values)
+        layers.append(_rotated(truncated) if latent.quantized else truncated)
     return LowRankPacking(latent, tuple(layers), RECENT_ROWS)
 
 
-def _key_groups(layer: LayerStatistics) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """Moment and query energies of each group of KV heads."""
-    energies = np.split(layer.query_energies, len(layer.key_moments))
-    return zip(layer.key_moments, energies, strict=True)
+def layer_factors(
+    statistics: KvStatistics, biases: Sequence[Biases], output_weights: Sequence[NDArray[np.floating]]
+) -> list[LayerFactors]:
+    """Output PCA of each layer: an error of a key counts as queries are long, one of a value as the output
+    projection carries it."""
+    found = []
+    for layer, (key_bias, value_bias), weight in zip(statistics.layers, biases, output_weights, strict=True):
+        energies = np.split(layer.query_energies, len(layer.key_moments))
+        keys = [
+            output_pca(moment, key_metric(of_group))
+            for moment, of_group in zip(layer.key_moments, energies, strict=True)
+        ]
+        values = output_pca(layer.value_moment, value_metric(weight, *value_bias.shape))
+        both = (bias.astype(np.float64) for bias in (key_bias, value_bias))
+        found.append(LayerFactors(tuple(keys), values, *both))
+    return found
+
+
+def plan_of(
+    factors: Sequence[LayerFactors],
+    share: float,
+    latent: LatentFormat,
+    sensitivities: Callable[[Sequence[LayerFactors], float], Sequence[Sensitivity]] | None,
+) -> RankPlan:
+    """Ranks for the bytes that the same share of rank everywhere would take.
+
+    Raises:
+        UsageError: the least ranks take more.
+    """
+    energies = [(tuple(key.energies for key in layer.keys), layer.values.energies) for layer in factors]
+    dense = factors[0].key_bias.size * 2 * np.dtype(np.float32).itemsize
+    flat = flat_plan(share, [LayerSpectra(*both) for both in energies], latent, dense)
+    if sensitivities is None or share == 1:
+        return flat
+    measured = sensitivities(factors, share)
+    spectra = [
+        LayerSpectra(*both, key_sensitivity=each.keys, value_sensitivity=each.values)
+        for both, each in zip(energies, measured, strict=True)
+    ]
+    return plan_ranks(spectra, latent, dense, flat.total_bytes)
+
+
+def _rotated(layer: LowRankLayer) -> LowRankLayer:
+    """With latents that quantize well."""
+    keys, values = (
+        tuple(fold(factor, random_rotation(factor.rank)) for factor in part)
+        for part in (layer.keys, (layer.values,))
+    )
+    return LowRankLayer(keys, values[0], layer.key_bias, layer.value_bias)
 
 
 def _quantized(bits: Bits, statistics: KvStatistics, biases: Sequence[Biases]) -> QuantizedPacking:

@@ -76,7 +76,7 @@ def gather_statistics(
     progress.start("KV statistics", len(prompts))
     known: tuple[int, ...] = ()
     for number, prompt in enumerate(prompts):
-        sequence = _lay_out(engine, tokenizer, prompt)
+        sequence = lay_out(engine, tokenizer, prompt)
         # A system prompt that all prompts begin with is one prompt's tokens, not many.
         ids, pad = sequence.ids, engine.manifest.tokens.image_pad
         fresh = min(_common(known, ids), ids.index(pad) if pad in ids else len(ids))
@@ -111,23 +111,28 @@ def gather_statistics(
 
 
 @dataclass(frozen=True)
-class _Sequence:
+class LaidOut:
+    """A prompt with its reply, as the decoder takes it."""
+
     ids: tuple[int, ...]
+    prompt_tokens: int
+    """Of the ids, the others are the reply."""
     embeds: NDArray[np.float32]
+    """``[S, hidden]``."""
     rope: Rope
 
 
-def _lay_out(engine: Engine, tokenizer: ChatTokenizer, prompt: GuiPrompt) -> _Sequence:
-    """A prompt with its reply, as the decoder takes it."""
+def lay_out(engine: Engine, tokenizer: ChatTokenizer, prompt: GuiPrompt) -> LaidOut:
+    """Tokens, embeddings and positions of a prompt with its reply."""
     manifest = engine.manifest
     image = preprocess(prompt.image, manifest.vision, manifest.image)
     messages = opening(prompt.instruction, 1, manifest.prompt)
-    ids = plan_prompt(manifest, tokenizer, messages, [image]).ids
-    ids = (*ids, *tokenizer.encode(_reply(engine, prompt, image)))
+    asked = plan_prompt(manifest, tokenizer, messages, [image]).ids
+    ids = (*asked, *tokenizer.encode(_reply(engine, prompt, image)))
     pad = manifest.tokens.image_pad
     positions = prompt_positions(ids, pad, [image.merged_grid], manifest.text)
     embeds = prefill_embeddings(ids, engine.embed(ids), [engine.encode_image(image)], pad)
-    return _Sequence(ids, embeds, Rope.at(positions.values, manifest.text))
+    return LaidOut(ids, len(asked), embeds, Rope.at(positions.values, manifest.text))
 
 
 def _reply(engine: Engine, prompt: GuiPrompt, image: ImageInputs) -> str:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from starkv.kv_packing.options import PackingOptions
 
 if TYPE_CHECKING:
-    from starkv.calibration.kv_statistics import Biases, KvStatistics
     from starkv.cli.console import StageProgress
     from starkv.manifest import Manifest
 
@@ -34,27 +33,26 @@ def pack_engine(
         StarkvError: the engine can't be packed, calibration has too few tokens, or the disk has no room.
     """
     from starkv.calibration.kv_packing import make_packing
-    from starkv.export.build.pack import attention_biases, describe_packing, pack_ort_engine
+    from starkv.calibration.kv_prompts import kv_prompts
+    from starkv.calibration.kv_sensitivity import measure_sensitivities
+    from starkv.calibration.kv_statistics import gather_statistics
+    from starkv.export.build.pack import attention_weights, describe_packing, pack_ort_engine
     from starkv.export.staging import check_replaceable
     from starkv.manifest import MANIFEST_NAME
-
-    check_replaceable(out, MANIFEST_NAME)
-    biases = attention_biases(engine)
-    statistics = measure(engine, biases, calibration, stages)
-    packing = make_packing(options, statistics, biases)
-    description = describe_packing(packing, options, statistics.tokens)
-    return pack_ort_engine(engine, out, packing, description, link)
-
-
-def measure(
-    engine: Path, biases: "list[Biases]", calibration: Path | None, stages: "StageProgress"
-) -> "KvStatistics":
-    """Run calibration prompts through an engine."""
-    from starkv.calibration.kv_prompts import kv_prompts
-    from starkv.calibration.kv_statistics import gather_statistics
     from starkv.runtime.engines.ort import OrtEngine
     from starkv.runtime.preprocess.tokenizer import ChatTokenizer
 
-    opened = OrtEngine(engine)
+    check_replaceable(out, MANIFEST_NAME)
+    weights = attention_weights(engine)
+    opened, tokenizer = OrtEngine(engine), ChatTokenizer.from_directory(engine)
     prompts = kv_prompts(opened.manifest.name, opened.manifest.image.max_pixels, calibration)
-    return gather_statistics(opened, ChatTokenizer.from_directory(engine), biases, prompts, progress=stages)
+    statistics = gather_statistics(opened, tokenizer, weights.biases, prompts, progress=stages)
+    packing = make_packing(
+        options,
+        statistics,
+        weights.biases,
+        weights.outputs,
+        lambda layers, share: measure_sensitivities(opened, tokenizer, layers, share, prompts, stages),
+    )
+    description = describe_packing(packing, options, statistics.tokens)
+    return pack_ort_engine(engine, out, packing, description, link)
