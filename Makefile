@@ -17,12 +17,16 @@ TARGET  ?=
 DRY_RUN ?=
 # Share of a prompt's KV rows to keep, such as 0.2; all of them if empty.
 BUDGET ?=
+# int8 or int4: how kept rows are stored; share of the channels that low-rank rows have, such as 0.5.
+KV_QUANT ?=
+KV_RANK  ?=
 DEVICE ?= auto
 # PyTorch and Triton of the environment if it is set up, else the machine's own.
 GPU_PYTHON ?= $(if $(wildcard $(VENV)/dev-ready),$(BIN)/python,$(PYTHON))
 # Checkout of the official STaR-KV repository, to measure against.
 OFFICIAL ?=
-KV     := $(if $(BUDGET),--kv-budget '$(BUDGET)')
+PACKED := $(if $(KV_QUANT),--kv-quant '$(KV_QUANT)') $(if $(KV_RANK),--kv-rank '$(KV_RANK)')
+KV     := $(if $(BUDGET),--kv-budget '$(BUDGET)') $(PACKED)
 IMAGE  ?= examples/screen.png
 PROMPT ?= Click the red star.
 # Of `make serve`.
@@ -93,8 +97,8 @@ demo: $(VENV)/run-ready  ## Export, quantize, build and run the embedded model o
 	$(STARKV) run --engine engines/demo --image "$$IMAGE" --prompt "$$PROMPT" --draw demo.png
 
 engine: $(VENV)/run-ready $(if $(filter trt,$(BACKEND)),$(if $(DRY_RUN),,$(VENV)/trt-ready))
-engine:  ## Build an engine: MODEL=… [QUANT=…] [BACKEND=trt [TARGET=10.3] [DRY_RUN=1]] [CHECKPOINT=folder].
-	$(STARKV) build '$(MODEL)' --backend $(BACKEND) $(if $(QUANT),--quant $(QUANT)) \
+engine:  ## Build an engine: MODEL=… [QUANT=…] [KV_QUANT=int8] [BACKEND=trt [TARGET=10.3] [DRY_RUN=1]] [CHECKPOINT=folder].
+	$(STARKV) build '$(MODEL)' --backend $(BACKEND) $(if $(QUANT),--quant $(QUANT)) $(PACKED) \
 		$(if $(CHECKPOINT),--checkpoint '$(CHECKPOINT)') $(if $(RANDOM_WEIGHTS),--random-weights) \
 		$(if $(TARGET),--target-version '$(TARGET)') $(if $(DRY_RUN),--dry-run)
 

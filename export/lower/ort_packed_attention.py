@@ -169,29 +169,26 @@ def output_weights(model: ir.Model) -> list[NDArray[np.float32]]:
 def _weight_of(node: ir.Node) -> NDArray[np.float32]:
     """``[outputs, inputs]`` of a linear layer."""
     constants = [None if x is None else ir.convenience.get_const_tensor(x) for x in node.inputs]
-    stored = [None if tensor is None else _values(tensor) for tensor in constants[1:4]]
+    stored = [_values(tensor) for tensor in constants[1:4] if tensor is not None]
     if node.op_type == "MatMul":
-        assert stored[0] is not None
         return stored[0].T
     sizes = {name: node.attributes[name].as_int() for name in ("K", "N", "bits", "block_size")}
-    codes, scales = stored[:2]
-    assert codes is not None and scales is not None
-    values = unpack_codes(codes.astype(np.uint8), sizes["bits"])
-    blocks = values.reshape(sizes["N"], -1, sizes["block_size"])
-    zero = np.float32(1 << (sizes["bits"] - 1))
-    if len(stored) > 2 and stored[2] is not None:
-        points = unpack_codes(stored[2].astype(np.uint8).reshape(sizes["N"], -1), sizes["bits"])
-        zero = points[:, : blocks.shape[1], None]
-    weight = (blocks - zero) * scales.reshape(sizes["N"], -1, 1)
+    codes, scales, *points = stored
+    blocks = _unpack(codes, sizes["bits"]).reshape(sizes["N"], -1, sizes["block_size"])
+    zero: NDArray[np.float32] = np.full((1, 1, 1), 1 << (sizes["bits"] - 1), np.float32)
+    if points:
+        by_block = _unpack(points[0].reshape(sizes["N"], -1), sizes["bits"])
+        zero = by_block[:, : blocks.shape[1], None]
+    weight: NDArray[np.float32] = (blocks - zero) * scales.reshape(sizes["N"], -1, 1)
     return weight.reshape(sizes["N"], -1)[:, : sizes["K"]]
 
 
-def unpack_codes(codes: NDArray[np.uint8], bits: int) -> NDArray[np.float32]:
-    """``[..., bytes]`` → ``[..., values]``, the low half of a byte first where two values share it."""
+def _unpack(codes: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
+    """Bytes ``[..., n]`` → values, the low half of a byte first where two values share it."""
     if bits == 8:
-        return codes.astype(np.float32)
-    halves = np.stack([codes & 15, codes >> 4], axis=-1)
-    return halves.reshape(*codes.shape[:-1], -1).astype(np.float32)
+        return codes
+    halves: NDArray[np.float32] = np.stack([codes % 16, codes // 16], axis=-1)
+    return halves.reshape(*codes.shape[:-1], -1)
 
 
 _UNKNOWN_FORM = (

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much a model's output suffers when one layer's keys or values lose rank.
 
-Energies of different layers can't be compared: what one layer hardly notices changes another's choice of a row.
-So each layer's keys, and each layer's values, are cut on their own, and the logits of the reply tell.
+Energies of different layers can't be compared: what one layer hardly notices changes another's choice of a
+row. So each layer's keys, and each layer's values, are cut on their own, and the logits of the reply tell.
 """
 
 from collections.abc import Iterator, Sequence
