@@ -171,7 +171,8 @@ def _weight_of(node: ir.Node) -> NDArray[np.float32]:
     constants = [None if x is None else ir.convenience.get_const_tensor(x) for x in node.inputs]
     stored = [_values(tensor) for tensor in constants[1:4] if tensor is not None]
     if node.op_type == "MatMul":
-        return stored[0].T
+        transposed: NDArray[np.float32] = stored[0].T
+        return transposed
     sizes = {name: node.attributes[name].as_int() for name in ("K", "N", "bits", "block_size")}
     codes, scales, *points = stored
     blocks = _unpack(codes, sizes["bits"]).reshape(sizes["N"], -1, sizes["block_size"])

@@ -122,7 +122,8 @@ def _policy(request: ChatRequest, default: KvPolicy) -> KvPolicy:
     if request.kv_budget is not None or request.kv_capacity is not None:
         budget = Budget(1.0 if request.kv_budget is None else request.kv_budget, request.kv_capacity)
         method = method or (STAR_KV if default.method == FULL else default.method)
-    return replace(default, method=method or default.method, budget=budget)
+    packed = default.packed if request.kv_packed is None else request.kv_packed
+    return replace(default, method=method or default.method, budget=budget, packed=packed)
 
 
 def _field_error(error: ValidationError) -> ApiError:

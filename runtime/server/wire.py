@@ -64,6 +64,8 @@ class ChatRequest(_Tolerant):
     kv_budget: float | None = Field(default=None, gt=0, le=1)
     kv_capacity: int | None = Field(default=None, ge=2)
     kv_method: str | None = None
+    kv_packed: bool | None = None
+    """Whether kept rows are packed; by default where the engine can."""
 
     @property
     def new_tokens(self) -> int | None:
