@@ -178,7 +178,7 @@ def _prompt_of(
 
 
 def _protect_order(order: tuple[int, ...], appended: PromptRows, first_token: int) -> tuple[int, ...]:
-    """Attention sinks first, then the newest words of the user, then what was worth keeping before.
+    """The first token, then the newest words of the user, then what was worth keeping before.
 
     Turns that bring a screenshot and no words say nothing that is worth a row for good.
     """
@@ -187,8 +187,7 @@ def _protect_order(order: tuple[int, ...], appended: PromptRows, first_token: in
     words = [row for row in text_rows if row >= ATTENTION_SINKS]
     if len(words) < SHORTEST_INSTRUCTION:
         return order
-    sinks, rest = order[:ATTENTION_SINKS], order[ATTENTION_SINKS:]
-    return (*sinks, *(first_token + row for row in words), *rest)
+    return (*order[:1], *(first_token + row for row in words), *order[1:])
 
 
 def check_fits(plan: TurnPlan, new_tokens: int, manifest: Manifest) -> None:

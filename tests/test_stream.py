@@ -158,13 +158,13 @@ def test_a_share_is_of_what_is_in_view_and_not_of_what_is_left(agent: Agent) -> 
 
 
 def test_protected_rows_stay_in_every_layer(agent: Agent) -> None:
-    stream = talk(agent, compacting(80), mode="stream")
+    stream = talk(agent, compacting(150), mode="stream")
     stream.step(0, "click the red star on the blue button")
     first = stream.session.prompt
     assert first is not None
-    wanted = set(first.protected(80, StarKVConfig().window))
+    wanted = set(first.protected(150, StarKVConfig().window))
     assert len(wanted) > 20
-    for number in range(1, 8):
+    for number in range(1, 12):
         stream.step(number)
     state = stream.session.state
     assert state is not None

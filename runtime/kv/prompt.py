@@ -30,8 +30,8 @@ def describe_prompt(
 ) -> PromptRows:
     """Metadata of a prompt's rows.
 
-    Worth keeping whatever their score are, in this order: attention sinks, the users' words (the newest turn
-    first), the system prompt.
+    Worth keeping whatever their scores are, in this order: the first row, the users' words (the newest turn
+    first), the system prompt, the other attention sinks.
 
     Args:
         ids: ``[S]`` token ids, one placeholder per image token.
@@ -48,13 +48,16 @@ def describe_prompt(
         taken += rows * columns
     plain = prompt_rows(len(ids), spans, grids)
     text_rows = np.flatnonzero(plain.row_meta[:, ROW_FRAME] < 0)
-    order = dict.fromkeys(range(min(ATTENTION_SINKS, len(ids))))
+    sinks = range(min(ATTENTION_SINKS, len(ids)))
+    # The first row is the sink that a model can't do without; the others' attention can go elsewhere.
+    order = dict.fromkeys(sinks[:1])
     turns = _turns(ids, tokenizer)
     wanted = [turn for turn in reversed(turns) if turn[0] == "user"]
     wanted += [turn for turn in turns if turn[0] == "system"]
     for _, start, end in wanted:
-        order |= dict.fromkeys(text_rows[(text_rows >= start) & (text_rows < end)].tolist())
-    return prompt_rows(len(ids), spans, grids, tuple(order))
+        words = text_rows[(text_rows >= start) & (text_rows < end)].tolist()
+        order |= dict.fromkeys(row for row in words if row not in sinks)
+    return prompt_rows(len(ids), spans, grids, tuple(order | dict.fromkeys(sinks)))
 
 
 def _turns(ids: Sequence[int], tokenizer: ChatTokenizer) -> list[tuple[str, int, int]]:

@@ -45,6 +45,15 @@ class Frame:
 NO_FRAME = Frame(index=TEXT_FRAME, rows_to_end=0, cells=0, grid_rows=1, grid_columns=1, frames_in_view=0)
 
 
+PROTECTED_SHARE = 4
+"""One row of so many beside the window may be protected: where few are kept, scores choose better."""
+
+
+def most_protected(kept_rows: int, window: int) -> int:
+    """Most rows that may be protected from eviction."""
+    return max(0, (kept_rows - window) // PROTECTED_SHARE)
+
+
 @dataclass(frozen=True)
 class PromptRows:
     """Row metadata of an uncompressed prompt, the same in every layer."""
@@ -99,9 +108,9 @@ class PromptRows:
         return Frame(index, self.length - start, end - start, *self.grids[index], len(competing))
 
     def protected(self, kept_rows: int, window: int) -> tuple[int, ...]:
-        """Rows that may not be evicted: as many of ``protect_order`` as half of the kept rows beside the
+        """Rows that may not be evicted: as many of ``protect_order`` as a share of the kept rows beside the
         window can hold. Rows of the window are kept anyway and use up none of them."""
-        most = max(0, (kept_rows - window) // 2)
+        most = most_protected(kept_rows, window)
         past = self.length - window
         return tuple(row for row in self.protect_order if row < past)[:most]
 

@@ -16,6 +16,7 @@ from starkv.methods.rows import (
     ROW_TOKEN,
     Frame,
     PromptRows,
+    most_protected,
 )
 
 
@@ -105,7 +106,7 @@ class StreamRows:
 
     def protected(self, kept_rows: int, window: int) -> tuple[int, ...]:
         """Tokens whose rows may not be evicted; see :meth:`PromptRows.protected`."""
-        most = max(0, (kept_rows - window) // 2)
+        most = most_protected(kept_rows, window)
         past = self.first_token + self.appended.length - window
         return tuple(token for token in self.protect_order if token < past)[:most]
 
