@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""Logits of low-rank decode attention: lift a tile's latents to keys, add the bias, rotate, multiply by queries.
+
+A KV head's keys are lifted once for all query heads that share it, and a tile's angles are read once for several
+KV heads. Keys never reach memory. What does is exp(logit − the tile's largest), in the type of the queries: the
+next kernel multiplies values by it in that type anyway.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from starkv.kernels.low_rank_call import LowRankCall
+from starkv.kernels.low_rank_factors import CODE_OFFSET, LANE_TILE
+from starkv.kernels.triton_decode import (
+    FLOAT,
+    FORMS,
+    INT4,
+    held_rows,
+    pair_positions,
+    tensor_product,
+)
+from starkv.kernels.triton_shared import blocks, padded
+
+OFFSET = tl.constexpr(CODE_OFFSET)
+_HEADS_PER_PROGRAM = 8
+_PROGRAMS = 512
+_MOST_LANES = 64
+"""Lanes of one step: more of them only take registers."""
+
+
+@triton.jit
+def row_angles(
+    positions_ptr,
+    cos_ptr,
+    sin_ptr,
+    at,
+    inside,
+    pair,
+    table_rows,
+    HALF: tl.constexpr,
+    SECTION_T: tl.constexpr,
+    SECTION_H: tl.constexpr,
+):
+    """Cosines and sines ``[rows, pairs]``; NaN where the table knows no such position."""
+    position = pair_positions(positions_ptr, at, inside, pair, SECTION_T, SECTION_H)
+    known = (position >= 0) & (position < table_rows) & (pair[None, :] < HALF)
+    angle = position * HALF + pair[None, :]
+    cosines = tl.load(cos_ptr + angle, mask=known, other=float("nan"))
+    sines = tl.load(sin_ptr + angle, mask=known, other=float("nan"))
+    # Pairs beyond the head's are no positions: they count nothing.
+    real = pair[None, :] < HALF
+    return tl.where(real, cosines, 0.0), tl.where(real, sines, 0.0)
+
+
+@triton.jit
+def lane_scales(scales_ptr, at, inside, lane, outliers):
+    """``[rows, lanes]``: the scale of each lane's block. ``at`` counts pairs of scales."""
+    first = tl.load(scales_ptr + 2 * at, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(scales_ptr + 2 * at + 1, mask=inside, other=0.0).to(tl.float32)
+    return tl.where(lane[None, :] < outliers, first[:, None], second[:, None])
+
+
+@triton.jit
+def lifted_part(latent, up_ptr, lane, end, pair, HALF: tl.constexpr, WIDEN: tl.constexpr):
+    """What some lanes add to both halves of the keys, each ``[rows, pairs]``."""
+    up_at = lane.to(tl.int64)[:, None] * (2 * HALF) + pair[None, :]
+    real = (lane < end)[:, None] & (pair[None, :] < HALF)
+    up_first = tl.load(up_ptr + up_at, mask=real, other=0.0)
+    up_second = tl.load(up_ptr + up_at + HALF, mask=real, other=0.0)
+    latent = latent.to(up_first.dtype)
+    return tensor_product(latent, up_first, WIDEN), tensor_product(latent, up_second, WIDEN)
+
+
+@triton.jit
+def lifted_scores_kernel(
+    q_ptr,
+    keys_ptr,
+    scales_ptr,
+    n_valid_ptr,
+    positions_ptr,
+    cos_ptr,
+    sin_ptr,
+    up_ptr,
+    bias_ptr,
+    lanes_ptr,
+    mass_ptr,
+    tile_max_ptr,
+    tile_sum_ptr,
+    scale,
+    capacity,
+    tiles,
+    table_rows,
+    key_row,
+    key_lanes,
+    factors,
+    HEADS: tl.constexpr,
+    FACTOR_HEADS: tl.constexpr,
+    SHARING: tl.constexpr,
+    QUERIES: tl.constexpr,
+    HALF: tl.constexpr,
+    PAIRS: tl.constexpr,
+    SECTION_T: tl.constexpr,
+    SECTION_H: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    FORM: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """exp(logit − largest), largest logit and sum of one tile of rows, for ``HEADS`` KV heads."""
+    tile, block, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length = held_rows(n_valid_ptr, sequence, capacity)
+    if tile * ROWS < length:
+        row = tile * ROWS + tl.arange(0, ROWS)
+        inside = row < length
+        at = sequence.to(tl.int64) * capacity + row
+        pair = tl.arange(0, PAIRS)
+        cosines, sines = row_angles(
+            positions_ptr, cos_ptr, sin_ptr, at, inside, pair, table_rows, HALF, SECTION_T, SECTION_H
+        )
+        query = tl.arange(0, QUERIES)
+        query_heads = tl.num_programs(1) * HEADS * SHARING
+        for head_of_block in range(HEADS):
+            head = block * HEADS + head_of_block
+            factor = head // FACTOR_HEADS
+            first_lane = tl.load(lanes_ptr + 3 * factor)
+            end = tl.load(lanes_ptr + 3 * factor + 1)
+            outliers = tl.load(lanes_ptr + 3 * factor + 2)
+            head_up_ptr = up_ptr + (head % FACTOR_HEADS).to(tl.int64) * key_lanes * (2 * HALF)
+            first = tl.zeros([ROWS, PAIRS], tl.float32)
+            second = tl.zeros([ROWS, PAIRS], tl.float32)
+            for step in range(first_lane, end, LANES):
+                if FORM == INT4:
+                    # Even and odd lanes are two products: their codes needn't be woven together.
+                    byte = step // 2 + tl.arange(0, LANES // 2)
+                    stored = inside[:, None] & (2 * byte < end)[None, :]
+                    codes = tl.load(keys_ptr + at[:, None] * key_row + byte[None, :], mask=stored, other=0)
+                    for odd in tl.static_range(2):
+                        lane = 2 * byte + odd
+                        code = (codes >> (4 * odd)) & 15
+                        latent = (code.to(tl.int32) - OFFSET).to(tl.float32) * lane_scales(
+                            scales_ptr, at * factors + factor, inside, lane - first_lane, outliers
+                        )
+                        more_first, more_second = lifted_part(
+                            latent, head_up_ptr, lane, end, pair, HALF, WIDEN
+                        )
+                        first += more_first
+                        second += more_second
+                else:
+                    lane = step + tl.arange(0, LANES)
+                    stored = inside[:, None] & (lane < end)[None, :]
+                    latent = tl.load(keys_ptr + at[:, None] * key_row + lane[None, :], mask=stored, other=0.0)
+                    if FORM != FLOAT:
+                        latent = latent.to(tl.float32) * lane_scales(
+                            scales_ptr, at * factors + factor, inside, lane - first_lane, outliers
+                        )
+                    more_first, more_second = lifted_part(latent, head_up_ptr, lane, end, pair, HALF, WIDEN)
+                    first += more_first
+                    second += more_second
+            bias_at = head * (2 * HALF) + pair
+            first += tl.load(bias_ptr + bias_at, mask=pair < HALF, other=0.0)[None, :]
+            second += tl.load(bias_ptr + bias_at + HALF, mask=pair < HALF, other=0.0)[None, :]
+            turned_first = first * cosines - second * sines
+            turned_second = second * cosines + first * sines
+
+            query_head = head * SHARING + query
+            q_at = (sequence * query_heads + query_head)[None, :] * (2 * HALF) + pair[:, None]
+            real = (query < SHARING)[None, :] & (pair < HALF)[:, None]
+            q_first = tl.load(q_ptr + q_at, mask=real, other=0.0)
+            q_second = tl.load(q_ptr + q_at + HALF, mask=real, other=0.0)
+            logits = tensor_product(turned_first.to(q_first.dtype), q_first, WIDEN)
+            logits += tensor_product(turned_second.to(q_first.dtype), q_second, WIDEN)
+            logits = tl.where(inside[:, None], logits * scale, float("-inf"))
+            largest = tl.max(logits, 0)
+            mass = tl.exp(logits - largest[None, :])
+            stats_at = (sequence * query_heads + query_head).to(tl.int64)
+            tl.store(tile_max_ptr + stats_at * tiles + tile, largest, mask=query < SHARING)
+            tl.store(tile_sum_ptr + stats_at * tiles + tile, tl.sum(mass, 0), mask=query < SHARING)
+            mass_at = stats_at[None, :] * capacity + row[:, None]
+            written = inside[:, None] & (query < SHARING)[None, :]
+            tl.store(mass_ptr + mass_at, mass.to(mass_ptr.dtype.element_ty), mask=written)
+
+
+@dataclass(frozen=True)
+class TileScores:
+    """Logits in tiles of rows."""
+
+    mass: Tensor
+    """``[B, H, C]`` in the type of the queries: exp(logit − the tile's largest); undefined behind the last row."""
+    largest: Tensor
+    """``[B, H, tiles]`` f32."""
+    total: Tensor
+    """``[B, H, tiles]`` f32: sum of a tile's mass."""
+
+
+@dataclass(frozen=True)
+class ScoreTiles:
+    """How the work is cut; the results differ by rounding alone."""
+
+    rows: int = 64
+    """Of a tile."""
+    warps: int = 8
+    """Of a program: a tile of keys, its angles and its logits lie in registers."""
+
+
+def lanes_per_step(call: LowRankCall) -> int:
+    """The largest step that no factor's lanes must be filled up for; two lanes share a byte, and 16 elements are
+    the least that tensor cores sum over."""
+    widths = (padded_lanes for padded_lanes in map(padded_rank, call.factors.key_ranks))
+    step = min(_MOST_LANES, math.gcd(*widths) & -math.gcd(*map(padded_rank, call.factors.key_ranks)))
+    return max(step, 2 * LANE_TILE if call.factors.form == "int4" else LANE_TILE)
+
+
+def padded_rank(rank: int) -> int:
+    """Lanes of a key factor."""
+    return blocks(rank, LANE_TILE) * LANE_TILE
+
+
+def heads_per_program(kv_heads: int, programs: int) -> int:
+    """KV heads that share a tile's angles: as many as leave enough programs for a large GPU.
+
+    Args:
+        kv_heads: G.
+        programs: tiles of all sequences.
+    """
+    fitting = [
+        heads
+        for heads in range(1, min(kv_heads, _HEADS_PER_PROGRAM) + 1)
+        if kv_heads % heads == 0 and programs * (kv_heads // heads) >= _PROGRAMS
+    ]
+    return max(fitting, default=1)
+
+
+def tile_scores(call: LowRankCall, cut: ScoreTiles) -> TileScores:
+    """Logits of all cached rows."""
+    batch, heads, dim = call.q.shape
+    capacity, factors, where = call.keys.shape[1], call.factors, call.where
+    tiles = blocks(capacity, cut.rows)
+    device = call.q.device
+    scores = TileScores(
+        torch.empty(batch, heads, capacity, dtype=call.q.dtype, device=device),
+        torch.empty(batch, heads, tiles, dtype=torch.float32, device=device),
+        torch.empty(batch, heads, tiles, dtype=torch.float32, device=device),
+    )
+    together = heads_per_program(factors.kv_heads, tiles * batch)
+    lifted_scores_kernel[(tiles, factors.kv_heads // together, batch)](
+        call.q,
+        call.keys,
+        factors.lanes if call.key_scales is None else call.key_scales,
+        call.n_valid,
+        where.positions,
+        where.cosines,
+        where.sines,
+        factors.up_k,
+        factors.key_bias,
+        factors.lanes,
+        scores.mass,
+        scores.largest,
+        scores.total,
+        1.0 / math.sqrt(dim),
+        capacity,
+        tiles,
+        len(where.cosines),
+        factors.key_row,
+        factors.key_lanes,
+        len(factors.key_ranks),
+        HEADS=together,
+        FACTOR_HEADS=factors.up_k.shape[0],
+        SHARING=call.sharing,
+        QUERIES=padded(call.sharing, 8),
+        HALF=dim // 2,
+        PAIRS=padded(dim // 2, 16),
+        SECTION_T=where.sections[0],
+        SECTION_H=where.sections[1],
+        ROWS=cut.rows,
+        LANES=lanes_per_step(call),
+        FORM=FORMS[factors.form],
+        WIDEN=triton.knobs.runtime.interpret and call.q.dtype == torch.bfloat16,
+        num_warps=cut.warps,
+        num_stages=2,
+    )
+    return scores

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""Weighted sums of value latents, and the lift of the sums to heads.
+
+Values are shared by all heads and never lifted row by row: Σ p (U c) = U (Σ p c).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from starkv.kernels.low_rank_call import DecodeResult, LowRankCall
+from starkv.kernels.triton_decode import (
+    FLOAT,
+    FORMS,
+    INT4,
+    Merged,
+    Parts,
+    held_rows,
+    split_count,
+    tensor_product,
+    widen_max,
+)
+from starkv.kernels.triton_low_rank_scores import OFFSET, TileScores, lane_scales
+from starkv.kernels.triton_shared import blocks, padded
+
+_ELEMENTS = 64
+"""Elements of a value row that a program holds: lanes, or bytes of two."""
+_LIFTED_CHANNELS = 32
+_LIFTED_LANES = 64
+_LIFTED_ROWS = 16
+
+
+@triton.jit
+def latent_sums_kernel(
+    mass_ptr,
+    tile_max_ptr,
+    tile_sum_ptr,
+    values_ptr,
+    scales_ptr,
+    n_valid_ptr,
+    parts_ptr,
+    part_max_ptr,
+    part_sum_ptr,
+    capacity,
+    tiles,
+    value_row,
+    value_lanes,
+    outliers,
+    HEADS: tl.constexpr,
+    PADDED_HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    FORM: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Σ exp(logit − largest) · latent of some tiles, for all heads and some lanes."""
+    split, chunk, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length = held_rows(n_valid_ptr, sequence, capacity)
+    used = tl.cdiv(length, ROWS)
+    per_split = tl.cdiv(used, tl.num_programs(0))
+    head = tl.arange(0, PADDED_HEADS)
+    real_head = head < HEADS
+    stats_at = (sequence * HEADS + head).to(tl.int64)
+    element = chunk * ELEMENTS + tl.arange(0, ELEMENTS)
+    largest = tl.full([PADDED_HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([PADDED_HEADS], tl.float32)
+    sums = tl.zeros([PADDED_HEADS, ELEMENTS], tl.float32)
+    odd_sums = tl.zeros([PADDED_HEADS, ELEMENTS], tl.float32)
+    for tile in range(split * per_split, tl.minimum((split + 1) * per_split, used)):
+        row = tile * ROWS + tl.arange(0, ROWS)
+        inside = row < length
+        at = sequence.to(tl.int64) * capacity + row
+        tile_max = tl.load(tile_max_ptr + stats_at * tiles + tile, mask=real_head, other=float("-inf"))
+        tile_sum = tl.load(tile_sum_ptr + stats_at * tiles + tile, mask=real_head, other=0.0)
+        larger, shift = widen_max(largest, tile_max)
+        rescale, weight = tl.exp(largest - shift), tl.exp(tile_max - shift)
+        largest = larger
+        total = total * rescale + tile_sum * weight
+        mass = tl.load(
+            mass_ptr + stats_at[:, None] * capacity + row[None, :],
+            mask=real_head[:, None] & inside[None, :],
+            other=0.0,
+        )
+        weighted = (mass.to(tl.float32) * weight[:, None]).to(mass.dtype)
+        stored = inside[:, None] & (element < value_row)[None, :]
+        if FORM == INT4:
+            codes = tl.load(values_ptr + at[:, None] * value_row + element[None, :], mask=stored, other=0)
+            even = ((codes & 15).to(tl.int32) - OFFSET).to(tl.float32)
+            odd = ((codes >> 4).to(tl.int32) - OFFSET).to(tl.float32)
+            # A byte's lanes are of one block, whose first lane may be the empty one behind the other's last.
+            scale = lane_scales(scales_ptr, at, inside, 2 * element, outliers)
+            sums = sums * rescale[:, None] + tensor_product(weighted, (even * scale).to(mass.dtype), WIDEN)
+            odd_sums = odd_sums * rescale[:, None] + tensor_product(
+                weighted, (odd * scale).to(mass.dtype), WIDEN
+            )
+        else:
+            latent = tl.load(values_ptr + at[:, None] * value_row + element[None, :], mask=stored, other=0.0)
+            if FORM != FLOAT:
+                latent = latent.to(tl.float32) * lane_scales(scales_ptr, at, inside, element, outliers)
+            sums = sums * rescale[:, None] + tensor_product(weighted, latent.to(mass.dtype), WIDEN)
+    part = (split * tl.num_programs(2) + sequence).to(tl.int64) * HEADS + head
+    if chunk == 0:
+        tl.store(part_max_ptr + part, largest, mask=real_head)
+        tl.store(part_sum_ptr + part, total, mask=real_head)
+    if split * per_split < used:
+        written = real_head[:, None] & (element < value_row)[None, :]
+        part_ptr = parts_ptr + part[:, None] * value_lanes
+        if FORM == INT4:
+            tl.store(part_ptr + 2 * element[None, :], sums, mask=written)
+            tl.store(part_ptr + 2 * element[None, :] + 1, odd_sums, mask=written)
+        else:
+            tl.store(part_ptr + element[None, :], sums, mask=written)
+
+
+def latent_sums(call: LowRankCall, scores: TileScores, rows: int) -> Parts:
+    """Sums over value latents, ``[splits, B, H, value lanes]``.
+
+    Args:
+        call: values and their scales are read.
+        scores: from :func:`starkv.kernels.triton_low_rank_scores.tile_scores`.
+        rows: of its tiles.
+    """
+    batch, heads, capacity = scores.mass.shape
+    factors, tiles = call.factors, scores.largest.shape[2]
+    lanes = factors.up_v.shape[1]
+    chunks = blocks(factors.value_row, _ELEMENTS)
+    splits = split_count(batch * chunks, tiles)
+    parts = Parts.empty(splits, batch, heads, lanes, call.q.device)
+    latent_sums_kernel[(splits, chunks, batch)](
+        scores.mass,
+        scores.largest,
+        scores.total,
+        call.values,
+        factors.lanes if call.value_scales is None else call.value_scales,
+        call.n_valid,
+        parts.accumulators,
+        parts.largest,
+        parts.total,
+        capacity,
+        tiles,
+        factors.value_row,
+        lanes,
+        factors.value_outliers,
+        HEADS=heads,
+        PADDED_HEADS=padded(heads, 16),
+        ROWS=rows,
+        ELEMENTS=_ELEMENTS,
+        FORM=FORMS[factors.form],
+        WIDEN=triton.knobs.runtime.interpret and call.q.dtype == torch.bfloat16,
+        num_warps=4,
+        num_stages=3,
+    )
+    return parts
+
+
+@triton.jit
+def lift_values_kernel(
+    latent_ptr,
+    max_ptr,
+    sum_ptr,
+    tail_ptr,
+    tail_max_ptr,
+    tail_sum_ptr,
+    n_valid_ptr,
+    tail_n_valid_ptr,
+    up_ptr,
+    bias_ptr,
+    out_ptr,
+    out_max_ptr,
+    out_sum_ptr,
+    rows,
+    capacity,
+    tail_capacity,
+    lanes,
+    SHARING: tl.constexpr,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
+    TAIL_HAS_BIAS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Lift the latents of a KV head's queries, merge them with the tail, add the bias.
+
+    A row is one query head of one sequence.
+    """
+    group, chunk, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = block * ROWS + tl.arange(0, ROWS)
+    real = row < rows
+    sequence = row // SHARING
+    at = (sequence * tl.num_programs(0) + group) * SHARING + row % SHARING
+    channel = chunk * CHANNELS + tl.arange(0, CHANNELS)
+    up_ptr += group.to(tl.int64) * lanes * DIM
+    lifted = tl.zeros([ROWS, CHANNELS], tl.float32)
+    for step in range(0, lanes, LANES):
+        lane = step + tl.arange(0, LANES)
+        latent = tl.load(
+            latent_ptr + at.to(tl.int64)[:, None] * lanes + lane[None, :],
+            mask=real[:, None] & (lane < lanes)[None, :],
+            other=0.0,
+        )
+        up = tl.load(
+            up_ptr + lane[:, None] * DIM + channel[None, :],
+            mask=(lane < lanes)[:, None] & (channel < DIM)[None, :],
+            other=0.0,
+        )
+        lifted += tensor_product(latent, up, WIDEN)
+    bias = tl.load(bias_ptr + group * DIM + channel, mask=channel < DIM, other=0.0)[None, :]
+    largest = tl.load(max_ptr + at, mask=real, other=float("-inf"))
+    total = tl.load(sum_ptr + at, mask=real, other=0.0)
+    held = tl.load(n_valid_ptr + sequence, mask=real, other=0)
+    sensible = (held >= 0) & (held <= capacity)
+    out = lifted + bias
+    if HAS_TAIL:
+        tail_held = tl.load(tail_n_valid_ptr + sequence, mask=real, other=0)
+        sensible = sensible & (tail_held >= 0) & (tail_held <= tail_capacity)
+        tail_at = at.to(tl.int64)[:, None] * DIM + channel[None, :]
+        tail = tl.load(tail_ptr + tail_at, mask=real[:, None] & (channel < DIM)[None, :], other=0.0)
+        if not TAIL_HAS_BIAS:
+            tail += bias
+        tail_max = tl.load(tail_max_ptr + at, mask=real, other=float("-inf"))
+        larger, shift = widen_max(largest, tail_max)
+        total = total * tl.exp(largest - shift)
+        tail_total = tl.load(tail_sum_ptr + at, mask=real, other=0.0) * tl.exp(tail_max - shift)
+        both = total + tail_total
+        divisor = tl.where(both == 0.0, 1.0, both)
+        out = out * (total / divisor)[:, None] + tail * (tail_total / divisor)[:, None]
+        largest, total = larger, both
+    attended = sensible & (total != 0.0)
+    out = tl.where(attended[:, None], out, 0.0)
+    out_at = at.to(tl.int64)[:, None] * DIM + channel[None, :]
+    tl.store(
+        out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=real[:, None] & (channel < DIM)[None, :]
+    )
+    if chunk == 0:
+        tl.store(out_max_ptr + at, tl.where(attended, largest, float("-inf")), mask=real)
+        tl.store(out_sum_ptr + at, tl.where(attended, total, 0.0), mask=real)
+
+
+def lift_values(call: LowRankCall, packed: Merged, tail: Merged | None) -> DecodeResult:
+    """Heads from merged latents.
+
+    Args:
+        call: factors, bias and numbers of rows are read.
+        packed: attention over cached rows, ``[B, H, value lanes]``.
+        tail: attention over the tail, ``[B, H, D]`` f32.
+    """
+    batch, heads, dim = call.q.shape
+    factors, raw = call.factors, call.tail
+    result = DecodeResult(
+        torch.empty_like(call.q), torch.empty_like(packed.largest), torch.empty_like(packed.total)
+    )
+    rows = batch * call.sharing
+    merged_tail: tuple[Tensor, Tensor, Tensor] = (
+        (packed.out, packed.largest, packed.total)
+        if tail is None
+        else (tail.out, tail.largest, tail.total)
+    )
+    lift_values_kernel[(factors.kv_heads, blocks(dim, _LIFTED_CHANNELS), blocks(rows, _LIFTED_ROWS))](
+        packed.out,
+        packed.largest,
+        packed.total,
+        *merged_tail,
+        call.n_valid,
+        call.n_valid if raw is None else raw.n_valid,
+        factors.up_v,
+        factors.value_bias,
+        result.out,
+        result.largest,
+        result.total,
+        rows,
+        call.keys.shape[1],
+        0 if raw is None else raw.k.shape[2],
+        factors.up_v.shape[1],
+        SHARING=call.sharing,
+        DIM=dim,
+        ROWS=_LIFTED_ROWS,
+        LANES=_LIFTED_LANES,
+        CHANNELS=_LIFTED_CHANNELS,
+        HAS_TAIL=raw is not None,
+        TAIL_HAS_BIAS=raw is not None and raw.values_have_bias,
+        WIDEN=triton.knobs.runtime.interpret and call.q.dtype == torch.bfloat16,
+    )
+    return result
