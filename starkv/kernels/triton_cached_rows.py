@@ -55,8 +55,8 @@ def loaded_query(
 
 @triton.jit
 def nibble(codes, ODD: tl.constexpr):
-    """Numbers around 0 in the low or high halves of bytes."""
-    return ((codes >> (4 * ODD)) & 15).to(tl.int32) - OFFSET
+    """Numbers around 0 in the low or high halves of bytes, as floats."""
+    return (((codes >> (4 * ODD)) & 15).to(tl.int32) - OFFSET).to(tl.float32)
 
 
 @triton.jit
@@ -123,7 +123,7 @@ def cached_rows_kernel(
             logits = tensor_product(nibble(keys, 0).to(q.dtype), q, WIDEN)
             logits += tensor_product(nibble(keys, 1).to(q.dtype), odd_q, WIDEN)
         else:
-            logits = tensor_product(keys.to(q.dtype), q, WIDEN)
+            logits = tensor_product(keys.to(tl.float32).to(q.dtype), q, WIDEN)
         if HAS_BIAS:
             at = sequence.to(tl.int64) * capacity + row
             for component in tl.static_range(3):
@@ -150,7 +150,8 @@ def cached_rows_kernel(
             sums = sums * rescale[None, :] + tensor_product(even, mass, WIDEN)
             odd_sums = odd_sums * rescale[None, :] + tensor_product(odd, mass, WIDEN)
         else:
-            sums = sums * rescale[None, :] + tensor_product(tl.trans(values.to(q.dtype)), mass, WIDEN)
+            transposed = tl.trans(values.to(tl.float32).to(q.dtype))
+            sums = sums * rescale[None, :] + tensor_product(transposed, mass, WIDEN)
     part = (split * tl.num_programs(2) + sequence).to(tl.int64) * query_heads + head * SHARING + query
     tl.store(part_max_ptr + part, largest, mask=query < SHARING)
     tl.store(part_sum_ptr + part, total, mask=query < SHARING)
@@ -224,6 +225,7 @@ def attend_cached_rows(q: Tensor, rows: CachedRows) -> Parts:
         HAS_BIAS=has_bias,
         WIDEN=triton.knobs.runtime.interpret and q.dtype == torch.bfloat16,
         num_warps=4,
-        num_stages=3,
+        # Three tiles of 16-bit rows don't fit into the shared memory of small GPUs.
+        num_stages=2 if form == "float" else 3,
     )
     return parts

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from starkv.kernels.low_rank_call import LowRankCall
-from starkv.kernels.low_rank_factors import CODE_OFFSET, LANE_TILE
+from starkv.kernels.low_rank_factors import CODE_OFFSET, LANE_TILE, padded_to
 from starkv.kernels.triton_decode import (
     FLOAT,
     FORMS,
@@ -27,7 +27,7 @@ from starkv.kernels.triton_decode import (
 )
 from starkv.kernels.triton_shared import blocks, padded
 
-OFFSET = tl.constexpr(CODE_OFFSET)
+OFFSET, LANE_ALIGNMENT = tl.constexpr(CODE_OFFSET), tl.constexpr(LANE_TILE)
 _HEADS_PER_PROGRAM = 8
 _PROGRAMS = 512
 _MOST_LANES = 64
@@ -134,7 +134,9 @@ def lifted_scores_kernel(
             head_up_ptr = up_ptr + (head % FACTOR_HEADS).to(tl.int64) * key_lanes * (2 * HALF)
             first = tl.zeros([ROWS, PAIRS], tl.float32)
             second = tl.zeros([ROWS, PAIRS], tl.float32)
-            for step in range(first_lane, end, LANES):
+            for unaligned_step in range(first_lane, end, LANES):
+                # Factors begin at a multiple of 16 lanes, which the compiler can't see in a table.
+                step = tl.multiple_of(unaligned_step, LANE_ALIGNMENT)
                 if FORM == INT4:
                     # Even and odd lanes are two products: their codes needn't be woven together.
                     byte = step // 2 + tl.arange(0, LANES // 2)
@@ -181,9 +183,10 @@ def lifted_scores_kernel(
             stats_at = (sequence * query_heads + query_head).to(tl.int64)
             tl.store(tile_max_ptr + stats_at * tiles + tile, largest, mask=query < SHARING)
             tl.store(tile_sum_ptr + stats_at * tiles + tile, tl.sum(mass, 0), mask=query < SHARING)
-            mass_at = stats_at[None, :] * capacity + row[:, None]
-            written = inside[:, None] & (query < SHARING)[None, :]
-            tl.store(mass_ptr + mass_at, mass.to(mass_ptr.dtype.element_ty), mask=written)
+            # Rows that the sequence doesn't have get 0, so that nobody needs to ask for them again.
+            mass_at = stats_at[None, :] * (tiles * ROWS) + row[:, None]
+            mass = mass.to(mass_ptr.dtype.element_ty)
+            tl.store(mass_ptr + mass_at, mass, mask=(query < SHARING)[None, :])
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,8 @@ class TileScores:
     """Logits in tiles of rows."""
 
     mass: Tensor
-    """``[B, H, C]`` in the type of the queries: exp(logit − the tile's largest); undefined behind the last row."""
+    """``[B, H, tiles · rows]`` in the type of the queries: exp(logit − the tile's largest), 0 behind the last row;
+    undefined in tiles that hold none."""
     largest: Tensor
     """``[B, H, tiles]`` f32."""
     total: Tensor
@@ -209,16 +213,11 @@ class ScoreTiles:
 
 
 def lanes_per_step(call: LowRankCall) -> int:
-    """The largest step that no factor's lanes must be filled up for; two lanes share a byte, and 16 elements are
-    the least that tensor cores sum over."""
-    widths = (padded_lanes for padded_lanes in map(padded_rank, call.factors.key_ranks))
-    step = min(_MOST_LANES, math.gcd(*widths) & -math.gcd(*map(padded_rank, call.factors.key_ranks)))
-    return max(step, 2 * LANE_TILE if call.factors.form == "int4" else LANE_TILE)
-
-
-def padded_rank(rank: int) -> int:
-    """Lanes of a key factor."""
-    return blocks(rank, LANE_TILE) * LANE_TILE
+    """The largest step that fills up no factor's lanes; two lanes share a byte in ``int4``, and 16 numbers are the
+    least that tensor cores sum over."""
+    divisor = math.gcd(*(padded_to(rank, LANE_TILE) for rank in call.factors.key_ranks))
+    power_of_two = divisor & -divisor
+    return max(min(_MOST_LANES, power_of_two), 2 * LANE_TILE if call.factors.form == "int4" else LANE_TILE)
 
 
 def heads_per_program(kv_heads: int, programs: int) -> int:
@@ -243,7 +242,7 @@ def tile_scores(call: LowRankCall, cut: ScoreTiles) -> TileScores:
     tiles = blocks(capacity, cut.rows)
     device = call.q.device
     scores = TileScores(
-        torch.empty(batch, heads, capacity, dtype=call.q.dtype, device=device),
+        torch.empty(batch, heads, tiles * cut.rows, dtype=call.q.dtype, device=device),
         torch.empty(batch, heads, tiles, dtype=torch.float32, device=device),
         torch.empty(batch, heads, tiles, dtype=torch.float32, device=device),
     )

@@ -78,11 +78,8 @@ def latent_sums_kernel(
         rescale, weight = tl.exp(largest - shift), tl.exp(tile_max - shift)
         largest = larger
         total = total * rescale + tile_sum * weight
-        mass = tl.load(
-            mass_ptr + stats_at[:, None] * capacity + row[None, :],
-            mask=real_head[:, None] & inside[None, :],
-            other=0.0,
-        )
+        mass_at = stats_at[:, None] * (tiles * ROWS) + row[None, :]
+        mass = tl.load(mass_ptr + mass_at, mask=real_head[:, None], other=0.0)
         weighted = (mass.to(tl.float32) * weight[:, None]).to(mass.dtype)
         stored = inside[:, None] & (element < value_row)[None, :]
         if FORM == INT4:
@@ -122,8 +119,8 @@ def latent_sums(call: LowRankCall, scores: TileScores, rows: int) -> Parts:
         scores: from :func:`starkv.kernels.triton_low_rank_scores.tile_scores`.
         rows: of its tiles.
     """
-    batch, heads, capacity = scores.mass.shape
-    factors, tiles = call.factors, scores.largest.shape[2]
+    batch, heads, tiles = scores.largest.shape
+    factors = call.factors
     lanes = factors.up_v.shape[1]
     chunks = blocks(factors.value_row, _ELEMENTS)
     splits = split_count(batch * chunks, tiles)
@@ -138,7 +135,7 @@ def latent_sums(call: LowRankCall, scores: TileScores, rows: int) -> Parts:
         parts.accumulators,
         parts.largest,
         parts.total,
-        capacity,
+        call.keys.shape[1],
         tiles,
         factors.value_row,
         lanes,

@@ -3,18 +3,21 @@
 
     PYTHONPATH=tests python tests/kernels/triton_compile.py --capability 90 --dtype bfloat16 --dim 128
 
-Compiles exactly the kernels that one call of ``Compress`` launches, with the types of its arguments. Must not
-run under ``TRITON_INTERPRET``, which leaves nothing to compile.
+Compiles exactly the kernels that one call of an operator launches, with the types of its arguments: ``Compress``,
+or with ``--operator`` decode attention over latents or codes. Must not run under ``TRITON_INTERPRET``, which leaves
+nothing to compile.
 """
 
 import argparse
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
@@ -26,14 +29,20 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from starkv.kernels.compress_call import CompressCall
+from starkv.kernels.low_rank_factors import LatentForm
 from starkv.kernels.triton_compress import compress
+from starkv.kernels.triton_low_rank import low_rank_attention
+from starkv.kernels.triton_quantized_rows import quantized_rows_attention
 from starkv.methods.star_kv_config import Pooling, StarKVConfig
 from starkv.methods.star_kv_state import StarKVState
+from starkv.validation.low_rank_cases import DecodeShape, low_rank_case, quantized_case
 
 _POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -67,11 +76,13 @@ def source_of(function: JITFunction, arguments: tuple[Any, ...], constants: dict
             signature[name], fixed[name] = "constexpr", value
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, int) and value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(function, signature, fixed, attributes)
 
 
-def compiled_kernels(call: CompressCall, capability: int) -> list[CompiledKernel]:
-    """Compile the kernels that a call launches, launching none."""
+def compiled_kernels(operator: Callable[[], object], capability: int) -> list[CompiledKernel]:
+    """Compile the kernels that an operator launches, launching none."""
     target = GPUTarget("cuda", capability, 32)
     compiled: list[CompiledKernel] = []
 
@@ -83,7 +94,7 @@ def compiled_kernels(call: CompressCall, capability: int) -> list[CompiledKernel
     launch = JITFunction.run
     JITFunction.run = run
     try:
-        compress(call)
+        operator()
     finally:
         JITFunction.run = launch
     return compiled
@@ -111,6 +122,31 @@ def example_call(dtype: torch.dtype, dim: int, window: int, pooling: Pooling, si
     return make_call(case.prompt(0), config, state, torch.device("cpu"))
 
 
+def decode_operator(name: str, dtype: torch.dtype, dim: int, single: bool) -> Callable[[], object]:
+    """Decode attention by its name, such as ``low-rank-int4`` or ``quantized-int8``: with a tail and biases, keys
+    of 7 query heads in factors of ragged ranks; or of a single head each."""
+    pairs = dim // 2
+    shape = DecodeShape(
+        heads=4 if single else 28,
+        kv_heads=4,
+        dim=dim,
+        capacity=1024,
+        rows=(1000, 70),
+        sections=(pairs // 4, pairs // 4, pairs - 2 * (pairs // 4)),
+        key_ranks=(26, 48),
+        value_rank=min(154, 4 * dim),
+        tail_capacity=100,
+        tail_rows=(7, 100),
+        frame=(5, 7),
+    )
+    kind, form = name.rsplit("-", 1)
+    if kind == "low-rank":
+        latents = low_rank_case(shape, cast(LatentForm, form), dtype, torch.device("cpu"))
+        return lambda: low_rank_attention(latents)
+    codes = quantized_case(shape, cast(LatentForm, form), dtype, torch.device("cpu"))
+    return lambda: quantized_rows_attention(codes)
+
+
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -119,13 +155,19 @@ def main() -> None:
     parser.add_argument("--dim", type=int, nargs="+", default=[128])
     parser.add_argument("--window", type=int, default=8)
     parser.add_argument("--pooling", choices=["avgpool", "maxpool"], default="avgpool")
+    parser.add_argument("--operator", default="compress", help="or low-rank-float, -int8, -int4, quantized-int8, -int4")
     parser.add_argument("--single", action="store_true", help="one layer, sequence and head")
     parser.add_argument("--ptx", type=Path, help="folder for the PTX of each kernel")
     options = parser.parse_args()
     print("sm dtype dim kernel registers stack shared")
     for capability, dtype, dim in product(options.capability, options.dtype, options.dim):
-        call = example_call(getattr(torch, dtype), dim, options.window, options.pooling, options.single)
-        for kernel in compiled_kernels(call, capability):
+        element = getattr(torch, dtype)
+        if options.operator == "compress":
+            call = example_call(element, dim, options.window, options.pooling, options.single)
+            operator = partial(compress, call)
+        else:
+            operator = decode_operator(options.operator, element, dim, options.single)
+        for kernel in compiled_kernels(operator, capability):
             one = needs(kernel)
             print(capability, dtype, dim, one.kernel, one.registers, one.stack_bytes, one.shared_bytes)
             if options.ptx:
