@@ -96,8 +96,7 @@ def lifted_scores_kernel(
     capacity,
     tiles,
     table_rows,
-    key_row,
-    key_lanes,
+    lane_tiles,
     factors,
     HEADS: tl.constexpr,
     FACTOR_HEADS: tl.constexpr,
@@ -112,7 +111,10 @@ def lifted_scores_kernel(
     FORM: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """exp(logit − largest), largest logit and sum of one tile of rows, for ``HEADS`` KV heads."""
+    """exp(logit − largest), largest logit and sum of one tile of rows, for ``HEADS`` KV heads.
+
+    Alignment is said where a compiler can't see it, or bytes would be read one by one.
+    """
     tile, block, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = held_rows(n_valid_ptr, sequence, capacity)
     if tile * ROWS < length:
@@ -123,25 +125,24 @@ def lifted_scores_kernel(
         cosines, sines = row_angles(
             positions_ptr, cos_ptr, sin_ptr, at, inside, pair, table_rows, HALF, SECTION_T, SECTION_H
         )
+        row_elements = lane_tiles * (LANE_ALIGNMENT // 2 if FORM == INT4 else LANE_ALIGNMENT)
         query = tl.arange(0, QUERIES)
         query_heads = tl.num_programs(1) * HEADS * SHARING
         for head_of_block in range(HEADS):
             head = block * HEADS + head_of_block
             factor = head // FACTOR_HEADS
-            first_lane = tl.load(lanes_ptr + 3 * factor)
-            end = tl.load(lanes_ptr + 3 * factor + 1)
+            first_lane = tl.multiple_of(tl.load(lanes_ptr + 3 * factor), LANE_ALIGNMENT)
+            end = tl.multiple_of(tl.load(lanes_ptr + 3 * factor + 1), LANE_ALIGNMENT)
             outliers = tl.load(lanes_ptr + 3 * factor + 2)
-            head_up_ptr = up_ptr + (head % FACTOR_HEADS).to(tl.int64) * key_lanes * (2 * HALF)
+            head_up_ptr = up_ptr + (head % FACTOR_HEADS).to(tl.int64) * lane_tiles * (2 * LANE_ALIGNMENT * HALF)
             first = tl.zeros([ROWS, PAIRS], tl.float32)
             second = tl.zeros([ROWS, PAIRS], tl.float32)
-            for unaligned_step in range(first_lane, end, LANES):
-                # Factors begin at a multiple of 16 lanes, which the compiler can't see in a table.
-                step = tl.multiple_of(unaligned_step, LANE_ALIGNMENT)
+            for step in range(first_lane, end, LANES):
                 if FORM == INT4:
                     # Even and odd lanes are two products: their codes needn't be woven together.
                     byte = step // 2 + tl.arange(0, LANES // 2)
-                    stored = inside[:, None] & (2 * byte < end)[None, :]
-                    codes = tl.load(keys_ptr + at[:, None] * key_row + byte[None, :], mask=stored, other=0)
+                    stored = inside[:, None] & (byte < end // 2)[None, :]
+                    codes = tl.load(keys_ptr + at[:, None] * row_elements + byte[None, :], mask=stored, other=0)
                     for odd in tl.static_range(2):
                         lane = 2 * byte + odd
                         code = (codes >> (4 * odd)) & 15
@@ -156,7 +157,7 @@ def lifted_scores_kernel(
                 else:
                     lane = step + tl.arange(0, LANES)
                     stored = inside[:, None] & (lane < end)[None, :]
-                    latent = tl.load(keys_ptr + at[:, None] * key_row + lane[None, :], mask=stored, other=0.0)
+                    latent = tl.load(keys_ptr + at[:, None] * row_elements + lane[None, :], mask=stored, other=0.0)
                     if FORM != FLOAT:
                         latent = latent.to(tl.float32) * lane_scales(
                             scales_ptr, at * factors + factor, inside, lane - first_lane, outliers
@@ -265,8 +266,7 @@ def tile_scores(call: LowRankCall, cut: ScoreTiles) -> TileScores:
         capacity,
         tiles,
         len(where.cosines),
-        factors.key_row,
-        factors.key_lanes,
+        factors.key_lanes // LANE_TILE,
         len(factors.key_ranks),
         HEADS=together,
         FACTOR_HEADS=factors.up_k.shape[0],

@@ -5,6 +5,8 @@
 Values are shared by all heads and never lifted row by row: Σ p (U c) = U (Σ p c).
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -45,17 +47,22 @@ def latent_sums_kernel(
     part_sum_ptr,
     capacity,
     tiles,
-    value_row,
+    row_units,
     value_lanes,
     outliers,
     HEADS: tl.constexpr,
     PADDED_HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     ELEMENTS: tl.constexpr,
+    UNIT: tl.constexpr,
     FORM: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Σ exp(logit − largest) · latent of some tiles, for all heads and some lanes."""
+    """Σ exp(logit − largest) · latent of some tiles, for all heads and some lanes.
+
+    A value row has ``row_units`` · ``UNIT`` elements, which tells the compiler what it is aligned to.
+    """
+    value_row = row_units * UNIT
     split, chunk, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = held_rows(n_valid_ptr, sequence, capacity)
     used = tl.cdiv(length, ROWS)
@@ -125,6 +132,7 @@ def latent_sums(call: LowRankCall, scores: TileScores, rows: int) -> Parts:
     chunks = blocks(factors.value_row, _ELEMENTS)
     splits = split_count(batch * chunks, tiles)
     parts = Parts.empty(splits, batch, heads, lanes, call.q.device)
+    unit = math.gcd(factors.value_row, 16)
     latent_sums_kernel[(splits, chunks, batch)](
         scores.mass,
         scores.largest,
@@ -137,13 +145,14 @@ def latent_sums(call: LowRankCall, scores: TileScores, rows: int) -> Parts:
         parts.total,
         call.keys.shape[1],
         tiles,
-        factors.value_row,
+        factors.value_row // unit,
         lanes,
         factors.value_outliers,
         HEADS=heads,
         PADDED_HEADS=padded(heads, 16),
         ROWS=rows,
         ELEMENTS=_ELEMENTS,
+        UNIT=unit,
         FORM=FORMS[factors.form],
         WIDEN=triton.knobs.runtime.interpret and call.q.dtype == torch.bfloat16,
         num_warps=4,
