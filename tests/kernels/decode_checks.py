@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tests of decode attention compare, and how closely."""
+
+import torch
+from torch import Tensor
+
+from starkv.kernels.low_rank_call import DecodeResult
+
+OUTPUT = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+"""Of the largest output: kernels round latents, keys and probabilities to the queries' type."""
+LOG_SUM = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 4e-2}
+"""Absolute: logits are of the order of 10."""
+
+
+def assert_agree(result: DecodeResult, expected: DecodeResult, dtype: torch.dtype) -> None:
+    """Outputs, and the logarithm of the softmax's sums; −inf where a sequence has no rows in both."""
+    assert_close(result.out, expected.out, OUTPUT[dtype] * float(expected.out.abs().max()))
+    assert_close(log_sum(result), log_sum(expected), LOG_SUM[dtype])
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(actual.cpu().double(), expected.cpu().double(), rtol=0, atol=tolerance)
+
+
+def log_sum(result: DecodeResult) -> Tensor:
+    return result.largest + result.total.log()
