@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from starkv.errors import UsageError
 from starkv.kernels.low_rank_call import LowRankCall
 from starkv.kernels.low_rank_factors import CODE_OFFSET, LANE_TILE, padded_to
 from starkv.kernels.triton_decode import (
@@ -211,6 +212,8 @@ class ScoreTiles:
     """Of a tile."""
     warps: int = 8
     """Of a program: a tile of keys, its angles and its logits lie in registers."""
+    heads: int | None = None
+    """KV heads of a program, which share a tile's angles; a divisor of G. None: :func:`heads_per_program`."""
 
 
 def lanes_per_step(call: LowRankCall) -> int:
@@ -237,7 +240,11 @@ def heads_per_program(kv_heads: int, programs: int) -> int:
 
 
 def tile_scores(call: LowRankCall, cut: ScoreTiles) -> TileScores:
-    """Logits of all cached rows."""
+    """Logits of all cached rows.
+
+    Raises:
+        UsageError: the cut's programs can't share the KV heads evenly.
+    """
     batch, heads, dim = call.q.shape
     capacity, factors, where = call.keys.shape[1], call.factors, call.where
     tiles = blocks(capacity, cut.rows)
@@ -247,7 +254,9 @@ def tile_scores(call: LowRankCall, cut: ScoreTiles) -> TileScores:
         torch.empty(batch, heads, tiles, dtype=torch.float32, device=device),
         torch.empty(batch, heads, tiles, dtype=torch.float32, device=device),
     )
-    together = heads_per_program(factors.kv_heads, tiles * batch)
+    together = cut.heads or heads_per_program(factors.kv_heads, tiles * batch)
+    if factors.kv_heads % together:
+        raise UsageError(f"programs of {together} KV heads can't share {factors.kv_heads} evenly")
     lifted_scores_kernel[(tiles, factors.kv_heads // together, batch)](
         call.q,
         call.keys,

@@ -9,9 +9,10 @@ import torch
 from decode_checks import assert_agree, assert_close, log_sum
 
 from starkv.errors import UsageError
+from starkv.kernels import triton_decode
 from starkv.kernels.low_rank_call import LowRankCall
 from starkv.kernels.low_rank_factors import LatentForm, LowRankFactors, value_lanes
-from starkv.kernels.low_rank_reference import reference_low_rank_attention
+from starkv.kernels.low_rank_reference import lifted_keys, reference_low_rank_attention
 from starkv.kernels.triton_low_rank import low_rank_attention
 from starkv.kernels.triton_low_rank_scores import ScoreTiles, heads_per_program
 from starkv.validation.low_rank_cases import DecodeShape, low_rank_case
@@ -63,25 +64,21 @@ def test_ragged_ranks(form: LatentForm, dtype: torch.dtype, device: torch.device
     assert_agree(low_rank_attention(call), reference_low_rank_attention(call), dtype)
 
 
+FEW = replace(SMALL, heads=4, capacity=70, rows=(70, 3), tail_capacity=9, tail_rows=(9, 0))
 SHAPES = {
     "seven_heads_of_128": DecodeShape(capacity=70, rows=(70,)),
-    "many_heads": replace(SMALL, heads=12, kv_heads=12, key_ranks=(16,) * 12),
-    "one_head": replace(SMALL, heads=1, kv_heads=1, key_ranks=(1,), value_rank=1),
-    "full_rank": replace(SMALL, key_ranks=(64, 64), value_rank=128),
-    "two_heads_a_factor": replace(SMALL, heads=8, kv_heads=4, key_ranks=(17, 128)),
-    "four_heads_a_factor": replace(SMALL, heads=4, kv_heads=4, key_ranks=(40,)),
-    "dim_80": replace(SMALL, dim=80, sections=(10, 15, 15)),
-    "dim_32": replace(SMALL, dim=32, sections=(16, 0, 0), key_ranks=(16, 32)),
-    "seventeen_sharers": replace(SMALL, heads=34),
-    "no_tail": replace(SMALL, tail_capacity=0, tail_rows=()),
-    "only_a_tail": replace(SMALL, rows=(0, 0, 5)),
-    "one_row": replace(SMALL, rows=(1, 0, 1), tail_rows=(0, 1, 0)),
-    "several_tiles_a_split": replace(SMALL, capacity=64 * 65 + 3, rows=(64 * 65 + 3,), tail_rows=(3,)),
-    "several_heads_a_program": replace(
-        SMALL, heads=4, kv_heads=4, dim=32, capacity=9, sections=(4, 6, 6), key_ranks=(16, 5, 30, 17),
-        rows=(9,) * 300, tail_capacity=0, tail_rows=(), value_rank=20,
-    ),
-}  # fmt: skip
+    "many_heads": replace(FEW, heads=6, kv_heads=6, key_ranks=(16,) * 6),
+    "one_head": replace(FEW, heads=1, kv_heads=1, key_ranks=(1,), value_rank=1),
+    "full_rank": replace(FEW, key_ranks=(64, 64), value_rank=128),
+    "two_heads_a_factor": replace(FEW, heads=8, kv_heads=4, key_ranks=(17, 128)),
+    "four_heads_a_factor": replace(FEW, heads=4, kv_heads=4, key_ranks=(40,)),
+    "dim_80": replace(FEW, dim=80, sections=(10, 15, 15)),
+    "dim_32": replace(FEW, dim=32, sections=(16, 0, 0), key_ranks=(16, 32)),
+    "seventeen_sharers": replace(FEW, heads=34),
+    "no_tail": replace(FEW, tail_capacity=0, tail_rows=()),
+    "only_a_tail": replace(FEW, rows=(0, 5)),
+    "one_row": replace(FEW, rows=(1, 0), tail_rows=(0, 1)),
+}
 
 
 @pytest.mark.parametrize("form", ["float", "int4"])
@@ -91,17 +88,25 @@ def test_shapes(name: str, form: LatentForm, device: torch.device) -> None:
     assert_agree(low_rank_attention(call), reference_low_rank_attention(call), torch.float32)
 
 
-def test_several_heads_share_a_tiles_angles_where_there_are_programs_enough() -> None:
-    """What the last of the shapes is there for."""
+def test_kv_heads_share_a_program_where_there_are_programs_enough() -> None:
     assert heads_per_program(4, 300) == 2
     assert heads_per_program(4, 1) == 1
     assert heads_per_program(32, 4096) == 8
     assert heads_per_program(12, 4096) == 6
 
 
-def test_how_the_work_is_cut_changes_nothing(device: torch.device) -> None:
-    call = low_rank_case(SMALL, "int8", torch.float32, device)
-    assert_agree(low_rank_attention(call, ScoreTiles(rows=16)), low_rank_attention(call), torch.float32)
+@pytest.mark.parametrize("cut", [ScoreTiles(rows=16), ScoreTiles(heads=2), ScoreTiles(heads=4)], ids=str)
+def test_how_the_work_is_cut_changes_nothing(cut: ScoreTiles, device: torch.device) -> None:
+    shape = replace(FEW, heads=4, kv_heads=4, key_ranks=(16, 5, 30, 17))
+    call = low_rank_case(shape, "int8", torch.float32, device)
+    assert_agree(low_rank_attention(call, cut), reference_low_rank_attention(call), torch.float32)
+
+
+def test_programs_that_take_several_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_decode, "MAX_SPLITS", 2)
+    shape = replace(SMALL, heads=2, capacity=300, rows=(300, 200, 64), tail_capacity=300, tail_rows=(5, 290, 130))
+    call = low_rank_case(shape, "int4", torch.float32, device)
+    assert_agree(low_rank_attention(call), reference_low_rank_attention(call), torch.float32)
 
 
 def test_a_tail_with_bias_is_the_same_tail(device: torch.device) -> None:
@@ -119,8 +124,6 @@ def test_cached_rows_and_a_tail_are_one_softmax(device: torch.device) -> None:
     call = low_rank_case(shape, "float", torch.float32, device)
     assert call.tail is not None
     whole = low_rank_attention(call)
-    from starkv.kernels.low_rank_reference import lifted_keys
-
     for sequence in range(3):
         keys = lifted_keys(call, sequence)[:, 40:60]
         values = call.values[sequence, 40:60] @ call.factors.up_v
@@ -218,6 +221,8 @@ def test_refused(change: dict[str, object], message: str) -> None:
 def test_refused_places_and_tails() -> None:
     call = low_rank_case(SMALL, "float", torch.float32, torch.device("cpu"))
     assert call.tail is not None
+    with pytest.raises(UsageError, match="programs of 3 KV heads"):
+        low_rank_attention(call, ScoreTiles(heads=3))
     with pytest.raises(UsageError, match="don't share 32 rotary pairs"):
         low_rank_attention(replace(call, where=replace(call.where, sections=(8, 12, 11))))
     with pytest.raises(UsageError, match="sines must be"):

@@ -25,13 +25,21 @@ KERNELS = {
     "select_kernel",
     "move_kernel",
 }
+LOW_RANK = {
+    "lifted_scores_kernel",
+    "latent_sums_kernel",
+    "cached_rows_kernel",
+    "merge_kernel",
+    "lift_values_kernel",
+}
+QUANTIZED = {"bias_logits_kernel", "cached_rows_kernel", "merge_kernel"}
 MOST_SHARED = {"80": 163, "86": 99, "90": 227, "120": 99}
 """KiB of shared memory that a block can have."""
 Needs = tuple[int, int, int]
 
 
 def compile_kernels(*arguments: str) -> dict[str, Needs]:
-    """Registers and bytes of stack per thread and bytes of shared memory of each kernel.
+    """Registers and bytes of stack per thread and bytes of shared memory of each kernel, the most of its launches.
 
     In a process of its own: in this one kernels may be interpreted, which leaves nothing to compile.
     """
@@ -41,12 +49,20 @@ def compile_kernels(*arguments: str) -> dict[str, Needs]:
     command = [sys.executable, "-W", "ignore", str(SCRIPT), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines()[1:]]
-    return {row[3]: (int(row[4]), int(row[5]), int(row[6])) for row in rows}
+    needs: dict[str, Needs] = {}
+    for line in done.stdout.splitlines()[1:]:
+        _, _, _, kernel, registers, stack, shared = line.split()
+        before = needs.get(kernel, (0, 0, 0))
+        needs[kernel] = (
+            max(int(registers), before[0]),
+            max(int(stack), before[1]),
+            max(int(shared), before[2]),
+        )
+    return needs
 
 
-def check(needs: dict[str, Needs], capability: str) -> None:
-    assert set(needs) == KERNELS
+def check(needs: dict[str, Needs], capability: str, kernels: set[str] = KERNELS) -> None:
+    assert set(needs) == kernels
     for kernel, (_, stack_bytes, shared_bytes) in needs.items():
         assert shared_bytes <= MOST_SHARED[capability] * 1024, kernel
         # A few spilled registers are harmless where they are spilled once; an array in memory is not.
@@ -91,3 +107,40 @@ def test_rows_are_read_before_any_is_overwritten(for_hopper: Compiled) -> None:
 )
 def test_other_gpus_and_shapes(capability: str, arguments: str) -> None:
     check(compile_kernels("--capability", capability, *arguments.split()), capability)
+
+
+@pytest.mark.parametrize(
+    ("operator", "kernels", "products"),
+    [
+        ("low-rank-int4", LOW_RANK, ("lifted_scores_kernel", "latent_sums_kernel", "lift_values_kernel")),
+        ("quantized-int8", QUANTIZED, ("cached_rows_kernel",)),
+    ],
+)
+def test_decode_attention_runs_on_tensor_cores(
+    operator: str, kernels: set[str], products: tuple[str, ...], tmp_path: Path
+) -> None:
+    arguments = ("--operator", operator, "--capability", "90", "--dtype", "bfloat16", "--ptx", str(tmp_path))
+    check(compile_kernels(*arguments), "90", kernels)
+    for kernel in products:
+        code = (tmp_path / f"{kernel}.ptx").read_text()
+        assert re.search(r"(wgmma\.mma_async|mma)\.sync\.aligned\.\S*bf16", code), kernel
+        # Codes are read in words: a byte at a time would cost four times the instructions.
+        assert not re.search(r"ld\.global\S*\.b8", code), kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("capability", "operator", "arguments"),
+    [
+        ("80", "low-rank-int8", "--dtype bfloat16 --dim 128"),
+        ("80", "quantized-int4", "--dtype float16 --dim 64"),
+        ("86", "low-rank-float", "--dtype bfloat16 --dim 128"),
+        ("120", "low-rank-int4", "--dtype float16 --dim 64 --single"),
+        ("120", "low-rank-float", "--dtype float32 --dim 128"),
+        ("120", "quantized-int8", "--dtype float32 --dim 128 --single"),
+        ("120", "quantized-int4", "--dtype bfloat16 --dim 80"),
+    ],
+)
+def test_decode_attention_on_other_gpus(capability: str, operator: str, arguments: str) -> None:
+    needs = compile_kernels("--capability", capability, "--operator", operator, *arguments.split())
+    check(needs, capability, LOW_RANK if operator.startswith("low-rank") else QUANTIZED)
