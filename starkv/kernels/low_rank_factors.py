@@ -3,10 +3,9 @@
 
 Symbols: H query heads, G KV heads, D head dim, F key factors, N = G / F KV heads of each, W lanes of a key row.
 
-A *lane* is a place of a latent channel in a cached row. Key factors have ranks of their own; each begins at a
-multiple of 16 lanes. Quantized rows have two blocks per factor, each with a scale of its own: the first channels,
-which are the strongest, and all others. In ``int4`` a byte holds two lanes, the even one in its low half. Value
-rows hold the bytes of the first block, those of the second, and zeros up to a multiple of 8 bytes.
+Rows are laid out as ``starkv/lowrank/latent_format.py`` says: a *lane* is a place of a latent channel in a row. In
+``int4`` a byte holds two lanes, the even one in its low half; whether 3 or 4 bits of a code are used makes no
+difference here.
 """
 
 from collections.abc import Sequence
@@ -17,19 +16,13 @@ import torch
 from torch import Tensor
 
 from starkv.errors import UsageError
+from starkv.lowrank.latent_format import INT8, NIBBLES, KeyLanes, outliers, value_code_bytes
 
 LatentForm = Literal["float", "int8", "int4"]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-LANE_TILE = 16
-OUTLIER_SHARE = 0.2
-"""Share of a factor's channels in the first block."""
 CODE_OFFSET = 8
-"""What 4-bit codes are stored with, so that they are not negative."""
-
-
-def padded_to(size: int, tile: int) -> int:
-    """The next multiple of ``tile``."""
-    return -(-size // tile) * tile
+"""What codes of 4 bits are stored with, so that they are not negative."""
+_CODES = {"int8": INT8, "int4": NIBBLES}
 
 
 @dataclass(frozen=True)
@@ -51,8 +44,6 @@ class LowRankFactors:
     """``[G, D]`` f32."""
     lanes: Tensor
     """``[F, 3]`` i32: a key factor's first lane, the one behind its last, and channels of its first block."""
-    value_outliers: int
-    """Channels of the values' first block."""
 
     @classmethod
     def of(
@@ -62,7 +53,6 @@ class LowRankFactors:
         value_factor: Tensor,
         key_bias: Tensor,
         value_bias: Tensor,
-        outlier_share: float = OUTLIER_SHARE,
     ) -> "LowRankFactors":
         """Lay out the factors of a layer.
 
@@ -72,7 +62,6 @@ class LowRankFactors:
             value_factor: ``up`` of all heads' values, ``[G · D, rank]``.
             key_bias: ``[G, D]``; zeros for a model without.
             value_bias: ``[G, D]``.
-            outlier_share: of a factor's channels in its first block.
 
         Raises:
             UsageError: the factors don't fit each other.
@@ -80,30 +69,26 @@ class LowRankFactors:
         groups, dim = key_bias.shape
         _check_factors(form, key_factors, value_factor, key_bias, value_bias)
         heads = groups // len(key_factors)
-        ranks = tuple(int(up.shape[1]) for up in key_factors)
+        key_lanes = KeyLanes(tuple(int(up.shape[1]) for up in key_factors))
         device, dtype = value_factor.device, value_factor.dtype
-        table, first = [], 0
-        up_k = torch.zeros(heads, sum(padded_to(rank, LANE_TILE) for rank in ranks), dim).to(device, dtype)
-        for up, rank in zip(key_factors, ranks, strict=True):
+        table = []
+        up_k = torch.zeros(heads, key_lanes.lanes, dim, device=device, dtype=dtype)
+        parts = zip(key_factors, key_lanes.offsets, key_lanes.widths, key_lanes.ranks, strict=True)
+        for up, first, width, rank in parts:
             up_k[:, first : first + rank] = up.unflatten(0, (heads, dim)).transpose(1, 2)
-            end = first + padded_to(rank, LANE_TILE)
-            table.append((first, end, int(outlier_share * rank)))
-            first = end
+            table.append((first, first + width, outliers(rank)))
         rank = int(value_factor.shape[1])
-        outliers = int(outlier_share * rank)
-        lane_of_channel = value_lanes(form, rank, outliers)
-        up_v = torch.zeros(groups, value_row(form, rank, outliers)[1], dim, device=device, dtype=dtype)
-        up_v[:, lane_of_channel] = value_factor.unflatten(0, (groups, dim)).transpose(1, 2)
+        up_v = torch.zeros(groups, value_row(form, rank)[1], dim, device=device, dtype=dtype)
+        up_v[:, value_lanes(form, rank)] = value_factor.unflatten(0, (groups, dim)).transpose(1, 2)
         return cls(
             form=form,
-            key_ranks=ranks,
+            key_ranks=key_lanes.ranks,
             value_rank=rank,
             up_k=up_k,
             up_v=up_v,
             key_bias=key_bias.float().contiguous(),
             value_bias=value_bias.float().contiguous(),
             lanes=torch.tensor(table, dtype=torch.int32, device=device),
-            value_outliers=outliers,
         )
 
     @property
@@ -129,7 +114,12 @@ class LowRankFactors:
     @property
     def value_row(self) -> int:
         """Elements of a value row: lanes, or bytes of two."""
-        return value_row(self.form, self.value_rank, self.value_outliers)[0]
+        return value_row(self.form, self.value_rank)[0]
+
+    @property
+    def value_outliers(self) -> int:
+        """Channels of the values' first block."""
+        return outliers(self.value_rank)
 
     @property
     def bytes_per_row(self) -> int:
@@ -139,21 +129,21 @@ class LowRankFactors:
         return (self.key_row + self.value_row) * width + scales
 
 
-def value_row(form: LatentForm, rank: int, outliers: int) -> tuple[int, int]:
+def value_row(form: LatentForm, rank: int) -> tuple[int, int]:
     """Elements and lanes of a value row."""
-    if form != "int4":
+    if form == "float":
         return rank, rank
-    row_bytes = padded_to((outliers + 1) // 2 + (rank - outliers + 1) // 2, 8)
-    return row_bytes, 2 * row_bytes
+    row_bytes = value_code_bytes(rank, _CODES[form])
+    return row_bytes, row_bytes * 8 // _CODES[form].lane_bits
 
 
-def value_lanes(form: LatentForm, rank: int, outliers: int) -> Tensor:
+def value_lanes(form: LatentForm, rank: int) -> Tensor:
     """``[rank]``: the lane of each value channel. Bytes hold channels of one block only, so an odd number of
     outliers leaves a lane empty."""
     channel = torch.arange(rank)
     if form != "int4":
         return channel
-    return torch.where(channel < outliers, channel, channel + outliers % 2)
+    return torch.where(channel < outliers(rank), channel, channel + outliers(rank) % 2)
 
 
 def _check_factors(

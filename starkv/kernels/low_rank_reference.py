@@ -32,7 +32,7 @@ def key_latents(call: LowRankCall) -> list[Tensor]:
 def value_latents(call: LowRankCall) -> Tensor:
     """``[B, C, rank]`` f32."""
     factors = call.factors
-    lanes = value_lanes(factors.form, factors.value_rank, factors.value_outliers)
+    lanes = value_lanes(factors.form, factors.value_rank)
     latent = lanes_of(call.values, factors.form)[..., lanes.to(call.values.device)]
     return latent if call.value_scales is None else scaled(latent, call.value_scales, factors.value_outliers)
 
@@ -58,7 +58,7 @@ def reference_low_rank_attention(call: LowRankCall) -> DecodeResult:
     """The same as :func:`starkv.kernels.triton_low_rank.low_rank_attention`, in float32."""
     batch, heads, dim = call.q.shape
     factors, capacity = call.factors, call.keys.shape[1]
-    lanes = value_lanes(factors.form, factors.value_rank, factors.value_outliers).to(call.q.device)
+    lanes = value_lanes(factors.form, factors.value_rank).to(call.q.device)
     latents = value_latents(call)
     result = DecodeResult(
         out=torch.zeros(batch, heads, dim, device=call.q.device),

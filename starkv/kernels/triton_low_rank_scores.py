@@ -17,7 +17,7 @@ from torch import Tensor
 
 from starkv.errors import UsageError
 from starkv.kernels.low_rank_call import LowRankCall
-from starkv.kernels.low_rank_factors import CODE_OFFSET, LANE_TILE, padded_to
+from starkv.kernels.low_rank_factors import CODE_OFFSET
 from starkv.kernels.triton_decode import (
     FLOAT,
     FORMS,
@@ -27,8 +27,9 @@ from starkv.kernels.triton_decode import (
     tensor_product,
 )
 from starkv.kernels.triton_shared import blocks, padded
+from starkv.lowrank.latent_format import TILE, KeyLanes
 
-OFFSET, LANE_ALIGNMENT = tl.constexpr(CODE_OFFSET), tl.constexpr(LANE_TILE)
+OFFSET, LANE_ALIGNMENT = tl.constexpr(CODE_OFFSET), tl.constexpr(TILE)
 _HEADS_PER_PROGRAM = 8
 _PROGRAMS = 512
 _MOST_LANES = 64
@@ -219,9 +220,9 @@ class ScoreTiles:
 def lanes_per_step(call: LowRankCall) -> int:
     """The largest step that fills up no factor's lanes; two lanes share a byte in ``int4``, and 16 numbers are the
     least that tensor cores sum over."""
-    divisor = math.gcd(*(padded_to(rank, LANE_TILE) for rank in call.factors.key_ranks))
+    divisor = math.gcd(*KeyLanes(call.factors.key_ranks).widths)
     power_of_two = divisor & -divisor
-    return max(min(_MOST_LANES, power_of_two), 2 * LANE_TILE if call.factors.form == "int4" else LANE_TILE)
+    return max(min(_MOST_LANES, power_of_two), 2 * TILE if call.factors.form == "int4" else TILE)
 
 
 def heads_per_program(kv_heads: int, programs: int) -> int:
@@ -275,7 +276,7 @@ def tile_scores(call: LowRankCall, cut: ScoreTiles) -> TileScores:
         capacity,
         tiles,
         len(where.cosines),
-        factors.key_lanes // LANE_TILE,
+        factors.key_lanes // TILE,
         len(factors.key_ranks),
         HEADS=together,
         FACTOR_HEADS=factors.up_k.shape[0],

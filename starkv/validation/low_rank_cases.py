@@ -120,7 +120,7 @@ def random_tail(shape: DecodeShape, dtype: torch.dtype, device: torch.device) ->
 def quantized_case(
     shape: DecodeShape, form: LatentForm, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> QuantizedRowsCall:
-    """Random codes with scales per channel, keys without a bias that is as large as they are.
+    """Random codes with scales per channel, which the keys' rotary pairs share, and biases.
 
     Args:
         shape: ranks and the tail count nothing.
@@ -145,7 +145,7 @@ def quantized_case(
         q=torch.randn(batch, shape.heads, shape.dim, device=device).to(dtype),
         k=codes(),
         v=codes(),
-        k_scales=scales(),
+        k_scales=scales()[:, : shape.dim // 2].repeat(1, 2),
         v_scales=scales(),
         n_valid=torch.tensor(shape.rows, dtype=torch.int32, device=device),
         key_bias=KeyBias(2 * torch.randn(channels, device=device), cached_positions(shape, device)),

@@ -1,128 +1,119 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode attention over latents and over codes in plain numpy and float64, row by row of the definition."""
+"""Calls of decode attention as the numpy reference of ``starkv.lowrank`` takes them. Needs ml_dtypes."""
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
+from starkv.kernels.cached_positions import CachedPositions
 from starkv.kernels.low_rank_call import LowRankCall
+from starkv.kernels.low_rank_factors import value_lanes
 from starkv.kernels.quantized_rows_call import QuantizedRowsCall
+from starkv.lowrank.attend import Attended, LatentRows, Tail, attend_low_rank, attend_quantized
+from starkv.lowrank.factor import Factor
+from starkv.lowrank.latent_format import INT8, NIBBLES, KeyLanes
+from starkv.lowrank.layer import LowRankLayer
+from starkv.lowrank.pack import PackedRows, unpack_keys, unpack_values
+from starkv.lowrank.quantized_rows import QuantizedRows, RowQuantization
+from starkv.lowrank.rotary import Rotary
 
 Array = NDArray[Any]
+_CODES = {"int8": INT8, "int4": NIBBLES}
 
 
-def array(tensor: Any) -> Array:
+def plain(tensor: Tensor) -> Array:
+    """In float64."""
     values: Array = tensor.detach().cpu().double().numpy()
     return values
 
 
-def nibbles(row: Array) -> list[int]:
-    """Codes of a row of bytes, the low half of each first."""
-    return [half for byte in row.astype(int) for half in (byte % 16 - 8, byte // 16 - 8)]
+def factor(up: Array) -> Factor:
+    """A factor that only lifts."""
+    return Factor(up, up.T)
 
 
-def turned(vector: Array, angles: Array) -> Array:
-    half = len(vector) // 2
-    turned = (vector[:half] + 1j * vector[half:]) * np.exp(1j * angles)
-    return np.concatenate([turned.real, turned.imag])
+def layer_of(call: LowRankCall) -> LowRankLayer:
+    """The factors as they were before they were laid out in lanes."""
+    factors, lanes = call.factors, KeyLanes(call.factors.key_ranks)
+    up_k = plain(factors.up_k)
+    keys = [
+        up_k[:, first : first + rank].transpose(0, 2, 1).reshape(-1, rank)
+        for first, rank in zip(lanes.offsets, lanes.ranks, strict=True)
+    ]
+    up_v = plain(factors.up_v)[:, value_lanes(factors.form, factors.value_rank).numpy()]
+    return LowRankLayer(
+        keys=tuple(map(factor, keys)),
+        values=factor(up_v.transpose(0, 2, 1).reshape(-1, factors.value_rank)),
+        key_bias=plain(factors.key_bias),
+        value_bias=plain(factors.value_bias),
+    )
 
 
-def angles_of(call: Any, sequence: int, row: int) -> Array:
-    """Of the rotary pairs of one row, read off the tables that the call brings."""
-    components = np.repeat([0, 1, 2], call.sections)
-    position = call.positions[sequence, row].cpu().numpy()[components]
-    pair = np.arange(len(components))
-    return np.arctan2(array(call.sines)[position, pair], array(call.cosines)[position, pair])
+def packed(codes: Tensor, scales: Tensor) -> PackedRows:
+    return PackedRows(codes.cpu().numpy(), plain(scales).astype(ml_dtypes.bfloat16))
 
 
-def key_of(call: LowRankCall, sequence: int, row: int, head: int) -> Array:
-    factors = call.factors
-    sharers = factors.kv_heads // len(factors.key_ranks)
-    factor = head // sharers
-    start = sum(-(-rank // 16) * 16 for rank in factors.key_ranks[:factor])
-    rank = factors.key_ranks[factor]
-    stored = array(call.keys[sequence, row])
-    codes = np.array(nibbles(stored) if factors.form == "int4" else stored)[start : start + rank]
-    if call.key_scales is not None:
-        strong, weak = array(call.key_scales[sequence, row, factor])
-        codes = codes * np.where(np.arange(rank) < int(0.2 * rank), strong, weak)
-    lifted = codes @ array(factors.up_k[head % sharers])[start : start + rank]
-    return turned(lifted + array(factors.key_bias)[head], angles_of(call.where, sequence, row))
+def rows_of(call: LowRankCall, sequence: int) -> LatentRows:
+    """A sequence's latents, unpacked."""
+    factors, lanes = call.factors, KeyLanes(call.factors.key_ranks)
+    positions = call.where.positions[sequence].cpu().numpy()
+    valid = int(call.n_valid[sequence])
+    keys, values = call.keys[sequence], call.values[sequence]
+    if call.key_scales is None or call.value_scales is None:
+        return LatentRows(lanes.split(plain(keys)), plain(values), positions, valid)
+    codes = _CODES[factors.form]
+    return LatentRows(
+        unpack_keys(packed(keys, call.key_scales[sequence]), lanes, codes),
+        unpack_values(packed(values, call.value_scales[sequence]), factors.value_rank, codes),
+        positions,
+        valid,
+    )
 
 
-def value_latent(call: LowRankCall, sequence: int, row: int) -> Array:
-    """Of all heads, in the order of channels."""
-    factors, stored = call.factors, array(call.values[sequence, row])
-    rank = factors.value_rank
-    strong = int(0.2 * rank)
-    if factors.form == "int4":
-        strong_bytes = (strong + 1) // 2
-        codes = nibbles(stored[:strong_bytes])[:strong]
-        codes += nibbles(stored[strong_bytes:])[: rank - strong]
-        stored = np.array(codes, float)
-    if call.value_scales is not None:
-        scales = array(call.value_scales[sequence, row])
-        stored = stored * np.where(np.arange(rank) < strong, *scales)
-    return stored
+def rotary_of(where: CachedPositions) -> Rotary:
+    """The frequencies are the angles of position 1."""
+    return Rotary(np.arctan2(plain(where.sines[1]), plain(where.cosines[1])), where.sections)
 
 
-def low_rank(call: LowRankCall, value_factor: Array, sequence: int) -> tuple[Array, Array]:
-    """Output ``[H, D]`` and log Σ exp(logit) ``[H]`` of one sequence.
-
-    Args:
-        call: what the kernels get.
-        value_factor: ``[G · D, rank]`` as it was before it was laid out.
-        sequence: which one.
-    """
-    factors = call.factors
-    dim, rows = factors.head_dim, int(call.n_valid[sequence])
-    out, log_sum = [], []
-    latents = [value_latent(call, sequence, row) for row in range(rows)]
-    for query_head, q in enumerate(array(call.q[sequence])):
-        head = query_head // call.sharing
-        bias = array(factors.value_bias)[head]
-        lift = value_factor[head * dim : (head + 1) * dim]
-        keys = [key_of(call, sequence, row, head) for row in range(rows)]
-        values = [lift @ latent + bias for latent in latents]
-        if call.tail is not None:
-            tail_rows = int(call.tail.n_valid[sequence])
-            keys += list(array(call.tail.k[sequence, head, :tail_rows]))
-            extra = 0 if call.tail.values_have_bias else bias
-            values += list(array(call.tail.v[sequence, head, :tail_rows]) + extra)
-        attended = softmax_sum(q, keys, values)
-        out.append(attended[0])
-        log_sum.append(attended[1])
-    return np.stack(out), np.array(log_sum)
+def low_rank(call: LowRankCall, sequence: int) -> Attended:
+    """One sequence of a call."""
+    heads, dim = call.factors.kv_heads, call.factors.head_dim
+    tail = Tail(np.zeros((0, heads, dim)), np.zeros((0, heads, dim)))
+    if call.tail is not None:
+        held = int(call.tail.n_valid[sequence])
+        keys, values = (
+            plain(rows[sequence, :, :held]).swapaxes(0, 1) for rows in (call.tail.k, call.tail.v)
+        )
+        missing = 0.0 if call.tail.values_have_bias else plain(call.factors.value_bias)
+        tail = Tail(keys, values + missing)
+    return attend_low_rank(
+        plain(call.q[sequence]), rows_of(call, sequence), tail, layer_of(call), rotary_of(call.where)
+    )
 
 
-def quantized(call: QuantizedRowsCall, sequence: int) -> tuple[Array, Array]:
-    """Output ``[H, D]`` and log Σ exp(logit) ``[H]`` of one sequence."""
-    out, log_sum = [], []
-    packed = call.k.shape[-1] != call.q.shape[-1]
-    for query_head, q in enumerate(array(call.q[sequence])):
-        head = query_head // call.sharing
-        keys, values = [], []
-        for row in range(int(call.n_valid[sequence])):
-            codes = [array(cache[sequence, head, row]) for cache in (call.k, call.v)]
-            k, v = (np.array(nibbles(code)) if packed else code for code in codes)
-            key, value = k * array(call.k_scales)[head], v * array(call.v_scales)[head]
-            if call.key_bias is not None:
-                angles = angles_of(call.key_bias.where, sequence, row)
-                key = key + turned(array(call.key_bias.bias)[head], angles)
-            if call.value_bias is not None:
-                value = value + array(call.value_bias)[head]
-            keys.append(key)
-            values.append(value)
-        attended = softmax_sum(q, keys, values)
-        out.append(attended[0])
-        log_sum.append(attended[1])
-    return np.stack(out), np.array(log_sum)
-
-
-def softmax_sum(q: Array, keys: list[Array], values: list[Array]) -> tuple[Array, float]:
-    logits = np.array([q @ key for key in keys]) / np.sqrt(len(q))
-    mass = np.exp(logits - logits.max())
-    total = mass.sum()
-    attended: Array = np.array(mass / total @ np.stack(values))
-    return attended, float(logits.max() + np.log(total))
+def quantized(call: QuantizedRowsCall, sequence: int) -> Attended:
+    """One sequence of a call, whose keys' scales are the same for both channels of a pair."""
+    assert call.key_bias is not None
+    assert call.value_bias is not None
+    quantization = RowQuantization(
+        bits=8 if call.k.shape[-1] == call.q.shape[-1] else 4,
+        key_scales=call.k_scales.cpu().numpy(),
+        value_scales=call.v_scales.cpu().numpy(),
+        key_bias=plain(call.key_bias.bias),
+        value_bias=plain(call.value_bias),
+    )
+    where = call.key_bias.where
+    k, v = (cache[sequence].transpose(0, 1).cpu().numpy() for cache in (call.k, call.v))
+    rows = QuantizedRows(k, v, where.positions[sequence].cpu().numpy())
+    nothing = np.zeros((0, *call.key_bias.bias.shape))
+    return attend_quantized(
+        plain(call.q[sequence]),
+        rows,
+        Tail(nothing, nothing),
+        quantization,
+        rotary_of(where),
+        int(call.n_valid[sequence]),
+    )
