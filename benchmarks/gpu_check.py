@@ -35,7 +35,7 @@ SANITIZED_CASES = (
 """Tests that compute-sanitizer watches: between them they launch every kernel."""
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 MEASURES = ("error", "kept_agreement", "seconds", "reference_seconds")
-STEPS = ("build", "tests", "sanitizer", "validate", "compress", "attention", "plugin", "engine")
+STEPS = ("build", "tests", "sanitizer", "validate", "compress", "attention", "low-rank", "plugin", "engine")
 
 
 def build() -> Result:
@@ -130,6 +130,14 @@ def attention(device: "torch.device") -> Result:
     return f"copy {figures['copy_bytes_per_second'] / 1e12:.2f} TB/s", table, figures
 
 
+def low_rank(device: "torch.device") -> Result:
+    """Decode attention over compressed caches against dense ones."""
+    import low_rank_gpu
+
+    table, figures = low_rank_gpu.run(device, with_tuning=True)
+    return f"copy {figures['copy_bytes_per_second'] / 1e12:.2f} TB/s", table, figures
+
+
 def plugin() -> Result:
     """The TensorRT plugins' ``enqueue`` on the GPU, without TensorRT."""
     driver = BUILD / "gpu_driver"
@@ -180,6 +188,7 @@ def main() -> None:
         "validate": lambda: validate(device),
         "compress": lambda: compress(device, args.official),
         "attention": lambda: attention(device),
+        "low-rank": lambda: low_rank(device),
         "plugin": plugin,
         "engine": engine,
     }

@@ -15,6 +15,8 @@ from starkv.validation.compress_cases import CompressCase
 from starkv.validation.timing import seconds_of
 
 COPY_BYTES = 2 << 30
+CACHE_BYTES = 256 << 20
+"""More than any card's L2 cache holds."""
 
 
 def gpu_or_exit() -> torch.device:
@@ -25,11 +27,11 @@ def gpu_or_exit() -> torch.device:
     return torch.device("cuda")
 
 
-def copy_bandwidth(device: torch.device) -> float:
+def copy_bandwidth(device: torch.device, size: int = COPY_BYTES) -> float:
     """Bytes per second of a large copy within the card, counting those read and those written."""
-    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device).random_()
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    return 2 * COPY_BYTES / statistics.median(seconds_of(lambda: target.copy_(source), device, 20, 5))
+    return 2 * size / statistics.median(seconds_of(lambda: target.copy_(source), device, 20, 5))
 
 
 def replayed(work: Callable[[], object]) -> Callable[[], None]:
@@ -66,6 +68,22 @@ def interleaved(
         for name, run in runners.items():
             if name not in slow or number < 2:
                 times[name] += seconds_of(run, device, 1, 0)
+    return times
+
+
+def interleaved_cold(
+    runners: dict[str, Callable[[], object]], device: torch.device, rounds: int
+) -> dict[str, list[float]]:
+    """As :func:`interleaved`, with the caches overwritten before each run: in a model, a layer's rows were
+    last read one token ago, and gigabytes of weights since."""
+    flush = torch.empty(CACHE_BYTES if device.type == "cuda" else 1, dtype=torch.uint8, device=device)
+    for run in runners.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    for _ in range(rounds):
+        for name, run in runners.items():
+            flush.zero_()
+            times[name] += seconds_of(run, device, 1, 0)
     return times
 
 

@@ -34,7 +34,9 @@ class CachedPositions:
             UsageError: names the tensor and what it should be.
         """
         if len(self.sections) != 3 or min(self.sections) < 0 or 2 * sum(self.sections) != head_dim:
-            raise UsageError(f"sections {self.sections} don't share {head_dim // 2} rotary pairs among t, h, w")
+            raise UsageError(
+                f"sections {self.sections} don't share {head_dim // 2} rotary pairs among t, h, w"
+            )
         if self.cosines.dim() != 2 or not len(self.cosines):
             raise UsageError("cosines must be [P, D/2] with at least one position")
         table = (torch.float32, (len(self.cosines), head_dim // 2))
@@ -42,7 +44,8 @@ class CachedPositions:
         check_tensors(self, {"positions": positions, "cosines": table, "sines": table})
 
     def angles(self, sequence: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of a sequence's rows, each ``[C, D/2]``; NaN for positions outside of the tables."""
+        """Cosines and sines of a sequence's rows, each ``[C, D/2]``; NaN for positions outside of the
+        tables."""
         component = torch.repeat_interleave(
             torch.arange(3, device=self.positions.device),
             torch.tensor(self.sections, device=self.positions.device),

@@ -2,8 +2,8 @@
 """One step of low-rank decode attention as tensors (STAR-KV, arXiv 2606.08382).
 
 Symbols as in ``low_rank_factors.py``; B sequences, C rows of capacity, T rows of the tail's. Cached rows hold
-latents of keys before rotation and of values, both without their biases. The tail holds the newest rows as they
-are. One softmax goes over both.
+latents of keys before rotation and of values, both without their biases. The tail holds the newest rows as
+they are. One softmax goes over both.
 """
 
 from dataclasses import dataclass
@@ -85,7 +85,9 @@ class LowRankCall:
         }
         if factors.form == "float":
             if self.key_scales is not None or self.value_scales is not None:
-                raise UsageError("latents that are floats have no scales: leave key_scales and value_scales out")
+                raise UsageError(
+                    "latents that are floats have no scales: leave key_scales and value_scales out"
+                )
         elif self.key_scales is None or self.value_scales is None:
             raise UsageError(f"latents in {factors.form} need key_scales and value_scales")
         else:
@@ -109,8 +111,8 @@ class DecodeResult:
     """Attention of one new token, and what is needed to merge it with attention over other rows."""
 
     out: Tensor
-    """``[B, H, D]`` in the type of the queries. 0 where a sequence holds no row, or a number of rows that its cache
-    can't hold."""
+    """``[B, H, D]`` in the type of the queries. 0 where a sequence holds no row, or a number of rows that its
+    cache can't hold."""
     largest: Tensor
     """``[B, H]`` f32: the largest logit; −inf where there is none."""
     total: Tensor

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The constants of low-rank decode attention, laid out for kernels (STAR-KV, arXiv 2606.08382).
 
-Symbols: H query heads, G KV heads, D head dim, F key factors, N = G / F KV heads of each, W lanes of a key row.
+Symbols: H query heads, G KV heads, D head dim, F key factors, N = G / F KV heads of each, W lanes of a key
+row.
 
-Rows are laid out as ``starkv/lowrank/latent_format.py`` says: a *lane* is a place of a latent channel in a row. In
-``int4`` a byte holds two lanes, the even one in its low half; whether 3 or 4 bits of a code are used makes no
-difference here.
+Rows are laid out as ``starkv/lowrank/latent_format.py`` says: a *lane* is a place of a latent channel in a
+row. In ``int4`` a byte holds two lanes, the even one in its low half; whether 3 or 4 bits of a code are used
+makes no difference here.
 """
 
 from collections.abc import Sequence
@@ -147,13 +148,19 @@ def value_lanes(form: LatentForm, rank: int) -> Tensor:
 
 
 def _check_factors(
-    form: LatentForm, key_factors: Sequence[Tensor], value_factor: Tensor, key_bias: Tensor, value_bias: Tensor
+    form: LatentForm,
+    key_factors: Sequence[Tensor],
+    value_factor: Tensor,
+    key_bias: Tensor,
+    value_bias: Tensor,
 ) -> None:
     if form not in ("float", "int8", "int4"):
         raise UsageError(f"latents are cached as float, int8 or int4, not as {form!r}")
     groups, dim = key_bias.shape
     if value_bias.shape != key_bias.shape:
-        raise UsageError(f"value_bias must be {list(key_bias.shape)} as key_bias, not {list(value_bias.shape)}")
+        raise UsageError(
+            f"value_bias must be {list(key_bias.shape)} as key_bias, not {list(value_bias.shape)}"
+        )
     if not key_factors or groups % len(key_factors):
         raise UsageError(f"{len(key_factors)} key factors can't share {groups} KV heads evenly")
     if value_factor.dtype not in FLOATS:

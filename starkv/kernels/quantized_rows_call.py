@@ -2,8 +2,8 @@
 """One step of decode attention over a quantized cache of full rank as tensors, and its reference in PyTorch.
 
 Symbols: B sequences, H query heads, G KV heads, C rows of capacity, D head dim. Keys are cached as codes of
-k − R(position) b with b the bias of the key projection and R its rotation, values as codes of v − their bias; every
-channel of a KV head has a scale of its own. ``int8``: clip(rint(x / scale), −128, 127). ``int4``:
+k − R(position) b with b the bias of the key projection and R its rotation, values as codes of v − their bias;
+every channel of a KV head has a scale of its own. ``int8``: clip(rint(x / scale), −128, 127). ``int4``:
 clip(rint(x / scale), −8, 7) + 8, two to a byte, the even channel in the low half. See docs/kv-compression.md.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from starkv.errors import UsageError
 from starkv.kernels.cached_positions import CachedPositions, rotate
 from starkv.kernels.low_rank_call import DecodeResult
-from starkv.kernels.low_rank_factors import FLOATS
+from starkv.kernels.low_rank_factors import FLOATS, LatentForm
 from starkv.kernels.low_rank_reference import attend, lanes_of
 from starkv.kernels.tensor_checks import Wanted, check_tensors
 
@@ -93,8 +93,9 @@ class QuantizedRowsCall:
                 raise UsageError(f"key_bias must be on {self.q.device} as q is")
 
 
-def quantize_rows(rows: Tensor, scales: Tensor, form: str) -> Tensor:
-    """Codes of ``rows [..., G, C, D]`` with scales ``[G, D]``: int8, or uint8 with two to a byte for ``int4``."""
+def quantize_rows(rows: Tensor, scales: Tensor, form: LatentForm) -> Tensor:
+    """Codes of ``rows [..., G, C, D]`` with scales ``[G, D]``: int8, or uint8 with two to a byte for
+    ``int4``."""
     steps = torch.round(rows.float() / scales[:, None])
     if form == "int8":
         return steps.clamp(-128, 127).to(torch.int8)
@@ -106,7 +107,7 @@ def reference_quantized_attention(call: QuantizedRowsCall) -> DecodeResult:
     """The same as :func:`starkv.kernels.triton_quantized_rows.quantized_rows_attention`, in float32."""
     batch, heads, dim = call.q.shape
     capacity = call.k.shape[2]
-    form = "int8" if call.k.dtype == torch.int8 else "int4"
+    form: LatentForm = "int8" if call.k.dtype == torch.int8 else "int4"
     result = DecodeResult(
         out=torch.zeros(batch, heads, dim, device=call.q.device),
         largest=torch.full((batch, heads), -torch.inf, device=call.q.device),

@@ -2,9 +2,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Logits that a query gets from the bias of keys, per component of a position.
 
-A rotated bias depends on its row by three numbers only, and every rotary pair turns by one of them. So q · R(t, h,
-w) b is a sum of three functions, of t, of h and of w. They are tabled once per step; rows then look up three
-numbers in place of a rotation. Tables are as long as positions are large, not as the cache has rows.
+A rotated bias depends on its row by three numbers only, and every rotary pair turns by one of them. So q ·
+R(t, h, w) b is a sum of three functions, of t, of h and of w. They are tabled once per step; rows then look
+up three numbers in place of a rotation. Tables are as long as positions are large, not as the cache has rows.
 """
 
 import torch

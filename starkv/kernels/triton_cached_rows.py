@@ -87,8 +87,8 @@ def cached_rows_kernel(
 ):
     """Largest logit, sum and Σ exp(logit − largest) · value of a part of a KV head's rows.
 
-    ``ELEMENTS``: of a row, numbers or bytes of two; ``PADDED`` of a block. ``bias_logits`` are those of the keys'
-    bias, per component of a position: ``[B, 3, table_rows, H]``.
+    ``ELEMENTS``: of a row, numbers or bytes of two; ``PADDED`` of a block. ``bias_logits`` are those of the
+    keys' bias, per component of a position: ``[B, 3, table_rows, H]``.
     """
     split, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_heads = tl.num_programs(1)
@@ -99,9 +99,7 @@ def cached_rows_kernel(
     query, element = tl.arange(0, QUERIES), tl.arange(0, PADDED)
     # A byte of int4 holds an even and an odd channel: two products, whose codes needn't be woven together.
     channel = 2 * element if FORM == INT4 else element
-    q = loaded_query(
-        q_ptr, k_scales_ptr, head, query, channel, query_heads, sequence, DIM, SHARING, FORM
-    )
+    q = loaded_query(q_ptr, k_scales_ptr, head, query, channel, query_heads, sequence, DIM, SHARING, FORM)
     if FORM == INT4:
         odd_q = loaded_query(
             q_ptr, k_scales_ptr, head, query, channel + 1, query_heads, sequence, DIM, SHARING, FORM

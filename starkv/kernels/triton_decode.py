@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""What the kernels of decode attention share: which rows a sequence has, how codes are read, how parts merge.
+"""What the kernels of decode attention share: rows that a sequence has, positions, and how parts merge.
 
-Rows are split among programs. Each part has, per query head, its largest logit, the sum of exp(logit − largest)
-and an accumulator of exp(logit − largest) · value; parts merge as in flash-decoding.
+Rows are split among programs. Each part has, per query head, its largest logit, the sum of exp(logit −
+largest) and an accumulator of exp(logit − largest) · value; parts merge as in flash-decoding.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ MAX_BATCH = 65535
 """Sequences, and sequences times heads: an axis of a launch."""
 MAX_SPLITS = 64
 _PROGRAMS = 512
-"""How many programs a launch should have, if there are rows enough: a few for each multiprocessor of a large GPU."""
+"""Programs that a launch should have, if there are rows enough: a few per multiprocessor of a large GPU."""
 _MERGED_CHANNELS = 64
 
 
@@ -48,7 +48,7 @@ def held_rows(n_valid_ptr, sequence, capacity):
 
 @triton.jit
 def tensor_product(a, b, WIDEN: tl.constexpr):
-    """a · b in float32. Triton's interpreter would multiply the bits of bfloat16 as whole numbers: ``WIDEN``."""
+    """a · b in float32. ``WIDEN``: Triton's interpreter would multiply bits of bfloat16 as whole numbers."""
     if WIDEN:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Low-rank decode attention in Triton (STAR-KV, arXiv 2606.08382): one new token per sequence, one softmax over
-cached latents and the raw tail.
+"""Low-rank decode attention in Triton (STAR-KV, arXiv 2606.08382).
 
-Nothing is read back to the host, so that a call can be captured in a CUDA graph. Numbers of rows lie on the device;
-a sequence whose numbers make no sense (more rows than its cache has) comes out as 0.
+One new token per sequence, one softmax over cached latents and the raw tail.
+
+Nothing is read back to the host, so that a call can be captured in a CUDA graph. Numbers of rows lie on the
+device; a sequence whose numbers make no sense (more rows than its cache has) comes out as 0.
 """
 
 import torch

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""Logits of low-rank decode attention: lift a tile's latents to keys, add the bias, rotate, multiply by queries.
+"""Logits of low-rank decode attention: lift latents to keys, add the bias, rotate, multiply by queries.
 
-A KV head's keys are lifted once for all query heads that share it, and a tile's angles are read once for several
-KV heads. Keys never reach memory. What does is exp(logit − the tile's largest), in the type of the queries: the
-next kernel multiplies values by it in that type anyway.
+A KV head's keys are lifted once for all query heads that share it, and a tile's angles are read once for
+several KV heads. Keys never reach memory. What does is exp(logit − the tile's largest), in the type of the
+queries: the next kernel multiplies values by it in that type anyway.
 """
 
 import math
@@ -136,7 +136,9 @@ def lifted_scores_kernel(
             first_lane = tl.multiple_of(tl.load(lanes_ptr + 3 * factor), LANE_ALIGNMENT)
             end = tl.multiple_of(tl.load(lanes_ptr + 3 * factor + 1), LANE_ALIGNMENT)
             outliers = tl.load(lanes_ptr + 3 * factor + 2)
-            head_up_ptr = up_ptr + (head % FACTOR_HEADS).to(tl.int64) * lane_tiles * (2 * LANE_ALIGNMENT * HALF)
+            head_up_ptr = up_ptr + (head % FACTOR_HEADS).to(tl.int64) * lane_tiles * (
+                2 * LANE_ALIGNMENT * HALF
+            )
             first = tl.zeros([ROWS, PAIRS], tl.float32)
             second = tl.zeros([ROWS, PAIRS], tl.float32)
             for step in range(first_lane, end, LANES):
@@ -144,7 +146,9 @@ def lifted_scores_kernel(
                     # Even and odd lanes are two products: their codes needn't be woven together.
                     byte = step // 2 + tl.arange(0, LANES // 2)
                     stored = inside[:, None] & (byte < end // 2)[None, :]
-                    codes = tl.load(keys_ptr + at[:, None] * row_elements + byte[None, :], mask=stored, other=0)
+                    codes = tl.load(
+                        keys_ptr + at[:, None] * row_elements + byte[None, :], mask=stored, other=0
+                    )
                     for odd in tl.static_range(2):
                         lane = 2 * byte + odd
                         code = (codes >> (4 * odd)) & 15
@@ -159,7 +163,9 @@ def lifted_scores_kernel(
                 else:
                     lane = step + tl.arange(0, LANES)
                     stored = inside[:, None] & (lane < end)[None, :]
-                    latent = tl.load(keys_ptr + at[:, None] * row_elements + lane[None, :], mask=stored, other=0.0)
+                    latent = tl.load(
+                        keys_ptr + at[:, None] * row_elements + lane[None, :], mask=stored, other=0.0
+                    )
                     if FORM != FLOAT:
                         latent = latent.to(tl.float32) * lane_scales(
                             scales_ptr, at * factors + factor, inside, lane - first_lane, outliers
@@ -197,8 +203,8 @@ class TileScores:
     """Logits in tiles of rows."""
 
     mass: Tensor
-    """``[B, H, tiles · rows]`` in the type of the queries: exp(logit − the tile's largest), 0 behind the last row;
-    undefined in tiles that hold none."""
+    """``[B, H, tiles · rows]`` in the type of the queries: exp(logit − the tile's largest), 0 behind the last
+    row; undefined in tiles that hold none."""
     largest: Tensor
     """``[B, H, tiles]`` f32."""
     total: Tensor
@@ -218,8 +224,8 @@ class ScoreTiles:
 
 
 def lanes_per_step(call: LowRankCall) -> int:
-    """The largest step that fills up no factor's lanes; two lanes share a byte in ``int4``, and 16 numbers are the
-    least that tensor cores sum over."""
+    """The largest step that fills up no factor's lanes; two lanes share a byte in ``int4``, and 16 numbers
+    are the least that tensor cores sum over."""
     divisor = math.gcd(*KeyLanes(call.factors.key_ranks).widths)
     power_of_two = divisor & -divisor
     return max(min(_MOST_LANES, power_of_two), 2 * TILE if call.factors.form == "int4" else TILE)

@@ -254,16 +254,14 @@ def lift_values(call: LowRankCall, packed: Merged, tail: Merged | None) -> Decod
         packed: attention over cached rows, ``[B, H, value lanes]``.
         tail: attention over the tail, ``[B, H, D]`` f32.
     """
-    batch, heads, dim = call.q.shape
+    batch, _, dim = call.q.shape
     factors, raw = call.factors, call.tail
     result = DecodeResult(
         torch.empty_like(call.q), torch.empty_like(packed.largest), torch.empty_like(packed.total)
     )
     rows = batch * call.sharing
     merged_tail: tuple[Tensor, Tensor, Tensor] = (
-        (packed.out, packed.largest, packed.total)
-        if tail is None
-        else (tail.out, tail.largest, tail.total)
+        (packed.out, packed.largest, packed.total) if tail is None else (tail.out, tail.largest, tail.total)
     )
     lift_values_kernel[(factors.kv_heads, blocks(dim, _LIFTED_CHANNELS), blocks(rows, _LIFTED_ROWS))](
         packed.out,

@@ -21,8 +21,8 @@ def quantized_rows_attention(call: QuantizedRowsCall) -> DecodeResult:
         call: read.
 
     Returns:
-        out ``[B, H, D]`` in the type of the queries, largest logits and sums ``[B, H]`` f32; 0, −inf and 0 where a
-        sequence holds no row, or more than its cache has.
+        out ``[B, H, D]`` in the type of the queries, largest logits and sums ``[B, H]`` f32; 0, −inf and 0
+        where a sequence holds no row, or more than its cache has.
 
     Raises:
         UsageError: tensors don't fit each other, or a size is not supported.

@@ -37,7 +37,8 @@ class DecodeShape:
 
 
 def screen_positions(rows: int, frame: tuple[int, int]) -> Tensor:
-    """``[rows, 3]`` i32: positions of consecutive screenshots' cells, each begun behind the largest so far."""
+    """``[rows, 3]`` i32: positions of consecutive screenshots' cells, each begun behind the largest so
+    far."""
     down, across = frame
     cell = torch.arange(rows)
     start = cell // (down * across) * max(frame)

@@ -84,9 +84,7 @@ def low_rank(call: LowRankCall, sequence: int) -> Attended:
     tail = Tail(np.zeros((0, heads, dim)), np.zeros((0, heads, dim)))
     if call.tail is not None:
         held = int(call.tail.n_valid[sequence])
-        keys, values = (
-            plain(rows[sequence, :, :held]).swapaxes(0, 1) for rows in (call.tail.k, call.tail.v)
-        )
+        keys, values = (plain(rows[sequence, :, :held]).swapaxes(0, 1) for rows in (call.tail.k, call.tail.v))
         missing = 0.0 if call.tail.values_have_bias else plain(call.factors.value_bias)
         tail = Tail(keys, values + missing)
     return attend_low_rank(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Low-rank decode attention: the PyTorch reference against numpy, the Triton kernels against the reference."""
+"""Low-rank decode attention: the PyTorch reference against numpy, Triton against the PyTorch reference."""
 
 from dataclasses import replace
 
@@ -9,7 +9,6 @@ from decode_checks import assert_agree, assert_is_numpys
 
 from starkv.errors import UsageError
 from starkv.kernels import triton_decode
-from starkv.kernels.low_rank_call import LowRankCall
 from starkv.kernels.low_rank_factors import LatentForm, LowRankFactors
 from starkv.kernels.low_rank_reference import lifted_keys, reference_low_rank_attention
 from starkv.kernels.triton_low_rank import low_rank_attention
@@ -36,7 +35,9 @@ SMALL = DecodeShape(
 
 @pytest.mark.parametrize("biased_tail", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-def test_the_reference_is_the_numpy_reference(form: LatentForm, biased_tail: bool, device: torch.device) -> None:
+def test_the_reference_is_the_numpy_reference(
+    form: LatentForm, biased_tail: bool, device: torch.device
+) -> None:
     shape = replace(SMALL, heads=4, rows=(9, 20), capacity=20, tail_rows=(3, 0), tail_capacity=4)
     decode_numpy = pytest.importorskip("decode_numpy", exc_type=ImportError, reason="needs ml_dtypes")
     call = low_rank_case(shape, form, torch.float32, device)
@@ -92,7 +93,9 @@ def test_how_the_work_is_cut_changes_nothing(cut: ScoreTiles, device: torch.devi
 
 def test_programs_that_take_several_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_decode, "MAX_SPLITS", 2)
-    shape = replace(SMALL, heads=2, capacity=300, rows=(300, 200, 64), tail_capacity=300, tail_rows=(5, 290, 130))
+    shape = replace(
+        SMALL, heads=2, capacity=300, rows=(300, 200, 64), tail_capacity=300, tail_rows=(5, 290, 130)
+    )
     call = low_rank_case(shape, "int4", torch.float32, device)
     assert_agree(low_rank_attention(call), reference_low_rank_attention(call), torch.float32)
 
@@ -100,9 +103,7 @@ def test_programs_that_take_several_tiles(device: torch.device, monkeypatch: pyt
 def test_a_tail_with_bias_is_the_same_tail(device: torch.device) -> None:
     call = low_rank_case(SMALL, "float", torch.float32, device)
     assert call.tail is not None
-    biased = replace(
-        call.tail, v=call.tail.v + call.factors.value_bias[:, None], values_have_bias=True
-    )
+    biased = replace(call.tail, v=call.tail.v + call.factors.value_bias[:, None], values_have_bias=True)
     assert_agree(low_rank_attention(replace(call, tail=biased)), low_rank_attention(call), torch.float32)
 
 
@@ -220,7 +221,10 @@ def test_refused_places_and_tails() -> None:
     with pytest.raises(UsageError, match="have no scales"):
         low_rank_attention(replace(call, key_scales=torch.zeros(3, 100, 2, 2)))
     narrow = low_rank_case(
-        replace(SMALL, dim=48, sections=(8, 8, 8), key_ranks=(16, 16)), "float", torch.float32, torch.device("cpu")
+        replace(SMALL, dim=48, sections=(8, 8, 8), key_ranks=(16, 16)),
+        "float",
+        torch.float32,
+        torch.device("cpu"),
     )
     with pytest.raises(UsageError, match="head dim 48"):
         low_rank_attention(narrow)
@@ -245,9 +249,10 @@ def test_refused_factors() -> None:
 
 
 def test_bytes_of_a_row() -> None:
-    """Rank 26 and 154 of 28/4 heads of 128 (docs/kernels.md): 164 bytes in int4, scales and padding counted."""
+    """Ranks 26 and 154 of 28/4 heads of 128: 164 bytes in int4, scales and padding counted."""
     shape = DecodeShape(capacity=1, rows=(1,), key_ranks=(26,) * 4, value_rank=154)
     sizes = {
-        form: low_rank_case(shape, form, torch.bfloat16, torch.device("cpu")).factors.bytes_per_row for form in FORMS
+        form: low_rank_case(shape, form, torch.bfloat16, torch.device("cpu")).factors.bytes_per_row
+        for form in FORMS
     }
     assert sizes == {"float": 2 * (128 + 154), "int8": 128 + 160 + 20, "int4": 64 + 80 + 20}

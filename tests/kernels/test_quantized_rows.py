@@ -35,7 +35,9 @@ SHAPES = {
 def test_the_reference_is_the_numpy_reference(form: LatentForm, device: torch.device) -> None:
     decode_numpy = pytest.importorskip("decode_numpy", exc_type=ImportError, reason="needs ml_dtypes")
     call = quantized_case(replace(SMALL, heads=4, rows=(9, 20), capacity=20), form, torch.float32, device)
-    assert_is_numpys(reference_quantized_attention(call), [decode_numpy.quantized(call, at) for at in range(2)])
+    assert_is_numpys(
+        reference_quantized_attention(call), [decode_numpy.quantized(call, at) for at in range(2)]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -100,7 +102,7 @@ def test_codes_of_rows(form: LatentForm) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_quantized_rows_give_nearly_what_exact_ones_give(form: LatentForm, device: torch.device) -> None:
-    """Keys without their rotated bias and values without theirs, quantized, against attention over the exact rows."""
+    """Rows are quantized without their biases, and compared with attention over exact ones."""
     call = quantized_case(replace(SMALL, rows=(100,)), form, torch.float32, device)
     assert call.key_bias is not None
     assert call.value_bias is not None

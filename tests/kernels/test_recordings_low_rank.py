@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Low-rank decode attention against recordings: logits of the official kernel, heads of an independent reference.
+"""Low-rank decode attention against recordings: of the official kernel, and of an independent reference.
 
 The recordings hold rotated queries, factors, latents (plain or packed) and what comes out.
 """
@@ -35,7 +35,10 @@ def tensor(array: NDArray[Any], device: torch.device, dtype: torch.dtype = torch
 
 
 def places(
-    positions: NDArray[Any], inverse_frequencies: NDArray[Any], sections: tuple[int, int, int], device: torch.device
+    positions: NDArray[Any],
+    inverse_frequencies: NDArray[Any],
+    sections: tuple[int, int, int],
+    device: torch.device,
 ) -> CachedPositions:
     """``positions [B, rows, 3]``."""
     angles = np.arange(positions.max() + 1)[:, None] * inverse_frequencies
@@ -71,7 +74,9 @@ def test_logits_of_the_official_kernel(name: str, device: torch.device) -> None:
         values=torch.zeros(batch, rows, 1, device=device),
         n_valid=torch.full((batch,), rows, dtype=torch.int32, device=device),
         where=places(positions, recording["inv_freq"], (64, 0, 0), device),
-        factors=LowRankFactors.of("float", factors, torch.zeros(groups * 128, 1, device=device), zeros, zeros),
+        factors=LowRankFactors.of(
+            "float", factors, torch.zeros(groups * 128, 1, device=device), zeros, zeros
+        ),
     )
     assert factors[0].shape == (128, rank)
     call.check()
@@ -84,9 +89,7 @@ def test_logits_of_the_official_kernel(name: str, device: torch.device) -> None:
     assert_close(logits, official, 1e-4)
 
 
-def qwen_call(
-    form: LatentForm, dtype: torch.dtype, device: torch.device
-) -> tuple[LowRankCall, NDArray[Any]]:
+def qwen_call(form: LatentForm, dtype: torch.dtype, device: torch.device) -> tuple[LowRankCall, NDArray[Any]]:
     """28/4 heads of 128, M-RoPE, biases, ragged ranks, 96 rows that eviction left; and what must come out."""
     plain, packed = recorded("09b_qwen7b_heads"), recorded("11_onnx_packed")
     borders = np.cumsum(plain["ranks"])[:-1]
@@ -128,7 +131,9 @@ def test_the_packed_format() -> None:
     packed, cpu = recorded("08_kv_quant_format"), torch.device("cpu")
     ranks = [int(rank) for rank in packed["ranks"]]
     zeros = torch.zeros(4, 64)
-    factors = LowRankFactors.of("int4", [torch.zeros(64, rank) for rank in ranks], torch.zeros(256, 154), zeros, zeros)
+    factors = LowRankFactors.of(
+        "int4", [torch.zeros(64, rank) for rank in ranks], torch.zeros(256, 154), zeros, zeros
+    )
     rows = len(packed["k_bytes"])
     positions = np.zeros((1, rows, 3), np.int64)
     call = LowRankCall(

@@ -39,7 +39,8 @@ Needs = tuple[int, int, int]
 
 
 def compile_kernels(*arguments: str) -> dict[str, Needs]:
-    """Registers and bytes of stack per thread and bytes of shared memory of each kernel, the most of its launches.
+    """Registers and bytes of stack per thread and bytes of shared memory of each kernel, the most of its
+    launches.
 
     In a process of its own: in this one kernels may be interpreted, which leaves nothing to compile.
     """

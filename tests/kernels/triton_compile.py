@@ -3,9 +3,9 @@
 
     PYTHONPATH=tests python tests/kernels/triton_compile.py --capability 90 --dtype bfloat16 --dim 128
 
-Compiles exactly the kernels that one call of an operator launches, with the types of its arguments: ``Compress``,
-or with ``--operator`` decode attention over latents or codes. Must not run under ``TRITON_INTERPRET``, which leaves
-nothing to compile.
+Compiles exactly the kernels that one call of an operator launches, with the types of its arguments:
+``Compress``, or with ``--operator`` decode attention over latents or codes. Must not run under
+``TRITON_INTERPRET``, which leaves nothing to compile.
 """
 
 import argparse
@@ -123,8 +123,8 @@ def example_call(dtype: torch.dtype, dim: int, window: int, pooling: Pooling, si
 
 
 def decode_operator(name: str, dtype: torch.dtype, dim: int, single: bool) -> Callable[[], object]:
-    """Decode attention by its name, such as ``low-rank-int4`` or ``quantized-int8``: with a tail and biases, keys
-    of 7 query heads in factors of ragged ranks; or of a single head each."""
+    """Decode attention by its name, such as ``low-rank-int4`` or ``quantized-int8``: with a tail and biases,
+    keys of 7 query heads in factors of ragged ranks; or of a single head each."""
     pairs = dim // 2
     shape = DecodeShape(
         heads=4 if single else 28,
@@ -155,7 +155,9 @@ def main() -> None:
     parser.add_argument("--dim", type=int, nargs="+", default=[128])
     parser.add_argument("--window", type=int, default=8)
     parser.add_argument("--pooling", choices=["avgpool", "maxpool"], default="avgpool")
-    parser.add_argument("--operator", default="compress", help="or low-rank-float, -int8, -int4, quantized-int8, -int4")
+    parser.add_argument(
+        "--operator", default="compress", help="or low-rank-float, -int8, -int4, quantized-int8, -int4"
+    )
     parser.add_argument("--single", action="store_true", help="one layer, sequence and head")
     parser.add_argument("--ptx", type=Path, help="folder for the PTX of each kernel")
     options = parser.parse_args()
