@@ -174,5 +174,6 @@ def _check_factors(
             raise UsageError(f"{name} must be [{width}, rank of 1 to {width}], not {list(up.shape)}")
         if up.dtype != value_factor.dtype or up.device != value_factor.device:
             raise UsageError(
-                f"{name} is {up.dtype} on {up.device}, but value_factor {value_factor.dtype} on {value_factor.device}"
+                f"{name} is {up.dtype} on {up.device}, but value_factor "
+                f"{value_factor.dtype} on {value_factor.device}"
             )

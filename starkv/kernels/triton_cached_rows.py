@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from starkv.kernels.low_rank_factors import CODE_OFFSET
 from starkv.kernels.triton_decode import (
     FLOAT,
     FORMS,
@@ -24,9 +23,9 @@ from starkv.kernels.triton_decode import (
     tensor_product,
     widen_max,
 )
+from starkv.kernels.triton_latents import OFFSET
 from starkv.kernels.triton_shared import blocks, padded
 
-OFFSET = tl.constexpr(CODE_OFFSET)
 _ROWS = 64
 
 

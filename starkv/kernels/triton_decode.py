@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""What the kernels of decode attention share: rows that a sequence has, positions, and how parts merge.
+"""What the kernels of decode attention share: which rows a sequence has, and how parts merge.
 
 Rows are split among programs. Each part has, per query head, its largest logit, the sum of exp(logit −
 largest) and an accumulator of exp(logit − largest) · value; parts merge as in flash-decoding.
@@ -52,17 +52,6 @@ def tensor_product(a, b, WIDEN: tl.constexpr):
     if WIDEN:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
-
-
-@triton.jit
-def pair_positions(positions_ptr, at, inside, pair, SECTION_T: tl.constexpr, SECTION_H: tl.constexpr):
-    """``[rows, pairs]``: the component of each row's position that a rotary pair turns by."""
-    position_ptr = positions_ptr + at * 3
-    t = tl.load(position_ptr, mask=inside, other=0)
-    h = tl.load(position_ptr + 1, mask=inside, other=0)
-    w = tl.load(position_ptr + 2, mask=inside, other=0)
-    by_h_or_w = tl.where(pair[None, :] < SECTION_T + SECTION_H, h[:, None], w[:, None])
-    return tl.where(pair[None, :] < SECTION_T, t[:, None], by_h_or_w)
 
 
 @triton.jit

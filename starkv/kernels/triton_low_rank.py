@@ -13,8 +13,9 @@ from starkv.errors import UsageError
 from starkv.kernels.low_rank_call import DecodeResult, LowRankCall
 from starkv.kernels.triton_cached_rows import CachedRows, attend_cached_rows
 from starkv.kernels.triton_decode import HEAD_DIMS, MAX_BATCH, MAX_HEADS, merge
+from starkv.kernels.triton_low_rank_lift import lift_values
 from starkv.kernels.triton_low_rank_scores import ScoreTiles, tile_scores
-from starkv.kernels.triton_low_rank_values import latent_sums, lift_values
+from starkv.kernels.triton_low_rank_values import latent_sums
 
 
 def low_rank_attention(call: LowRankCall, cut: ScoreTiles | None = None) -> DecodeResult:

@@ -17,55 +17,22 @@ from torch import Tensor
 
 from starkv.errors import UsageError
 from starkv.kernels.low_rank_call import LowRankCall
-from starkv.kernels.low_rank_factors import CODE_OFFSET
 from starkv.kernels.triton_decode import (
     FLOAT,
     FORMS,
     INT4,
     held_rows,
-    pair_positions,
     tensor_product,
 )
+from starkv.kernels.triton_latents import OFFSET, lane_scales, row_angles
 from starkv.kernels.triton_shared import blocks, padded
 from starkv.lowrank.latent_format import TILE, KeyLanes
 
-OFFSET, LANE_ALIGNMENT = tl.constexpr(CODE_OFFSET), tl.constexpr(TILE)
+LANE_ALIGNMENT = tl.constexpr(TILE)
 _HEADS_PER_PROGRAM = 8
 _PROGRAMS = 512
 _MOST_LANES = 64
 """Lanes of one step: more of them only take registers."""
-
-
-@triton.jit
-def row_angles(
-    positions_ptr,
-    cos_ptr,
-    sin_ptr,
-    at,
-    inside,
-    pair,
-    table_rows,
-    HALF: tl.constexpr,
-    SECTION_T: tl.constexpr,
-    SECTION_H: tl.constexpr,
-):
-    """Cosines and sines ``[rows, pairs]``; NaN where the table knows no such position."""
-    position = pair_positions(positions_ptr, at, inside, pair, SECTION_T, SECTION_H)
-    known = (position >= 0) & (position < table_rows) & (pair[None, :] < HALF)
-    angle = position * HALF + pair[None, :]
-    cosines = tl.load(cos_ptr + angle, mask=known, other=float("nan"))
-    sines = tl.load(sin_ptr + angle, mask=known, other=float("nan"))
-    # Pairs beyond the head's are no positions: they count nothing.
-    real = pair[None, :] < HALF
-    return tl.where(real, cosines, 0.0), tl.where(real, sines, 0.0)
-
-
-@triton.jit
-def lane_scales(scales_ptr, at, inside, lane, outliers):
-    """``[rows, lanes]``: the scale of each lane's block. ``at`` counts pairs of scales."""
-    first = tl.load(scales_ptr + 2 * at, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(scales_ptr + 2 * at + 1, mask=inside, other=0.0).to(tl.float32)
-    return tl.where(lane[None, :] < outliers, first[:, None], second[:, None])
 
 
 @triton.jit
