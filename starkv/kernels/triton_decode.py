@@ -21,6 +21,8 @@ FORMS = {"float": 0, "int8": 1, "int4": 2}
 HEAD_DIMS = (32, 64, 80, 96, 128)
 MAX_HEADS = 128
 """Query heads."""
+MAX_SHARING = 32
+"""Query heads of a KV head: a program holds all of them."""
 MAX_BATCH = 65535
 """Sequences, and sequences times heads: an axis of a launch."""
 MAX_SPLITS = 64

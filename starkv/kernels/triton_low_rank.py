@@ -12,7 +12,7 @@ import torch
 from starkv.errors import UsageError
 from starkv.kernels.low_rank_call import DecodeResult, LowRankCall
 from starkv.kernels.triton_cached_rows import CachedRows, attend_cached_rows
-from starkv.kernels.triton_decode import HEAD_DIMS, MAX_BATCH, MAX_HEADS, merge
+from starkv.kernels.triton_decode import HEAD_DIMS, MAX_BATCH, MAX_HEADS, MAX_SHARING, merge
 from starkv.kernels.triton_low_rank_lift import lift_values
 from starkv.kernels.triton_low_rank_scores import ScoreTiles, tile_scores
 from starkv.kernels.triton_low_rank_values import latent_sums
@@ -51,8 +51,8 @@ def check_sizes(q: torch.Tensor, sharing: int) -> None:
         raise UsageError(f"there may be {MAX_HEADS} query heads, not {heads}")
     if not 1 <= batch <= MAX_BATCH:
         raise UsageError(f"there may be 1 to {MAX_BATCH} sequences, not {batch}")
-    if sharing > 64:
-        raise UsageError(f"at most 64 query heads may share a KV head, not {sharing}")
+    if sharing > MAX_SHARING:
+        raise UsageError(f"at most {MAX_SHARING} query heads may share a KV head, not {sharing}")
 
 
 def _launch(call: LowRankCall, cut: ScoreTiles) -> DecodeResult:

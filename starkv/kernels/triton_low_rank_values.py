@@ -23,6 +23,8 @@ from starkv.kernels.triton_latents import OFFSET, lane_scales
 from starkv.kernels.triton_low_rank_scores import TileScores
 from starkv.kernels.triton_shared import blocks, padded
 
+_MOST_HEADS = 32
+"""Heads of a program: more of them don't fit into registers beside a tile of values."""
 _ELEMENTS = 64
 """Elements of a value row that a program holds: lanes, or bytes of two."""
 
@@ -43,31 +45,33 @@ def latent_sums_kernel(
     row_units,
     value_lanes,
     outliers,
+    chunks,
     HEADS: tl.constexpr,
-    PADDED_HEADS: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     ELEMENTS: tl.constexpr,
     UNIT: tl.constexpr,
     FORM: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Σ exp(logit − largest) · latent of some tiles, for all heads and some lanes.
+    """Σ exp(logit − largest) · latent of some tiles, for a block of heads and some lanes.
 
     A value row has ``row_units`` · ``UNIT`` elements, which tells the compiler what it is aligned to.
     """
     value_row = row_units * UNIT
-    split, chunk, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    split, sequence = tl.program_id(0), tl.program_id(2)
+    chunk, head_block = tl.program_id(1) % chunks, tl.program_id(1) // chunks
     length = held_rows(n_valid_ptr, sequence, capacity)
     used = tl.cdiv(length, ROWS)
     per_split = tl.cdiv(used, tl.num_programs(0))
-    head = tl.arange(0, PADDED_HEADS)
+    head = head_block * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)
     real_head = head < HEADS
     stats_at = (sequence * HEADS + head).to(tl.int64)
     element = chunk * ELEMENTS + tl.arange(0, ELEMENTS)
-    largest = tl.full([PADDED_HEADS], float("-inf"), tl.float32)
-    total = tl.zeros([PADDED_HEADS], tl.float32)
-    sums = tl.zeros([PADDED_HEADS, ELEMENTS], tl.float32)
-    odd_sums = tl.zeros([PADDED_HEADS, ELEMENTS], tl.float32)
+    largest = tl.full([HEAD_BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([HEAD_BLOCK], tl.float32)
+    sums = tl.zeros([HEAD_BLOCK, ELEMENTS], tl.float32)
+    odd_sums = tl.zeros([HEAD_BLOCK, ELEMENTS], tl.float32)
     for tile in range(split * per_split, tl.minimum((split + 1) * per_split, used)):
         row = tile * ROWS + tl.arange(0, ROWS)
         inside = row < length
@@ -123,10 +127,12 @@ def latent_sums(call: LowRankCall, scores: TileScores, rows: int) -> Parts:
     factors = call.factors
     lanes = factors.up_v.shape[1]
     chunks = blocks(factors.value_row, _ELEMENTS)
-    splits = split_count(batch * chunks, tiles)
+    head_block = min(padded(heads, 16), _MOST_HEADS)
+    programs = chunks * blocks(heads, head_block)
+    splits = split_count(batch * programs, tiles)
     parts = Parts.empty(splits, batch, heads, lanes, call.q.device)
     unit = math.gcd(factors.value_row, 16)
-    latent_sums_kernel[(splits, chunks, batch)](
+    latent_sums_kernel[(splits, programs, batch)](
         scores.mass,
         scores.largest,
         scores.total,
@@ -141,8 +147,9 @@ def latent_sums(call: LowRankCall, scores: TileScores, rows: int) -> Parts:
         factors.value_row // unit,
         lanes,
         factors.value_outliers,
+        chunks,
         HEADS=heads,
-        PADDED_HEADS=padded(heads, 16),
+        HEAD_BLOCK=head_block,
         ROWS=rows,
         ELEMENTS=_ELEMENTS,
         UNIT=unit,

@@ -61,6 +61,7 @@ SHAPES = {
     "full_rank": replace(FEW, key_ranks=(64, 64), value_rank=128),
     "two_heads_a_factor": replace(FEW, heads=8, kv_heads=4, key_ranks=(17, 128)),
     "four_heads_a_factor": replace(FEW, heads=4, kv_heads=4, key_ranks=(40,)),
+    "more_heads_than_a_program_takes": replace(FEW, heads=36, key_ranks=(16, 5), rows=(9, 3)),
     "dim_80": replace(FEW, dim=80, sections=(10, 15, 15)),
     "dim_32": replace(FEW, dim=32, sections=(16, 0, 0), key_ranks=(16, 32)),
     "seventeen_sharers": replace(FEW, heads=34),
@@ -199,6 +200,7 @@ def test_a_step_can_be_captured_in_a_graph(device: torch.device) -> None:
         ({"q": torch.zeros(3, 14, 64, dtype=torch.float16)}, "factors are torch.float32 for head dim 64"),
         ({"q": torch.zeros(3, 14, 64, dtype=torch.float64)}, "q must be float16, bfloat16 or float32"),
         ({"q": torch.zeros(3, 256, 64)}, "128 query heads, not 256"),
+        ({"q": torch.zeros(3, 128, 64)}, "at most 32 query heads may share"),
     ],
 )
 def test_refused(change: dict[str, object], message: str) -> None:
