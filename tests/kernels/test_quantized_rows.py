@@ -18,7 +18,7 @@ from starkv.validation.low_rank_cases import DecodeShape, quantized_case
 
 FORMS: tuple[LatentForm, ...] = ("int8", "int4")
 SMALL = DecodeShape(
-    heads=14, kv_heads=2, dim=64, capacity=100, rows=(100, 64, 0), sections=(8, 12, 12), frame=(3, 5)
+    heads=14, kv_heads=2, dim=64, capacity=100, rows=(100, 61, 0), sections=(8, 12, 12), frame=(3, 5)
 )
 FEW = replace(SMALL, heads=4, capacity=70, rows=(70, 3))
 SHAPES = {
