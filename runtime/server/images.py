@@ -4,6 +4,7 @@
 import base64
 import binascii
 import re
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -17,7 +18,7 @@ from starkv.runtime.server.options import ServerOptions
 _DATA_URI = re.compile(r"data:(?P<type>[^;,]*)(?P<base64>;base64)?,", re.IGNORECASE)
 
 
-def load(url: str, place: str, options: ServerOptions) -> Image.Image:
+def load(url: str, place: str, options: ServerOptions, on_pixels: Callable[[int], None]) -> Image.Image:
     """Decode an image.
 
     Its size is read from its header before any pixel is decoded: a few kilobytes can claim gigapixels.
@@ -26,12 +27,13 @@ def load(url: str, place: str, options: ServerOptions) -> Image.Image:
         url: data URI, plain base64, or ``file://`` URL.
         place: path of the field, for messages.
         options: limits of the server.
+        on_pixels: told its pixels before they are decoded.
 
     Raises:
         ApiError: it is none of these, lies outside the media folder, or is no image that the server takes.
     """
     try:
-        return load_image(_source(url, place, options), options.most_image_pixels)
+        return load_image(_source(url, place, options), options.most_image_pixels, on_pixels)
     except ImageError as error:
         raise ApiError(400, f"{place}: {error}", place, "invalid_image") from None
 

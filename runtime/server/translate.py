@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A request of the wire → one of the scheduler."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -63,14 +63,21 @@ def parse(body: bytes, options: ServerOptions) -> ChatRequest:
     return request
 
 
-def translate(request: ChatRequest, options: ServerOptions) -> GenerationRequest:
+def translate(
+    request: ChatRequest, options: ServerOptions, on_pixels: Callable[[int], None]
+) -> GenerationRequest:
     """Decode the images and put everything into the scheduler's terms.
+
+    Args:
+        request: as it came.
+        options: limits of the server.
+        on_pixels: told the pixels of each image before it is decoded; what it raises goes to the caller.
 
     Raises:
         ApiError: an image or a value can't be taken.
     """
     loaded: list[Image.Image] = [
-        images.load(part.image_url.url, place, options) for place, part in _image_parts(request)
+        images.load(part.image_url.url, place, options, on_pixels) for place, part in _image_parts(request)
     ]
     try:
         parameters = SamplingParameters(
