@@ -12,11 +12,10 @@ from starkv.errors import UsageError
 from starkv.manifest import Manifest
 from starkv.methods.rows import ROW_FRAME, PromptRows
 from starkv.methods.stream_rows import CacheRows, StreamRows
-from starkv.runtime.kv.image_cache import image_key
 from starkv.runtime.kv.parked import ParkedRows
 from starkv.runtime.kv.prompt import ATTENTION_SINKS, describe_prompt
-from starkv.runtime.preprocess.image import ImageInputs
 from starkv.runtime.preprocess.positions import Positions, prompt_positions
+from starkv.runtime.preprocess.prepared import PreparedImage
 from starkv.runtime.preprocess.tokenizer import ChatTokenizer, Message, expand_image_tokens
 from starkv.runtime.stream import FrameInView, StreamState, continuation
 
@@ -30,9 +29,8 @@ class TurnPlan:
 
     ids: tuple[int, ...]
     """Tokens to prefill, one placeholder per image token."""
-    images: tuple[ImageInputs, ...]
+    images: tuple[PreparedImage, ...]
     """Screenshots among them."""
-    image_keys: tuple[bytes, ...]
     positions: Positions
     rows: CacheRows
     history: ParkedRows | None
@@ -54,11 +52,11 @@ class TurnPlan:
 
     @property
     def grids(self) -> list[tuple[int, int]]:
-        return [image.merged_grid for image in self.images]
+        return _grids(self.images)
 
 
 def plan_prompt(
-    manifest: Manifest, tokenizer: ChatTokenizer, messages: Sequence[Message], images: Sequence[ImageInputs]
+    manifest: Manifest, tokenizer: ChatTokenizer, messages: Sequence[Message], images: Sequence[PreparedImage]
 ) -> TurnPlan:
     """A whole conversation as one prompt: the papers' protocol.
 
@@ -72,7 +70,7 @@ def plan_stream(
     manifest: Manifest,
     tokenizer: ChatTokenizer,
     messages: Sequence[Message],
-    images: Sequence[ImageInputs],
+    images: Sequence[PreparedImage],
     state: StreamState | None,
     screenshots: int | None = None,
 ) -> TurnPlan:
@@ -90,7 +88,7 @@ def plan_stream(
         UsageError: as for :func:`plan_prompt`.
     """
     text = tokenizer.render(messages)
-    keys = tuple(image_key(image) for image in images)
+    keys = tuple(image.facts.key for image in images)
     found = state and continuation(
         state, text, keys, tokenizer.decode([manifest.tokens.image_pad], skip_special_tokens=False)
     )
@@ -111,9 +109,9 @@ def plan_stream(
         return replace(plan, state=begun)
     new_images = tuple(images[found.first_image :])
     rendered = [*state.pending, *tokenizer.encode(found.text)]
-    counts = [rows * columns for rows, columns in (image.merged_grid for image in new_images)]
+    grids = _grids(new_images)
+    counts = [rows * columns for rows, columns in grids]
     ids = expand_image_tokens(rendered, manifest.tokens.image_pad, counts)
-    grids = [image.merged_grid for image in new_images]
     positions = prompt_positions(ids, manifest.tokens.image_pad, grids, manifest.text, state.next_position)
     appended = describe_prompt(ids, grids, manifest, tokenizer)
     first_frame = len(state.image_keys)
@@ -149,7 +147,6 @@ def plan_stream(
     return TurnPlan(
         tuple(ids),
         new_images,
-        keys[found.first_image :],
         positions,
         rows,
         history,
@@ -159,22 +156,26 @@ def plan_stream(
 
 
 def _prompt_of(
-    manifest: Manifest, tokenizer: ChatTokenizer, text: str, images: Sequence[ImageInputs]
+    manifest: Manifest, tokenizer: ChatTokenizer, text: str, images: Sequence[PreparedImage]
 ) -> TurnPlan:
-    grids = [image.merged_grid for image in images]
+    grids = _grids(images)
     counts = [rows * columns for rows, columns in grids]
     pad = manifest.tokens.image_pad
     ids = expand_image_tokens(tokenizer.encode(text), pad, counts)
     return TurnPlan(
         tuple(ids),
         tuple(images),
-        tuple(image_key(image) for image in images),
         prompt_positions(ids, pad, grids, manifest.text),
         describe_prompt(ids, grids, manifest, tokenizer),
         history=None,
         state=None,
         reused_tokens=0,
     )
+
+
+def _grids(images: Sequence[PreparedImage]) -> list[tuple[int, int]]:
+    """Rows and columns of each image's tokens."""
+    return [image.facts.merged_grid for image in images]
 
 
 def _protect_order(order: tuple[int, ...], appended: PromptRows, first_token: int) -> tuple[int, ...]:

@@ -114,6 +114,9 @@ def test_pixels_together(served_engine: FakeEngine, served_tokenizer: ChatTokeni
             assert running.chat().status_code == 200, "text needs none"
         eventually(lambda: in_progress(running) == Held())
         assert running.chat(messages=shown(6)).status_code == 200
+        # What was seen before is not decoded again.
+        with long_reply(running, messages=shown(4, 5)):
+            assert in_progress(running).pixels == 0
 
 
 def test_connections(

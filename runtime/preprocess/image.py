@@ -148,15 +148,38 @@ def preprocess(image: Image.Image, vision: VisionShape, limits: ImageLimits) -> 
         ImageError: the image's size is out of bounds.
     """
     image = load_image(image)
+    pixels = resized_pixels(image, vision, limits)
+    return image_inputs(pixels, (image.height, image.width), vision, limits)
+
+
+def resized_pixels(image: Image.Image, vision: VisionShape, limits: ImageLimits) -> NDArray[np.uint8]:
+    """An upright RGB image in the size that the model sees, ``[H, W, 3]``.
+
+    Raises:
+        ImageError: the image's size is out of bounds.
+    """
+    factor = vision.patch_size * vision.spatial_merge_size
+    height, width = smart_resize(image.height, image.width, factor, limits.min_pixels, limits.max_pixels)
+    return np.asarray(image.resize((width, height), resample=Image.Resampling.BICUBIC))
+
+
+def image_inputs(
+    pixels: NDArray[np.uint8], original_hw: tuple[int, int], vision: VisionShape, limits: ImageLimits
+) -> ImageInputs:
+    """Normalise a resized image and cut it into patches.
+
+    Args:
+        pixels: of :func:`resized_pixels`.
+        original_hw: height and width of the image before it was resized.
+        vision: patch, merge and temporal sizes of the tower.
+        limits: mean and standard deviation per channel.
+    """
     patch, merge, frames = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
-    height, width = smart_resize(
-        image.height, image.width, patch * merge, limits.min_pixels, limits.max_pixels
-    )
-    resized = np.asarray(image.resize((width, height), resample=Image.Resampling.BICUBIC))
+    height, width = pixels.shape[:2]
     grid_h, grid_w = height // patch, width // patch
     merged_h, merged_w = grid_h // merge, grid_w // merge
 
-    blocks = resized.reshape(merged_h, merge, patch, merged_w, merge, patch, 3)
+    blocks = pixels.reshape(merged_h, merge, patch, merged_w, merge, patch, 3)
     # (block row, block column, row in block, column in block, channel, pixel row, pixel column)
     patches = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(grid_h * grid_w, 3, patch * patch)
     levels = _normalised_levels(limits)
@@ -171,8 +194,8 @@ def preprocess(image: Image.Image, vision: VisionShape, limits: ImageLimits) -> 
         merged_grid=(merged_h, merged_w),
         resized_height=height,
         resized_width=width,
-        original_height=image.height,
-        original_width=image.width,
+        original_height=original_hw[0],
+        original_width=original_hw[1],
     )
 
 

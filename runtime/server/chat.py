@@ -4,6 +4,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -72,7 +73,9 @@ class Chat:
         async with self._decoding:
             asked = await asyncio.to_thread(parse, body, self._options)
             del body
-            generation = await asyncio.to_thread(translate, asked, self._options, share.take_pixels)
+            most = self._options.most_image_pixels
+            prepare = partial(self._scheduler.prepare, most_pixels=most, on_pixels=share.take_pixels)
+            generation = await asyncio.to_thread(translate, asked, self._options, prepare)
         # Its images in base64 are not needed any more, and a reply may take minutes.
         return asked.model_copy(update={"messages": []}), generation
 

@@ -10,6 +10,7 @@ import itertools
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from starkv.runtime.agent import default_policy
 from starkv.runtime.engines.base import Engine, check_kv_method
 from starkv.runtime.kv.buffers import Arena
 from starkv.runtime.kv.image_cache import ImageCache
-from starkv.runtime.preprocess.image import preprocess
+from starkv.runtime.preprocess.prepared import PreparedImage
 from starkv.runtime.preprocess.tokenizer import ChatTokenizer
 from starkv.runtime.serving.job import Job
 from starkv.runtime.serving.requests import BusyError, GenerationRequest, OnEvent, SchedulerStatus
@@ -103,7 +104,10 @@ class Scheduler:
         check_kv_method(self._engine.info, policy.method)
         timings = Timings()
         with timings.measure("preprocess"):
-            images = tuple(preprocess(image, manifest.vision, manifest.image) for image in request.images)
+            images = tuple(
+                image if isinstance(image, PreparedImage) else self._images.prepare(image, manifest)
+                for image in request.images
+            )
         job = Job(next(self._ids), request, on_event, policy, images, timings)
         if request.session_id is None:
             # What a session adds is known only when its turn before is over; all else is refused right here.
@@ -114,6 +118,14 @@ class Scheduler:
             self._jobs[job.id] = job
             self._changed.notify()
         return job.id
+
+    def prepare(self, source: bytes, most_pixels: int, on_pixels: Callable[[int], None]) -> PreparedImage:
+        """Prepare an image for one request, on the caller's thread; see ``ImageCache.prepare``.
+
+        Raises:
+            ImageError: the image can't be taken.
+        """
+        return self._images.prepare(source, self._engine.manifest, most_pixels, on_pixels)
 
     def cancel(self, id: int) -> None:
         """End a request's reply where it is; nothing happens to one that is over."""
@@ -270,6 +282,9 @@ class Scheduler:
                 manifest, self._tokenizer, request.messages, job.images, state, self._limits.screenshots
             )
         check_fits(plan, request.parameters.max_new_tokens, manifest)
+        for image in job.images:
+            if image not in plan.images:
+                image.release()
         memory = plan.state.memory if plan.state else None
         job.turn = Turn(
             self._engine,
