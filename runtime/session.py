@@ -20,9 +20,10 @@ from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
 from starkv.runtime.preprocess.prepared import ImageFacts
 from starkv.runtime.preprocess.tokenizer import ChatTokenizer, Message
 from starkv.runtime.stream import StreamState
+from starkv.runtime.stream_plan import plan_stream
 from starkv.runtime.timings import Timings
 from starkv.runtime.turn import Turn, decode_step
-from starkv.runtime.turn_plan import check_fits, plan_prompt, plan_stream
+from starkv.runtime.turn_plan import check_fits, plan_prompt
 
 PREFILL_ROWS = 1 << 30
 """One call for a whole prompt: nobody else waits, and the engine divides it as it likes."""

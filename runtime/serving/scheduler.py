@@ -25,9 +25,10 @@ from starkv.runtime.serving.job import Job
 from starkv.runtime.serving.requests import BusyError, GenerationRequest, OnEvent, SchedulerStatus
 from starkv.runtime.serving.sessions import ParkedSessions
 from starkv.runtime.serving.slots import KvMemory, TurnPool
+from starkv.runtime.stream_plan import plan_stream
 from starkv.runtime.timings import Timings
 from starkv.runtime.turn import Turn, decode_step
-from starkv.runtime.turn_plan import check_fits, plan_prompt, plan_stream
+from starkv.runtime.turn_plan import check_fits, plan_prompt
 
 log = logging.getLogger(__name__)
 
