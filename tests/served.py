@@ -20,7 +20,8 @@ from starkv.runtime.preprocess.tokenizer import ChatTokenizer
 from starkv.runtime.server.app import create_app
 from starkv.runtime.server.options import ServerOptions
 from starkv.runtime.server.run import DrainingServer
-from starkv.runtime.serving.scheduler import Scheduler, SchedulerLimits
+from starkv.runtime.serving.limits import SchedulerLimits
+from starkv.runtime.serving.scheduler import Scheduler
 
 PATIENCE = 20.0
 LIMITS = SchedulerLimits(slots=4, queue=8)

@@ -20,7 +20,7 @@ from starkv.runtime.preprocess.tokenizer import ChatTokenizer
 from starkv.runtime.server.guard import Guard
 from starkv.runtime.server.in_flight import InFlight
 from starkv.runtime.server.options import ServerOptions
-from starkv.runtime.serving.scheduler import SchedulerLimits
+from starkv.runtime.serving.limits import SchedulerLimits
 
 
 def test_busy_servers_say_when_to_come_back(

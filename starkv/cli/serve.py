@@ -75,7 +75,8 @@ def serve(
     from starkv.runtime.agent import Agent
     from starkv.runtime.server.options import ServerOptions
     from starkv.runtime.server.run import run_server
-    from starkv.runtime.serving.scheduler import Scheduler, SchedulerLimits
+    from starkv.runtime.serving.limits import SchedulerLimits
+    from starkv.runtime.serving.scheduler import Scheduler
 
     if log_format not in ("text", "json"):
         raise UsageError(f"unknown --log-format {log_format!r}; known: text, json")
