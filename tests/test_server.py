@@ -58,6 +58,7 @@ def test_screens_are_clicked_in_pixels(reciting: ChatModel) -> None:
     assert reply["gui"]["model_xy"] == [56, 28]
     assert reply["gui"]["screen_xy"] == list(expected.to_json()["screen_xy"])  # type: ignore[call-overload]
     assert reply["gui"]["original_wh"] == [392, 280]
+    assert reply["timings"]["preprocess_ms"] > 0
 
 
 def test_ui_tars_messages(server: Server) -> None:

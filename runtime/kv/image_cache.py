@@ -7,6 +7,7 @@ sent: neither decoding nor resizing nor the vision tower.
 
 import hashlib
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -65,6 +66,18 @@ class ImageCache:
         Raises:
             ImageError: the image can't be taken.
         """
+        started = time.perf_counter()
+        prepared = self._prepare(source, manifest, most_pixels, on_pixels)
+        prepared.milliseconds = (time.perf_counter() - started) * 1e3
+        return prepared
+
+    def _prepare(
+        self,
+        source: bytes | Image.Image,
+        manifest: Manifest,
+        most_pixels: int,
+        on_pixels: Callable[[int], None],
+    ) -> PreparedImage:
         if isinstance(source, Image.Image):
             source = load_image(source, most_pixels)
         content = _content_key(source)

@@ -42,6 +42,8 @@ class PreparedImage:
 
     def __init__(self, facts: ImageFacts, make: Callable[[], ImageInputs]) -> None:
         self.facts = facts
+        self.milliseconds = 0.0
+        """That preparing it took, told by whoever did it."""
         self._make: Callable[[], ImageInputs] | None = make
 
     def inputs(self) -> ImageInputs:

@@ -65,12 +65,11 @@ class Scheduler:
         manifest = self._engine.manifest
         policy = request.policy or default_policy(manifest)
         check_kv_method(self._engine.info, policy.method)
-        timings = Timings()
-        with timings.measure("preprocess"):
-            images = tuple(
-                image if isinstance(image, PreparedImage) else self._work.images.prepare(image, manifest)
-                for image in request.images
-            )
+        images = tuple(
+            image if isinstance(image, PreparedImage) else self._work.images.prepare(image, manifest)
+            for image in request.images
+        )
+        timings = Timings(preprocess_ms=sum(image.milliseconds for image in images))
         job = Job(next(self._ids), request, on_event, policy, images, timings)
         if request.session_id is None:
             # What a session adds is known only when its turn before is over; all else is refused right here.
