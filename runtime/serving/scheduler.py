@@ -64,7 +64,7 @@ class Scheduler:
         self._check_open()
         manifest = self._engine.manifest
         policy = request.policy or default_policy(manifest)
-        check_kv_method(self._engine.info, policy.method)
+        check_kv_method(self._engine.info, policy.method, bool(policy.packed))
         images = tuple(
             image if isinstance(image, PreparedImage) else self._work.images.prepare(image, manifest)
             for image in request.images
