@@ -21,30 +21,33 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import lru_cache, partial
+from itertools import groupby
+from multiprocessing import get_context
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 from common import engines, report
-from stream_asking import STREAMS, Reply, StreamAsker, Way
+from stream_asking import STREAMS, StreamAsker, Way
 
 from starkv.evaluation.answers import answer_of
 from starkv.evaluation.boxes import Box
 from starkv.evaluation.graders.point import click_in_box
 from starkv.evaluation.paired import Discordance, cluster_intervals, holm
-from starkv.evaluation.shared_prefill import SharedPrefill
 from starkv.evaluation.statistics import wilson_interval
 from starkv.methods.budget import Budget
 from starkv.methods.names import FULL, STAR_KV
 from starkv.runtime.agent import Agent, interpret
-from starkv.runtime.engines.base import Engine
 from starkv.runtime.kv.policy import KvPolicy, StarKVMemory
 from starkv.runtime.timings import Timings
 from starkv.synthetic.samples import Sample
 from starkv.synthetic.suite import SPLITS, TRAJECTORY_TASKS, trajectory_samples
 
+LONGEST_REPLY = 48
+"""Tokens."""
 WHOLE = 1.0
 """Budget that stands for the full cache."""
 
@@ -59,19 +62,31 @@ class Cell:
     kept: list[float] = field(default_factory=list)
     """Share of the prompt's rows behind which the reply was decoded."""
     texts: list[str] = field(default_factory=list)
-    memory: StarKVMemory | None = None
-    """Of the episode so far, in prompt mode."""
 
     @property
     def policy(self) -> KvPolicy:
         return KvPolicy(FULL) if self.budget == WHOLE else KvPolicy(STAR_KV, Budget(self.budget))
 
-    def ask(self, asker: StreamAsker, sample: Sample) -> Reply:
-        """Ask; in prompt mode with what is remembered of the episode."""
-        reply = asker.ask(sample, self.way, self.policy, self.memory)
+    def ask(self, agent: Agent, asker: StreamAsker, episode: Sequence[Sample], number: int) -> None:
+        """Ask an episode's question; in prompt mode STaR-KV remembers those before."""
+        sample = episode[number]
+        if not number:
+            self._memory: StarKVMemory | None = None
+        reply = asker.ask(sample, self.way, self.policy, self._memory)
         if self.way == "prompt":
-            self.memory = reply.memory
-        return reply
+            self._memory = reply.memory
+        manifest = agent.engine.manifest
+        read = interpret(reply.text, manifest, asker.seen(sample), Timings(), "stop")
+        box = Box(*map(float, sample.box))
+        self.hits.append(bool(click_in_box(answer_of(read, manifest.coordinates), box)))
+        self.kept.append(reply.kept / reply.full)
+        self.texts.append(reply.text)
+
+    def extend(self, more: "Cell") -> None:
+        """Add another episode's answers."""
+        self.hits += more.hits
+        self.kept += more.kept
+        self.texts += more.texts
 
 
 def cells_of(budgets: Sequence[float]) -> list[Cell]:
@@ -81,33 +96,38 @@ def cells_of(budgets: Sequence[float]) -> list[Cell]:
     return [Cell(way, WHOLE) for way in whole] + [Cell(way, b) for way in ways for b in budgets]
 
 
-def hit(agent: Agent, asker: StreamAsker, sample: Sample, text: str) -> bool:
-    """Whether a reply's click is right."""
-    manifest = agent.engine.manifest
-    reply = interpret(text, manifest, asker.seen(sample), Timings(), "stop")
-    return bool(click_in_box(answer_of(reply, manifest.coordinates), Box(*map(float, sample.box))))
+@lru_cache(maxsize=1)
+def opened(engine: Path) -> Agent:
+    """The engine, once per process."""
+    return Agent.load(engine, threads=1)
 
 
-def run(agent: Agent, cells: Sequence[Cell], samples: Sequence[Sample], tokens: int, seconds: float) -> int:
-    """Ask questions, whole episodes of them, until there are no more or the time is up; returns how many."""
-    shared = SharedPrefill(agent.engine)
-    asker = StreamAsker(agent, cast(Engine, shared), tokens)
-    started, group = time.monotonic(), ""
-    for number, sample in enumerate(samples):
-        if sample.group != group:
-            if time.monotonic() - started > seconds:
-                return number
-            group = sample.group
-            for cell in cells:
-                cell.memory = None
-        shared.forget_images()
+def answers(engine: Path, episode: Sequence[Sample], budgets: Sequence[float], end: float) -> list[Cell]:
+    """Ask an episode's questions; nothing where it is too late to begin."""
+    if time.time() > end:
+        return []
+    agent, cells = opened(engine), cells_of(budgets)
+    asker = StreamAsker(agent, LONGEST_REPLY)
+    for number in range(len(episode)):
         for cell in cells:
-            reply = cell.ask(asker, sample)
-            cell.hits.append(hit(agent, asker, sample, reply.text))
-            cell.kept.append(reply.kept / reply.full)
-            cell.texts.append(reply.text)
-        print(f"question {number + 1}", file=sys.stderr, end="\r", flush=True)
-    return len(samples)
+            cell.ask(agent, asker, episode, number)
+    return cells
+
+
+def run(
+    engine: Path, samples: Sequence[Sample], budgets: Sequence[float], jobs: int, minutes: float
+) -> tuple[list[Cell], list[Sample]]:
+    """Ask whole episodes until there are no more or the time is up; returns answers and what was asked."""
+    episodes = [list(some) for _, some in groupby(samples, key=lambda sample: sample.group)]
+    cells, asked = cells_of(budgets), []
+    ask = partial(answers, engine, budgets=budgets, end=time.time() + 60 * minutes)
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        for episode, answered in zip(episodes, pool.map(ask, episodes), strict=True):
+            for cell, more in zip(cells, answered, strict=False):
+                cell.extend(more)
+            asked += episode if answered else []
+            print(f"{len(asked)} questions", file=sys.stderr, end="\r", flush=True)
+    return cells, asked
 
 
 def figures_of(cells: Sequence[Cell], samples: Sequence[Sample]) -> list[dict[str, object]]:
@@ -184,23 +204,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.1, 0.2, 0.4])
     parser.add_argument("--preset", default="fp32", help="quantization of gui-tiny's engine")
-    parser.add_argument("--threads", type=int, help="default: all processors that may be used")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--out", type=Path, help="JSON file with all figures")
     args = parser.parse_args()
-    samples = list(islice(trajectory_samples(args.split, args.seed, args.count), args.count))
-    cells = cells_of(args.budgets)
+    samples = list(trajectory_samples(args.split, args.seed, args.count))
     with engines(args.preset) as directories:
-        agent = Agent.load(directories[args.preset], threads=args.threads)
-        asked = run(agent, cells, samples, 48, 60 * args.minutes)
-    samples = samples[:asked]
+        cells, samples = run(directories[args.preset], samples, args.budgets, args.jobs, args.minutes)
     figures = figures_of(cells, samples)
     details = {
         "benchmark": "stream_accuracy",
         "engine": f"gui-tiny {args.preset}",
-        "threads": agent.engine.info.threads,
         "split": args.split,
         "seed": args.seed,
-        "questions": asked,
+        "questions": len(samples),
         "episodes": len({sample.group for sample in samples}),
         "ids": [sample.id for sample in samples],
         "cells": figures,

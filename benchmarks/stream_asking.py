@@ -7,11 +7,12 @@ when rows are chosen, and by whose attention.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 from PIL import Image
 
+from starkv.evaluation.shared_prefill import SharedPrefill
 from starkv.methods.rows import ROW_TOKEN, PromptRows
 from starkv.methods.stream_rows import StreamRows
 from starkv.runtime.agent import Agent
@@ -53,16 +54,22 @@ class Reply:
 class StreamAsker:
     """Asks questions of the synthetic suite, whose prompts hold the screenshots and then the text.
 
+    What several ways and budgets have in common is computed once: whole prompts, first screenshots, and the
+    states of streams that differ only in when the question comes.
+
     Args:
         agent: engine and tokenizer.
-        engine: of whole prompts, where it is another one that need not repeat itself.
         max_new_tokens: longest reply.
     """
 
-    def __init__(self, agent: Agent, engine: Engine, max_new_tokens: int) -> None:
-        self._agent, self._whole = agent, engine
+    def __init__(self, agent: Agent, max_new_tokens: int) -> None:
+        self._agent = agent
+        self._whole, self._first = (cast(Engine, SharedPrefill(agent.engine)) for _ in range(2))
         self._parameters = SamplingParameters(max_new_tokens)
         self._images = ImageCache()
+        self._asked = ""
+        self._states: dict[tuple[KvPolicy, str, int], StreamState] = {}
+        """Of the last question: policy, tail and characters before the last piece → state behind it."""
 
     def seen(self, sample: Sample) -> ImageFacts:
         """The screenshot that the question is asked about, as the model sees it."""
@@ -79,6 +86,9 @@ class StreamAsker:
         """
         if way == "prompt":
             return self._answer(self._whole, self._prompt(sample), policy, memory)
+        if sample.id != self._asked:
+            self._asked = sample.id
+            self._states.clear()
         prompt = self._prompt(sample)
         frames, question = self.pieces(sample)
         pieces = (
@@ -91,7 +101,10 @@ class StreamAsker:
         for number, piece in enumerate(pieces):
             plans.append(self._plan(state, piece, images[number : number + 1], prompt))
             if number < len(pieces) - 1:
-                state = self._append(state, plans[-1], tail, images[number], prompt, policy)
+                key = (policy, tail, len(state.text) if state else 0)
+                if key not in self._states:
+                    self._states[key] = self._append(state, plans[-1], tail, images[number], prompt, policy)
+                state = self._states[key]
         check_same(plans, prompt)
         assert state is not None
         return self._answer(self._agent.engine, plans[-1], policy, state.memory)
@@ -141,7 +154,8 @@ class StreamAsker:
         """Prefill a piece and compress; with a tail behind it, whose rows go again."""
         asked = self._plan(state, prompt_text(plan, state) + tail, [image], prompt) if tail else plan
         memory = state.memory if state else None
-        turn, pool, handle = self._compressed(self._agent.engine, asked, policy, memory)
+        engine = self._agent.engine if state else self._first
+        turn, pool, handle = self._compressed(engine, asked, policy, memory)
         assert plan.state is not None
         rows = _without_tokens_from(pool.kv.park(pool.slot_of(handle)), plan.state.tokens)
         return replace(plan.state, rows=rows, memory=turn.memory)

@@ -37,7 +37,7 @@ def agent(gui_tiny_engine: Path) -> Agent:
 
 @pytest.fixture
 def asker(asking: Any, agent: Agent) -> "StreamAsker":
-    made: StreamAsker = asking.StreamAsker(agent, agent.engine, TOKENS)
+    made: StreamAsker = asking.StreamAsker(agent, TOKENS)
     return made
 
 
