@@ -20,14 +20,15 @@ prompt mode STaR-KV remembers an episode's earlier questions, in a stream its ea
 import argparse
 import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 from common import engines, report
@@ -50,6 +51,15 @@ LONGEST_REPLY = 48
 """Tokens."""
 WHOLE = 1.0
 """Budget that stands for the full cache."""
+
+
+class Asked(NamedTuple):
+    """A question that was asked."""
+
+    id: str
+    group: str
+    """Its episode."""
+    task: str
 
 
 @dataclass
@@ -102,10 +112,8 @@ def opened(engine: Path) -> Agent:
     return Agent.load(engine, threads=1)
 
 
-def answers(engine: Path, episode: Sequence[Sample], budgets: Sequence[float], end: float) -> list[Cell]:
-    """Ask an episode's questions; nothing where it is too late to begin."""
-    if time.time() > end:
-        return []
+def answers(engine: Path, episode: Sequence[Sample], budgets: Sequence[float]) -> list[Cell]:
+    """Ask an episode's questions."""
     agent, cells = opened(engine), cells_of(budgets)
     asker = StreamAsker(agent, LONGEST_REPLY)
     for number in range(len(episode)):
@@ -115,22 +123,33 @@ def answers(engine: Path, episode: Sequence[Sample], budgets: Sequence[float], e
 
 
 def run(
-    engine: Path, samples: Sequence[Sample], budgets: Sequence[float], jobs: int, minutes: float
-) -> tuple[list[Cell], list[Sample]]:
+    engine: Path, samples: Iterable[Sample], budgets: Sequence[float], jobs: int, minutes: float
+) -> tuple[list[Cell], list[Asked]]:
     """Ask whole episodes until there are no more or the time is up; returns answers and what was asked."""
-    episodes = [list(some) for _, some in groupby(samples, key=lambda sample: sample.group)]
-    cells, asked = cells_of(budgets), []
-    ask = partial(answers, engine, budgets=budgets, end=time.time() + 60 * minutes)
+    cells, asked, end = cells_of(budgets), list[Asked](), time.monotonic() + 60 * minutes
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        for episode, answered in zip(episodes, pool.map(ask, episodes), strict=True):
-            for cell, more in zip(cells, answered, strict=False):
+        pending: deque[Future[list[Cell]]] = deque()
+
+        def collect() -> None:
+            for cell, more in zip(cells, pending.popleft().result(), strict=True):
                 cell.extend(more)
-            asked += episode if answered else []
-            print(f"{len(asked)} questions", file=sys.stderr, end="\r", flush=True)
+            print(f"{len(cells[0].hits)} questions", file=sys.stderr, end="\r", flush=True)
+
+        # Episodes are drawn as they are needed: all screenshots of a thousand questions are a gigabyte.
+        for _, some in groupby(samples, key=lambda sample: sample.group):
+            if time.monotonic() > end:
+                break
+            episode = list(some)
+            asked += [Asked(sample.id, sample.group, sample.task) for sample in episode]
+            pending.append(pool.submit(answers, engine, episode, budgets))
+            if len(pending) > jobs:
+                collect()
+        while pending:
+            collect()
     return cells, asked
 
 
-def figures_of(cells: Sequence[Cell], samples: Sequence[Sample]) -> list[dict[str, object]]:
+def figures_of(cells: Sequence[Cell], samples: Sequence[Asked]) -> list[dict[str, object]]:
     """Accuracy of each cell, in all and by task, and of streams the paired difference to prompt mode."""
     prompts = {cell.budget: cell for cell in cells if cell.way == "prompt"}
     streams = [cell for cell in cells if cell.way != "prompt"]
@@ -207,9 +226,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--out", type=Path, help="JSON file with all figures")
     args = parser.parse_args()
-    samples = list(trajectory_samples(args.split, args.seed, args.count))
+    drawn = trajectory_samples(args.split, args.seed, args.count)
     with engines(args.preset) as directories:
-        cells, samples = run(directories[args.preset], samples, args.budgets, args.jobs, args.minutes)
+        cells, samples = run(directories[args.preset], drawn, args.budgets, args.jobs, args.minutes)
     figures = figures_of(cells, samples)
     details = {
         "benchmark": "stream_accuracy",
