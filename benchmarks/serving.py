@@ -25,8 +25,9 @@ from starkv.methods.names import FULL
 from starkv.runtime.agent import Agent
 from starkv.runtime.generation import SamplingParameters
 from starkv.runtime.kv.policy import KvPolicy
+from starkv.runtime.serving.limits import SchedulerLimits
 from starkv.runtime.serving.requests import Event, Failed, Finished, GenerationRequest, TextPiece
-from starkv.runtime.serving.scheduler import Scheduler, SchedulerLimits
+from starkv.runtime.serving.scheduler import Scheduler
 
 
 @dataclass

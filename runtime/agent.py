@@ -19,7 +19,8 @@ from starkv.runtime.engines.base import Engine
 from starkv.runtime.engines.opening import open_engine
 from starkv.runtime.generation import SamplingParameters
 from starkv.runtime.kv.policy import KvPolicy
-from starkv.runtime.preprocess.image import ImageInputs, load_image
+from starkv.runtime.preprocess.image import load_image
+from starkv.runtime.preprocess.prepared import ImageFacts
 from starkv.runtime.preprocess.tokenizer import ChatTokenizer
 from starkv.runtime.prompts.dialects import opening
 from starkv.runtime.session import Session
@@ -158,7 +159,7 @@ def understand(text: str, session: Session, dialect: PromptDialect | None = None
 def interpret(
     text: str,
     manifest: Manifest,
-    seen: ImageInputs,
+    seen: ImageFacts,
     timings: Timings,
     finish_reason: str,
     dialect: PromptDialect | None = None,

@@ -17,12 +17,13 @@ from starkv.runtime.engines.base import Engine, check_kv_method
 from starkv.runtime.generation import SamplingParameters
 from starkv.runtime.kv.image_cache import ImageCache
 from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
-from starkv.runtime.preprocess.image import ImageInputs, preprocess
+from starkv.runtime.preprocess.prepared import ImageFacts
 from starkv.runtime.preprocess.tokenizer import ChatTokenizer, Message
 from starkv.runtime.stream import StreamState
+from starkv.runtime.stream_plan import plan_stream
 from starkv.runtime.timings import Timings
 from starkv.runtime.turn import Turn, decode_step
-from starkv.runtime.turn_plan import check_fits, plan_prompt, plan_stream
+from starkv.runtime.turn_plan import check_fits, plan_prompt
 
 PREFILL_ROWS = 1 << 30
 """One call for a whole prompt: nobody else waits, and the engine divides it as it likes."""
@@ -48,7 +49,7 @@ class Session:
     mode: Mode = "prompt"
     screenshots: int | None = None
     timings: Timings = field(default_factory=Timings)
-    images: list[ImageInputs] = field(default_factory=list)
+    images: list[ImageFacts] = field(default_factory=list)
     """Screenshots of the last conversation."""
     prompt: CacheRows | None = None
     """What the rows were that the last turn compressed."""
@@ -121,13 +122,12 @@ class Session:
         engine, manifest = self.engine, self.engine.manifest
         check_kv_method(engine.info, self.kv_policy.method, bool(self.kv_policy.packed))
         with timings.measure("preprocess"):
-            self.images = [preprocess(image, manifest.vision, manifest.image) for image in images]
+            prepared = [self.image_cache.prepare(image, manifest) for image in images]
+            self.images = [image.facts for image in prepared]
             if self.mode == "stream":
-                plan = plan_stream(
-                    manifest, self.tokenizer, messages, self.images, self.state, self.screenshots
-                )
+                plan = plan_stream(manifest, self.tokenizer, messages, prepared, self.state, self.screenshots)
             else:
-                plan = plan_prompt(manifest, self.tokenizer, messages, self.images)
+                plan = plan_prompt(manifest, self.tokenizer, messages, prepared)
         check_fits(plan, parameters.max_new_tokens, manifest)
         self.reused_tokens = plan.reused_tokens
         memory = plan.state.memory if plan.state else self.kv_memory

@@ -77,8 +77,7 @@ class Turn:
         if number == len(self.plan.images):
             return False
         with self.timings.measure("vision"):
-            image, key = self.plan.images[number], self.plan.image_keys[number]
-            self._encoded.append(self._images.encode(self._engine, image, key))
+            self._encoded.append(self._images.encode(self._engine, self.plan.images[number]))
         return True
 
     def prefill_next(self, arena: Arena, most_rows: int) -> bool:

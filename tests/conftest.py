@@ -11,8 +11,14 @@ import pytest
 from PIL import Image
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from command import Command
+    from fake_engine import FakeEngine
+    from served import Server
     from transformers import Qwen2_5_VLForConditionalGeneration
+
+    from starkv.runtime.preprocess.tokenizer import ChatTokenizer
 
 
 PLAIN_PRESETS = ("fp32", "int8", "int4", "int4-small")
@@ -125,3 +131,31 @@ def starkv(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
     monkeypatch.chdir(work)
     monkeypatch.delenv("STARKV_ENGINES", raising=False)
     return Command(monkeypatch, capsys)
+
+
+@pytest.fixture(scope="session")
+def served_tokenizer(babbling: ChatModel) -> "ChatTokenizer":
+    """Tokenizer of the fake engine."""
+    from starkv.runtime.preprocess.tokenizer import ChatTokenizer
+
+    return ChatTokenizer.from_directory(babbling.engine)
+
+
+@pytest.fixture
+def served_engine(babbling: ChatModel, served_tokenizer: "ChatTokenizer") -> "FakeEngine":
+    """An engine that says letters and notes what it was asked."""
+    from fake_engine import FakeEngine
+
+    from starkv.manifest import read_manifest
+
+    manifest = read_manifest(babbling.engine).model_copy(update={"max_context": 8192})
+    return FakeEngine(manifest, [served_tokenizer.encode(letter)[0] for letter in "abcdefghijklmnop"])
+
+
+@pytest.fixture
+def server(served_engine: "FakeEngine", served_tokenizer: "ChatTokenizer") -> "Iterator[Server]":
+    """An HTTP server of the fake engine."""
+    from served import serving
+
+    with serving(served_engine, served_tokenizer) as running:
+        yield running

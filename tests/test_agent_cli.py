@@ -105,16 +105,13 @@ def test_the_desktop_judges(work: Work) -> None:
 def test_a_reply_that_is_no_action_does_not_count_for_star_kv(
     starkv: Command, babbling: ChatModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from starkv.runtime.agents.asking import SessionAsk
+    memories, reply = [], Session.reply
 
-    memories, ask = [], SessionAsk.__call__
+    def remember(session: Session, *rest: object) -> object:
+        memories.append(session.kv_memory)
+        return reply(session, *rest)  # type: ignore[arg-type]
 
-    def remember(asking: SessionAsk, *rest: object) -> object:
-        reply = ask(asking, *rest)  # type: ignore[arg-type]
-        memories.append(asking._session.kv_memory)
-        return reply
-
-    monkeypatch.setattr(SessionAsk, "__call__", remember)
+    monkeypatch.setattr(Session, "reply", remember)
     asked = ("--engine", babbling.engine, "--max-new-tokens", 4, "--kv-budget", 0.5, "--retries", 1, "--json")
     done = starkv("agent", *asked)
     assert (done.code, json.loads(done.out)["reason"]) == (1, "unreadable")

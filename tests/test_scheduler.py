@@ -23,8 +23,9 @@ from starkv.runtime.agent import Agent
 from starkv.runtime.generation import SamplingParameters
 from starkv.runtime.kv.policy import KvPolicy
 from starkv.runtime.preprocess.tokenizer import ChatTokenizer, Message
+from starkv.runtime.serving.limits import SchedulerLimits
 from starkv.runtime.serving.requests import BusyError, Event, Failed, Finished, GenerationRequest, TextPiece
-from starkv.runtime.serving.scheduler import Scheduler, SchedulerLimits
+from starkv.runtime.serving.scheduler import Scheduler
 from starkv.runtime.session import Session
 
 PATIENCE = 20.0

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the loop asks a model: the only place that knows of engines and sessions."""
 
+import operator
 from collections.abc import Callable, Sequence
 
 from PIL import Image
@@ -46,19 +47,23 @@ class SessionAsk:
             )
         self._session = Session(agent.engine, agent.tokenizer, kv_policy, mode, screenshots)
         self._dialect = dialect
+        self._asked: tuple[list[Message], list[Image.Image]] = ([], [])
+        self._before = (self._session.kv_memory, self._session.state)
+        """What the session remembered before the last question."""
 
     def __call__(
         self, messages: Sequence[Message], images: Sequence[Image.Image], parameters: SamplingParameters
     ) -> AgentReply:
-        """Answer.
+        """Answer. The same question again, with the very same images, is answered as if it were the first
+        time: a screen must not count twice in the trajectory.
 
         Raises:
             StarkvError: the prompt doesn't fit the engine, or an image can't be taken.
         """
-        session = self._session
-        memory, state = session.kv_memory, session.state
-        reply = understand("".join(session.reply(messages, images, parameters)), session, self._dialect)
-        if reply.error:
-            # The same screenshot will be asked about again: it must not count twice in the trajectory.
-            session.kv_memory, session.state = memory, state
-        return reply
+        session, (last_messages, last_images) = self._session, self._asked
+        same_images = len(images) == len(last_images) and all(map(operator.is_, images, last_images))
+        if same_images and list(messages) == last_messages:
+            session.kv_memory, session.state = self._before
+        self._asked = list(messages), list(images)
+        self._before = session.kv_memory, session.state
+        return understand("".join(session.reply(messages, images, parameters)), session, self._dialect)

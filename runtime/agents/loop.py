@@ -17,6 +17,7 @@ from starkv.runtime.agent import AgentReply
 from starkv.runtime.agents.asking import Ask
 from starkv.runtime.agents.environment import Environment, UnsupportedActionError
 from starkv.runtime.agents.history import PastStep, prompt_of
+from starkv.runtime.agents.repeats import Repeats
 from starkv.runtime.agents.steps import Outcome, Reason, Rejected, Step
 from starkv.runtime.drawing import draw_actions
 from starkv.runtime.generation import SamplingParameters
@@ -40,13 +41,15 @@ class LoopSettings:
     screenshots: int = 5
     """Most of them in a prompt; UI-TARS was trained with 5."""
     retries: int = 3
-    """Times that the model is asked again where its reply is no action."""
+    """Times that the model is asked again where its reply is no action, or none worth another try."""
     retry_temperature: float = 1.0
     """Of the sampling then, because a greedy model would say the same again; never below the first one's."""
+    repeats: int = 3
+    """Times that the same actions may be tried on a screen that they don't change; 0: no limit."""
     parameters: SamplingParameters = field(default_factory=SamplingParameters)
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("screenshots", 1), ("retries", 0)):
+        for name, least in (("steps", 1), ("screenshots", 1), ("retries", 0), ("repeats", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if self.seconds is not None and not self.seconds > 0:
@@ -92,6 +95,7 @@ class AgentLoop:
         self._environment, self._ask, self._goal = environment, ask, goal
         self._settings, self._on_step, self._clock = settings, on_step, clock
         self._past: list[PastStep] = []
+        self._repeats = Repeats(settings.repeats)
         self._started = clock()
 
     def run(self) -> Outcome:
@@ -141,9 +145,12 @@ class AgentLoop:
             screenshot = self._environment.screenshot().convert("RGB")
         seen.append(screenshot)
         step.screenshot_wh = screenshot.size
+        self._repeats.look(screenshot)
+        step.unchanged = self._repeats.unchanged
         reply = self._asked(step, screenshot)
-        if reply is None:
-            return _End("time") if self._out_of_time() else _End("unreadable", error=step.error)
+        if isinstance(reply, _End):
+            return reply
+        self._repeats.tried(reply.actions)
         marked: Image.Image | None = None
         end: _End | None = None
         with _measured(step, "perform_ms"):
@@ -163,8 +170,8 @@ class AgentLoop:
         self._forget_screens()
         return end
 
-    def _asked(self, step: Step, screenshot: Image.Image) -> AgentReply | None:
-        """Ask until the reply is an action; None where the retries or the time are used up."""
+    def _asked(self, step: Step, screenshot: Image.Image) -> AgentReply | _End:
+        """Ask until the reply is an action worth trying, or the retries or the time are used up."""
         settings = self._settings
         messages, images = prompt_of(
             self._goal, self._past, screenshot, settings.screenshots, settings.dialect
@@ -176,14 +183,19 @@ class AgentLoop:
             step.text, step.thought = reply.text, reply.thought
             step.actions = [dict(action) for action in reply.action_json]
             step.timings = asdict(reply.timings)
-            if reply.error is None:
+            useless = None if reply.error else self._repeats.useless(reply.actions)
+            if reply.error:
+                step.error = str(reply.error)
+                step.rejected.append(Rejected(reply.text, reply.error.reason))
+            elif useless:
+                step.error = useless
+                step.rejected.append(Rejected(reply.text, useless))
+            else:
                 step.error = None
                 return reply
-            step.error = str(reply.error)
-            step.rejected.append(Rejected(reply.text, reply.error.reason))
             if self._out_of_time():
-                break
-        return None
+                return _End("time")
+        return _End("stuck" if useless else "unreadable", error=step.error)
 
     def _perform(self, step: Step, action: Action) -> bool:
         """Carry an action out; False if the environment has no such action."""

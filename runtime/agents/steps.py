@@ -6,14 +6,17 @@ from typing import Literal
 
 from starkv.runtime.actions.coordinates import JsonValue
 
-Reason = Literal["done", "finished", "call_user", "steps", "time", "unreadable", "interrupted", "error"]
+Reason = Literal[
+    "done", "finished", "call_user", "steps", "time", "unreadable", "stuck", "interrupted", "error"
+]
 """Why a run ended: the environment had nothing more to do; the model said that it has finished, or that it
-needs the user; the limit of steps or of time; replies that are no actions; Ctrl-C; an error."""
+needs the user; the limit of steps or of time; replies that are no actions; replies that do what changed
+nothing before; Ctrl-C; an error."""
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A reply that was no action."""
+    """A reply that was no action, or one that was tried often enough."""
 
     text: str
     error: str
@@ -29,6 +32,8 @@ class Step:
     """From 1."""
     screenshot_wh: tuple[int, int] = (0, 0)
     """Pixels of the screenshot."""
+    unchanged: int = 0
+    """Steps in a row, before this one, that showed the very same screen."""
     text: str = ""
     """The reply as the model wrote it."""
     thought: str = ""
@@ -39,7 +44,7 @@ class Step:
     retries: int = 0
     """Times that the model was asked again."""
     rejected: list[Rejected] = field(default_factory=list)
-    """Replies that were no actions, in order."""
+    """Replies that were not acted on, in order."""
     error: str | None = None
     """What went wrong."""
     screenshot_ms: float = 0.0
@@ -71,7 +76,7 @@ class Outcome:
     message: str = ""
     """What the model says with ``finished`` or ``call_user``."""
     error: str | None = None
-    """What went wrong, where the reason is ``error`` or ``unreadable``."""
+    """What went wrong, where the reason is ``error``, ``unreadable`` or ``stuck``."""
 
     def to_json(self) -> dict[str, object]:
         """As JSON values."""

@@ -58,6 +58,8 @@ def view_of(step: Step, screenshot: Image.Image | None) -> StepView:
         ("time", f"{seconds:.2f} s: screenshot {step.screenshot_ms:.0f}, model {step.ask_ms:.0f}, "
                  f"actions {step.perform_ms:.0f} ms"),
     ]  # fmt: skip
+    if step.unchanged:
+        figures.append(("screen", f"unchanged since step {step.number - step.unchanged}"))
     if timings:
         figures += [
             ("model", f"vision {timings['vision_ms']:.0f}, prefill {timings['prefill_ms']:.0f}, compression "

@@ -11,6 +11,7 @@ Two decisions where the outside world disagrees with itself:
 
 import io
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +62,11 @@ def png_bytes(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
-def load_image(source: str | Path | bytes | Image.Image, most_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_image(
+    source: str | Path | bytes | Image.Image,
+    most_pixels: int = MAX_PIXELS,
+    on_pixels: Callable[[int], None] = lambda pixels: None,
+) -> Image.Image:
     """Open, check and decode an image.
 
     The header is checked before a single pixel is decoded, so a decompression bomb costs nothing.
@@ -69,6 +74,7 @@ def load_image(source: str | Path | bytes | Image.Image, most_pixels: int = MAX_
     Args:
         source: a path, the bytes of a file, or an image; an upright RGB image is returned as it is.
         most_pixels: a larger one is refused; never more than ``MAX_PIXELS``.
+        on_pixels: told the number of pixels before they are decoded; it may refuse by raising.
 
     Returns:
         An upright RGB image.
@@ -77,7 +83,7 @@ def load_image(source: str | Path | bytes | Image.Image, most_pixels: int = MAX_
         ImageError: missing, unreadable or damaged file, unknown format, or a size out of bounds.
     """
     if isinstance(source, Image.Image):
-        return _upright_rgb(source, "image", most_pixels)
+        return _upright_rgb(source, "image", most_pixels, on_pixels)
     if isinstance(source, bytes):
         name, data = "image", source
     else:
@@ -94,7 +100,7 @@ def load_image(source: str | Path | bytes | Image.Image, most_pixels: int = MAX_
         ) from None
     except Exception as error:  # Pillow's parsers raise nearly anything on damaged bytes
         raise ImageError(f"{name} can't be read: {_one_line(error)}") from None
-    return _upright_rgb(image, name, most_pixels)
+    return _upright_rgb(image, name, most_pixels, on_pixels)
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -142,15 +148,38 @@ def preprocess(image: Image.Image, vision: VisionShape, limits: ImageLimits) -> 
         ImageError: the image's size is out of bounds.
     """
     image = load_image(image)
+    pixels = resized_pixels(image, vision, limits)
+    return image_inputs(pixels, (image.height, image.width), vision, limits)
+
+
+def resized_pixels(image: Image.Image, vision: VisionShape, limits: ImageLimits) -> NDArray[np.uint8]:
+    """An upright RGB image in the size that the model sees, ``[H, W, 3]``.
+
+    Raises:
+        ImageError: the image's size is out of bounds.
+    """
+    factor = vision.patch_size * vision.spatial_merge_size
+    height, width = smart_resize(image.height, image.width, factor, limits.min_pixels, limits.max_pixels)
+    return np.asarray(image.resize((width, height), resample=Image.Resampling.BICUBIC))
+
+
+def image_inputs(
+    pixels: NDArray[np.uint8], original_hw: tuple[int, int], vision: VisionShape, limits: ImageLimits
+) -> ImageInputs:
+    """Normalise a resized image and cut it into patches.
+
+    Args:
+        pixels: of :func:`resized_pixels`.
+        original_hw: height and width of the image before it was resized.
+        vision: patch, merge and temporal sizes of the tower.
+        limits: mean and standard deviation per channel.
+    """
     patch, merge, frames = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
-    height, width = smart_resize(
-        image.height, image.width, patch * merge, limits.min_pixels, limits.max_pixels
-    )
-    resized = np.asarray(image.resize((width, height), resample=Image.Resampling.BICUBIC))
+    height, width = pixels.shape[:2]
     grid_h, grid_w = height // patch, width // patch
     merged_h, merged_w = grid_h // merge, grid_w // merge
 
-    blocks = resized.reshape(merged_h, merge, patch, merged_w, merge, patch, 3)
+    blocks = pixels.reshape(merged_h, merge, patch, merged_w, merge, patch, 3)
     # (block row, block column, row in block, column in block, channel, pixel row, pixel column)
     patches = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(grid_h * grid_w, 3, patch * patch)
     levels = _normalised_levels(limits)
@@ -165,8 +194,8 @@ def preprocess(image: Image.Image, vision: VisionShape, limits: ImageLimits) -> 
         merged_grid=(merged_h, merged_w),
         resized_height=height,
         resized_width=width,
-        original_height=image.height,
-        original_width=image.width,
+        original_height=original_hw[0],
+        original_width=original_hw[1],
     )
 
 
@@ -191,7 +220,9 @@ def _read(path: Path) -> bytes:
         raise ImageError(f"{path} can't be read: {_one_line(error)}") from None
 
 
-def _upright_rgb(image: Image.Image, name: str, most_pixels: int) -> Image.Image:
+def _upright_rgb(
+    image: Image.Image, name: str, most_pixels: int, on_pixels: Callable[[int], None]
+) -> Image.Image:
     """Check the size, decode, turn upright, lay over white."""
     width, height = image.size
     most_pixels = min(most_pixels, MAX_PIXELS)
@@ -202,6 +233,7 @@ def _upright_rgb(image: Image.Image, name: str, most_pixels: int) -> Image.Image
             f"{name} is too large: {width}x{height} pixels, at most {MAX_SIDE:,} on a side and "
             f"{most_pixels:,} in all; scale it down first"
         )
+    on_pixels(width * height)
     try:
         image.load()
         if image.getexif().get(_EXIF_ORIENTATION, _UPRIGHT) != _UPRIGHT:

@@ -17,6 +17,7 @@ from starkv.runtime.server.bridge import SchedulerLike
 from starkv.runtime.server.chat import Chat
 from starkv.runtime.server.errors import ApiError, answer
 from starkv.runtime.server.guard import CHAT, Guard
+from starkv.runtime.server.in_flight import InFlight
 from starkv.runtime.server.logs import note
 from starkv.runtime.server.metrics import Metrics
 from starkv.runtime.server.options import ServerOptions
@@ -36,7 +37,8 @@ def create_app(
         info: of its engine.
         options: limits and defaults.
     """
-    metrics = Metrics(scheduler)
+    in_flight = InFlight(options)
+    metrics = Metrics(scheduler, in_flight)
 
     app = FastAPI(title="starkv", version=__version__, openapi_url=None)
     chat = Chat(scheduler, manifest, options, metrics)
@@ -55,7 +57,7 @@ def create_app(
         logging.getLogger("starkv.server").error("internal error", exc_info=error)
         return answer(ApiError(500, f"internal error: {type(error).__name__}; see the server's log"))
 
-    app.add_middleware(Guard, key=options.api_key, metrics=metrics)
+    app.add_middleware(Guard, key=options.api_key, metrics=metrics, in_flight=in_flight)
     for path in CHAT:
         app.add_api_route(path, chat.__call__, methods=["POST"], response_model=None)
     _add_facts(app, scheduler, manifest, info, options)
@@ -113,6 +115,10 @@ def _add_facts(
                 "body_bytes": options.most_body_bytes,
                 "images": options.most_images,
                 "image_pixels": options.most_image_pixels,
+                "total_body_bytes": options.most_total_body_bytes,
+                "total_pixels": options.most_total_pixels,
+                "requests": options.most_requests,
+                "connections": options.most_connections,
                 "new_tokens": options.most_new_tokens,
                 "timeout_seconds": options.timeout_seconds,
             },

@@ -6,16 +6,18 @@ import asyncio
 from fastapi import Request
 
 from starkv.runtime.server.errors import ApiError
+from starkv.runtime.server.in_flight import Share
 
 BODY_SECONDS = 60.0
 """How long a client may take to send a body."""
 
 
-async def read_body(request: Request, most_bytes: int) -> bytes:
-    """The body of a request.
+async def read_body(request: Request, most_bytes: int, share: Share) -> bytes:
+    """The body of a request, counted as it comes.
 
     Raises:
-        ApiError: it is larger than allowed, by its header or by what comes, or comes too slowly.
+        ApiError: it is larger than allowed, by its header or by what comes, comes too slowly, or does not
+            fit beside the bodies of other requests.
     """
     too_large = ApiError(
         413,
@@ -25,8 +27,9 @@ async def read_body(request: Request, most_bytes: int) -> bytes:
     said = request.headers.get("content-length", "0")
     if not said.isdigit() or int(said) > most_bytes:
         raise too_large
+    share.expect_body(int(said))
     parts: list[bytes] = []
-    reading = asyncio.create_task(_read(request, parts, most_bytes))
+    reading = asyncio.create_task(_read(request, parts, most_bytes, share))
     try:
         # Not ``wait_for``: before Python 3.12 it may swallow the cancellation of who waits.
         await asyncio.wait({reading}, timeout=BODY_SECONDS)
@@ -39,12 +42,13 @@ async def read_body(request: Request, most_bytes: int) -> bytes:
     return b"".join(parts)
 
 
-async def _read(request: Request, parts: list[bytes], most_bytes: int) -> bool:
+async def _read(request: Request, parts: list[bytes], most_bytes: int, share: Share) -> bool:
     """Collect the body's parts; False once they are more than allowed."""
     size = 0
     async for part in request.stream():
         size += len(part)
         if size > most_bytes:
             return False
+        share.take_body(len(part))
         parts.append(part)
     return True

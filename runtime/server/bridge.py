@@ -2,9 +2,10 @@
 """From the scheduler's thread to the event loop."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
+from starkv.runtime.preprocess.prepared import PreparedImage
 from starkv.runtime.serving.requests import (
     Event,
     Failed,
@@ -17,6 +18,8 @@ from starkv.runtime.serving.requests import (
 
 class SchedulerLike(Protocol):
     """What the server needs of a scheduler, see ``starkv.runtime.serving.scheduler``."""
+
+    def prepare(self, source: bytes, most_pixels: int, on_pixels: Callable[[int], None]) -> PreparedImage: ...
 
     def submit(self, request: GenerationRequest, on_event: OnEvent) -> int: ...
 
@@ -42,7 +45,7 @@ class Bridge:
         self._over = False
 
     async def submit(self, request: GenerationRequest) -> None:
-        """Hand a request over; images are resized on a thread, not on the loop.
+        """Hand a request over; planning takes a thread, not the loop.
 
         Raises:
             StarkvError: the scheduler doesn't take it.

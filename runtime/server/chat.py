@@ -4,6 +4,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -14,6 +15,7 @@ from starkv.runtime.server.answers import DONE, Answer, event
 from starkv.runtime.server.body import read_body
 from starkv.runtime.server.bridge import Bridge, SchedulerLike
 from starkv.runtime.server.errors import ApiError, api_error, interrupted
+from starkv.runtime.server.guard import SHARE
 from starkv.runtime.server.logs import note
 from starkv.runtime.server.metrics import Metrics
 from starkv.runtime.server.options import ServerOptions
@@ -66,11 +68,16 @@ class Chat:
         return JSONResponse(answer.whole(text, end))
 
     async def _read(self, request: Request) -> tuple[ChatRequest, GenerationRequest]:
-        body = await read_body(request, self._options.most_body_bytes)
+        share = request.scope[SHARE]
+        body = await read_body(request, self._options.most_body_bytes, share)
         async with self._decoding:
             asked = await asyncio.to_thread(parse, body, self._options)
             del body
-            return asked, await asyncio.to_thread(translate, asked, self._options)
+            most = self._options.most_image_pixels
+            prepare = partial(self._scheduler.prepare, most_pixels=most, on_pixels=share.take_pixels)
+            generation = await asyncio.to_thread(translate, asked, self._options, prepare)
+        # Its images in base64 are not needed any more, and a reply may take minutes.
+        return asked.model_copy(update={"messages": []}), generation
 
     async def _whole(self, request: Request, bridge: Bridge, arrived: float) -> tuple[str, Finished]:
         pieces: list[str] = []

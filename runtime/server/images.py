@@ -4,21 +4,23 @@
 import base64
 import binascii
 import re
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from PIL import Image
-
 from starkv.errors import ImageError
-from starkv.runtime.preprocess.image import load_image
+from starkv.runtime.preprocess.prepared import PreparedImage
 from starkv.runtime.server.errors import ApiError
 from starkv.runtime.server.options import ServerOptions
+
+Prepare = Callable[[bytes], PreparedImage]
+"""Prepares an image file; raises ``ImageError`` where it can't be taken."""
 
 _DATA_URI = re.compile(r"data:(?P<type>[^;,]*)(?P<base64>;base64)?,", re.IGNORECASE)
 
 
-def load(url: str, place: str, options: ServerOptions) -> Image.Image:
-    """Decode an image.
+def load(url: str, place: str, options: ServerOptions, prepare: Prepare) -> PreparedImage:
+    """Prepare an image.
 
     Its size is read from its header before any pixel is decoded: a few kilobytes can claim gigapixels.
 
@@ -26,17 +28,18 @@ def load(url: str, place: str, options: ServerOptions) -> Image.Image:
         url: data URI, plain base64, or ``file://`` URL.
         place: path of the field, for messages.
         options: limits of the server.
+        prepare: takes the bytes of its file.
 
     Raises:
         ApiError: it is none of these, lies outside the media folder, or is no image that the server takes.
     """
     try:
-        return load_image(_source(url, place, options), options.most_image_pixels)
+        return prepare(_source(url, place, options))
     except ImageError as error:
         raise ApiError(400, f"{place}: {error}", place, "invalid_image") from None
 
 
-def _source(url: str, place: str, options: ServerOptions) -> Path | bytes:
+def _source(url: str, place: str, options: ServerOptions) -> bytes:
     scheme = url[:16].partition(":")[0].lower()
     if scheme == "data":
         return _decoded(url, place)
@@ -66,7 +69,7 @@ def _base64(text: str, place: str) -> bytes:
         raise ApiError(400, f"{place}: this is no base64", place, "invalid_image") from None
 
 
-def _local(url: str, place: str, folder: Path | None) -> Path:
+def _local(url: str, place: str, folder: Path | None) -> bytes:
     if folder is None:
         raise ApiError(
             400,
@@ -80,9 +83,8 @@ def _local(url: str, place: str, folder: Path | None) -> Path:
     try:
         parts = urlsplit(url)
         path = Path(unquote(parts.path)).resolve()
-        found = parts.netloc in ("", "localhost") and path.is_relative_to(folder.resolve()) and path.is_file()
+        if parts.netloc in ("", "localhost") and path.is_relative_to(folder.resolve()) and path.is_file():
+            return path.read_bytes()
     except (ValueError, OSError, RuntimeError):
-        found = False
-    if not found:
-        raise ApiError(400, f"{place}: there is no such file in the media folder", place, "invalid_image")
-    return path
+        pass
+    raise ApiError(400, f"{place}: there is no such file in the media folder", place, "invalid_image")

@@ -8,15 +8,16 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from starkv.runtime.server.bridge import SchedulerLike
+from starkv.runtime.server.in_flight import InFlight
 from starkv.runtime.serving.requests import Finished
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
 class Metrics:
-    """Counters of one server, and gauges that are read from its scheduler when asked for."""
+    """Counters of one server, and gauges that are read when asked for."""
 
-    def __init__(self, scheduler: SchedulerLike) -> None:
+    def __init__(self, scheduler: SchedulerLike, in_flight: InFlight) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "starkv_requests", "Chat requests by HTTP status.", ["status"], registry=self.registry
@@ -42,7 +43,7 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
-        self.registry.register(_Gauges(scheduler))
+        self.registry.register(_Gauges(scheduler, in_flight))
 
     def count(self, end: Finished) -> None:
         """Count a reply that is over."""
@@ -57,11 +58,11 @@ class Metrics:
 
 
 class _Gauges(Collector):
-    def __init__(self, scheduler: SchedulerLike) -> None:
-        self._scheduler = scheduler
+    def __init__(self, scheduler: SchedulerLike, in_flight: InFlight) -> None:
+        self._scheduler, self._in_flight = scheduler, in_flight
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        status = self._scheduler.status()
+        status, held = self._scheduler.status(), self._in_flight.held
         states = [sequence.state for sequence in status.sequences]
         family = GaugeMetricFamily("starkv_sequences", "Requests by what they are doing.", labels=["state"])
         for state in ("queued", "prefill", "decode"):
@@ -73,5 +74,8 @@ class _Gauges(Collector):
             ("starkv_kv_limit_bytes", "Bytes of KV memory there may be.", status.kv_bytes_limit),
             ("starkv_parked_sessions", "Sessions between their turns.", status.parked_sessions),
             ("starkv_parked_bytes", "Bytes of their KV rows in host memory.", status.parked_bytes),
+            ("starkv_requests_in_progress", "Chat requests being read or answered.", held.requests),
+            ("starkv_body_bytes_in_progress", "Bytes of their bodies.", held.body_bytes),
+            ("starkv_pixels_in_progress", "Pixels that were decoded for them.", held.pixels),
         ):
             yield GaugeMetricFamily(name, text, value=value)

@@ -27,6 +27,13 @@ class ServerOptions:
     most_images: int = 32
     most_image_pixels: int = 40_000_000
     """Of one image before it is resized: above 8K's 33 million."""
+    most_total_body_bytes: int = 512 * 2**20
+    """Of all requests in progress."""
+    most_total_pixels: int = 500_000_000
+    """Of all images that requests in progress had decoded: 1.5 GB as RGB."""
+    most_requests: int = 256
+    """Chat requests in progress: those that are read, wait, and are answered."""
+    most_connections: int = 512
     most_new_tokens: int = 2048
     default_new_tokens: int = 512
     timeout_seconds: float = 300.0
@@ -40,8 +47,25 @@ class ServerOptions:
             raise UsageError("the API key is empty; leave --api-key out to serve anybody")
         if self.media_path is not None and not self.media_path.is_dir():
             raise UsageError(f"--media-path {self.media_path} is no folder")
-        for name in ("most_body_bytes", "most_images", "most_image_pixels", "most_new_tokens"):
+        for name in (
+            "most_body_bytes",
+            "most_images",
+            "most_image_pixels",
+            "most_requests",
+            "most_connections",
+            "most_new_tokens",
+        ):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.most_total_body_bytes < self.most_body_bytes:
+            raise UsageError(
+                f"all bodies together may take {self.most_total_body_bytes} bytes, less than the "
+                f"{self.most_body_bytes} of one; raise --max-body-total or lower --max-body"
+            )
+        if self.most_total_pixels < self.most_image_pixels:
+            raise UsageError(
+                f"all images together may have {self.most_total_pixels} pixels, less than the "
+                f"{self.most_image_pixels} of one; raise --max-pixels-total or lower --max-image-pixels"
+            )
         if not self.timeout_seconds > 0:
             raise UsageError(f"the timeout must be above 0 seconds, not {self.timeout_seconds:g}")

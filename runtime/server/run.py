@@ -13,6 +13,7 @@ from starkv.manifest import Manifest
 from starkv.runtime.engines.base import EngineInfo
 from starkv.runtime.server.app import CLOSE_SECONDS, create_app
 from starkv.runtime.server.bridge import SchedulerLike
+from starkv.runtime.server.connections import limited_protocol
 from starkv.runtime.server.logs import set_up
 from starkv.runtime.server.options import ServerOptions
 
@@ -21,10 +22,17 @@ class DrainingServer(uvicorn.Server):
     """Lets running requests end: those that take longer than ``CLOSE_SECONDS`` are told so, before their
     connections are closed."""
 
-    def __init__(self, app: FastAPI, scheduler: SchedulerLike, close_seconds: float = CLOSE_SECONDS) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        scheduler: SchedulerLike,
+        most_connections: int,
+        close_seconds: float = CLOSE_SECONDS,
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
+                http=limited_protocol(most_connections),
                 log_config=None,
                 access_log=False,
                 lifespan="on",
@@ -69,7 +77,7 @@ def run_server(
     app = create_app(scheduler, manifest, info, options)
     shown = f"[{host}]" if ":" in host else host
     listening(f"http://{shown}:{sock.getsockname()[1]}")
-    DrainingServer(app, scheduler).run(sockets=[sock])
+    DrainingServer(app, scheduler, options.most_connections).run(sockets=[sock])
 
 
 def _listen(host: str, port: int) -> socket.socket:

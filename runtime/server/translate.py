@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from PIL import Image
 from pydantic import ValidationError
 
 from starkv.errors import StarkvError
@@ -63,14 +62,19 @@ def parse(body: bytes, options: ServerOptions) -> ChatRequest:
     return request
 
 
-def translate(request: ChatRequest, options: ServerOptions) -> GenerationRequest:
-    """Decode the images and put everything into the scheduler's terms.
+def translate(request: ChatRequest, options: ServerOptions, prepare: images.Prepare) -> GenerationRequest:
+    """Prepare the images and put everything into the scheduler's terms.
+
+    Args:
+        request: as it came.
+        options: limits of the server.
+        prepare: takes the bytes of each image file.
 
     Raises:
         ApiError: an image or a value can't be taken.
     """
-    loaded: list[Image.Image] = [
-        images.load(part.image_url.url, place, options) for place, part in _image_parts(request)
+    prepared = [
+        images.load(part.image_url.url, place, options, prepare) for place, part in _image_parts(request)
     ]
     try:
         parameters = SamplingParameters(
@@ -86,7 +90,7 @@ def translate(request: ChatRequest, options: ServerOptions) -> GenerationRequest
         raise api_error(error) from None
     return GenerationRequest(
         messages=[_message(request, number) for number in range(len(request.messages))],
-        images=loaded,
+        images=prepared,
         parameters=parameters,
         policy=policy,
         session_id=request.session_id,

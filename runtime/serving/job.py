@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from starkv.errors import EngineError, StarkvError
 from starkv.runtime.kv.policy import KvPolicy
-from starkv.runtime.preprocess.image import ImageInputs
+from starkv.runtime.preprocess.prepared import PreparedImage
 from starkv.runtime.serving.requests import (
     Event,
     Failed,
@@ -32,7 +32,7 @@ class Job:
     request: GenerationRequest
     on_event: OnEvent
     policy: KvPolicy
-    images: tuple[ImageInputs, ...]
+    images: tuple[PreparedImage, ...]
     timings: Timings
     submitted: float = field(default_factory=time.monotonic)
     cancelled: bool = False
@@ -73,7 +73,8 @@ class Job:
     def finish(self, reason: str) -> None:
         """Tell that the reply is whole."""
         reused = self.turn.plan.reused_tokens if self.turn else 0
-        self._tell(Finished(reason, self.timings, self.images, reused))
+        seen = tuple(image.facts for image in self.images)
+        self._tell(Finished(reason, self.timings, seen, reused))
 
     def fail(self, error: Exception) -> None:
         """Tell that there is no reply. What is no known error is a bug: it is logged, and told as one."""

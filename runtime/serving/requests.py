@@ -9,7 +9,7 @@ from PIL import Image
 from starkv.errors import StarkvError
 from starkv.runtime.generation import SamplingParameters
 from starkv.runtime.kv.policy import KvPolicy
-from starkv.runtime.preprocess.image import ImageInputs
+from starkv.runtime.preprocess.prepared import ImageFacts, PreparedImage
 from starkv.runtime.preprocess.tokenizer import Message
 from starkv.runtime.timings import Timings
 
@@ -24,8 +24,8 @@ class GenerationRequest:
 
     messages: Sequence[Message]
     """The whole conversation, with one ``{"type": "image"}`` part per image."""
-    images: Sequence[Image.Image]
-    """In the order of their parts."""
+    images: Sequence[Image.Image | PreparedImage]
+    """In the order of their parts; those that the scheduler prepared are for this request only."""
     parameters: SamplingParameters = field(default_factory=SamplingParameters)
     policy: KvPolicy | None = None
     """Which rows of the KV cache are kept; the engine's default otherwise."""
@@ -50,7 +50,7 @@ class Finished:
     reason: str
     """``stop``, ``length``, ``cancelled`` or ``timeout``."""
     timings: Timings
-    seen: tuple[ImageInputs, ...]
+    seen: tuple[ImageFacts, ...]
     """Screenshots of the request, as the model saw them: those that this turn added last."""
     reused_tokens: int
     """Tokens of the conversation that a session's cache already held."""

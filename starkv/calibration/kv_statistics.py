@@ -20,8 +20,8 @@ from starkv.lowrank.statistics import LayerStatistics, StatisticsAccumulator, mi
 from starkv.runtime.actions.coordinates import Size
 from starkv.runtime.engines.base import Engine, Rope
 from starkv.runtime.kv.codecs import rotary_of
-from starkv.runtime.preprocess.image import ImageInputs, preprocess
 from starkv.runtime.preprocess.positions import prompt_positions
+from starkv.runtime.preprocess.prepared import ImageFacts, prepare
 from starkv.runtime.preprocess.tokenizer import ChatTokenizer
 from starkv.runtime.prompts.dialects import opening
 from starkv.runtime.turn_plan import plan_prompt, prefill_embeddings
@@ -125,17 +125,17 @@ class LaidOut:
 def lay_out(engine: Engine, tokenizer: ChatTokenizer, prompt: GuiPrompt) -> LaidOut:
     """Tokens, embeddings and positions of a prompt with its reply."""
     manifest = engine.manifest
-    image = preprocess(prompt.image, manifest.vision, manifest.image)
+    image = prepare(prompt.image, manifest.vision, manifest.image)
     messages = opening(prompt.instruction, 1, manifest.prompt)
     asked = plan_prompt(manifest, tokenizer, messages, [image]).ids
-    ids = (*asked, *tokenizer.encode(_reply(engine, prompt, image)))
+    ids = (*asked, *tokenizer.encode(_reply(engine, prompt, image.facts)))
     pad = manifest.tokens.image_pad
-    positions = prompt_positions(ids, pad, [image.merged_grid], manifest.text)
-    embeds = prefill_embeddings(ids, engine.embed(ids), [engine.encode_image(image)], pad)
+    positions = prompt_positions(ids, pad, [image.facts.merged_grid], manifest.text)
+    embeds = prefill_embeddings(ids, engine.embed(ids), [engine.encode_image(image.inputs())], pad)
     return LaidOut(ids, len(asked), embeds, Rope.at(positions.values, manifest.text))
 
 
-def _reply(engine: Engine, prompt: GuiPrompt, image: ImageInputs) -> str:
+def _reply(engine: Engine, prompt: GuiPrompt, image: ImageFacts) -> str:
     if prompt.reply is not None or prompt.box is None:
         return prompt.reply or ""
     x0, y0, x1, y1 = prompt.box

@@ -61,7 +61,15 @@ def agent(
         int, typer.Option(help="Most screenshots in a prompt, the current one included.", min=1)
     ] = 5,
     retries: Annotated[
-        int, typer.Option(help="Times to ask again, less greedily, where a reply is no action.", min=0)
+        int, typer.Option(help="Times to ask again, less greedily, where a reply is no use.", min=0)
+    ] = 3,
+    repeats: Annotated[
+        int,
+        typer.Option(
+            help="Times to do the same to a screen that it doesn't change; then ask again, less greedily. "
+            "0: as often as the model likes.",
+            min=0,
+        ),
     ] = 3,
     retry_temperature: Annotated[float, typer.Option(help="Of the sampling then.", min=0.0)] = 1.0,
     out: Annotated[
@@ -133,6 +141,7 @@ def agent(
             screenshots=screenshots,
             retries=retries,
             retry_temperature=retry_temperature,
+            repeats=repeats,
             parameters=parameters,
         )
         header = {

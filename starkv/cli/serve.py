@@ -51,6 +51,12 @@ def serve(
     max_images: Annotated[int, typer.Option(min=1, help="Of one request.")] = 32,
     max_image_pixels: Annotated[int, typer.Option(min=1, help="Of one image as it is sent.")] = 40_000_000,
     max_body: Annotated[int, typer.Option(min=1, help="MiB of one request.")] = 64,
+    max_body_total: Annotated[int, typer.Option(min=1, help="MiB of all requests in progress.")] = 512,
+    max_pixels_total: Annotated[
+        int, typer.Option(min=1, help="Decoded for all requests in progress; 3 bytes each.")
+    ] = 500_000_000,
+    max_requests: Annotated[int, typer.Option(min=1, help="In progress, those that wait included.")] = 256,
+    max_connections: Annotated[int, typer.Option(min=1, help="Open at once.")] = 512,
     media_path: Annotated[
         Path | None,
         typer.Option(help="Folder that file:// images may come from. [none]", show_default=False),
@@ -69,7 +75,8 @@ def serve(
     from starkv.runtime.agent import Agent
     from starkv.runtime.server.options import ServerOptions
     from starkv.runtime.server.run import run_server
-    from starkv.runtime.serving.scheduler import Scheduler, SchedulerLimits
+    from starkv.runtime.serving.limits import SchedulerLimits
+    from starkv.runtime.serving.scheduler import Scheduler
 
     if log_format not in ("text", "json"):
         raise UsageError(f"unknown --log-format {log_format!r}; known: text, json")
@@ -94,6 +101,10 @@ def serve(
         most_body_bytes=max_body * MIB,
         most_images=max_images,
         most_image_pixels=max_image_pixels,
+        most_total_body_bytes=max_body_total * MIB,
+        most_total_pixels=max_pixels_total,
+        most_requests=max_requests,
+        most_connections=max_connections,
         most_new_tokens=max_tokens,
         default_new_tokens=min(512, max_tokens),
         timeout_seconds=request_timeout,
