@@ -15,10 +15,6 @@ constexpr int kMostRows = 1 << 24;
 constexpr int kMostNewTokens = 1 << 21;
 // Limit of a grid's second and third dimension.
 constexpr int kMostGrid = 65535;
-// Blocks that a large GPU (132 multiprocessors) holds at once. A constant, so that the same call always is
-// split alike: results repeat, and a captured graph fits every length.
-constexpr int kWantedBlocks = 132 * 3;
-static_assert(kWantedBlocks <= kMostSplits, "the merger has room for all splits");
 
 int check_shape(const starkv_attention_shape& shape) {
     if (shape.dtype != STARKV_FLOAT16 && shape.dtype != STARKV_BFLOAT16) return STARKV_ERROR_DTYPE;
@@ -40,10 +36,8 @@ AttentionView lay_out(const starkv_attention_shape& shape, Workspace& workspace)
     view.sharing = shape.query_heads / shape.kv_heads;
     if (shape.new_tokens > 1) return view;
     const int blocks = shape.sequences * shape.kv_heads * ceil_div(view.sharing, kDecodeHeads);
-    view.splits = std::min(std::max(1, kWantedBlocks / blocks), ceil_div(shape.capacity, kDecodeRows));
-    const size_t parts = static_cast<size_t>(shape.sequences) * shape.query_heads * view.splits;
-    view.partial_out = workspace.take<float>(parts * shape.head_dim);
-    view.partial_softmax = workspace.take<float2>(parts);
+    view.parts = AttentionParts::lay_out(blocks, shape.sequences * shape.query_heads, shape.head_dim,
+                                         shape.capacity, workspace);
     return view;
 }
 
@@ -94,7 +88,7 @@ template <class T, int kDim>
 bool decode(const AttentionView& view, Stream stream) {
     const auto& shape = view.shape;
     const auto sequences = static_cast<unsigned>(shape.sequences);
-    const dim3 parts(static_cast<unsigned>(view.splits),
+    const dim3 parts(static_cast<unsigned>(view.parts.splits),
                      static_cast<unsigned>(ceil_div(view.sharing, kDecodeHeads)),
                      static_cast<unsigned>(shape.kv_heads) * sequences);
     const dim3 heads(static_cast<unsigned>(shape.query_heads), sequences);
