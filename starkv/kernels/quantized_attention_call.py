@@ -29,7 +29,7 @@ class QuantizedAttentionCall:
     v: Tensor
     """``[B, 1, G·D]``, with the projection's bias."""
     past_k: Tensor
-    """``[B, G, C, R]``: codes, int8 with R = D, or uint8 with R = D/2; sequence b holds ``kv_len[b]`` rows."""
+    """``[B, G, C, R]``: codes, int8 with R = D or uint8 with R = D/2. Sequence b holds ``kv_len[b]`` rows."""
     past_v: Tensor
     """Likewise."""
     kv_len: Tensor

@@ -32,8 +32,8 @@ class QuantizedSize:
 def make_quantized_call(
     size: QuantizedSize, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> QuantizedAttentionCall:
-    """A random call. Rows alternate between images of 20 columns and stretches of text; the new row's position
-    is one more than any before it. Behind it positions are senseless: nobody may read them.
+    """A random call. Rows alternate between images of 20 columns and stretches of text; the new row's
+    position is one more than any before it. Behind it positions are senseless: nobody may read them.
 
     Args:
         size: dimensions; keys and values have a deviation of about 1 beside their biases.
