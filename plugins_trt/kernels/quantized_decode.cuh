@@ -115,7 +115,7 @@ struct QuantizedState {
 
 // Blocks of so many threads that a multiprocessor is to hold at once, as registers allow.
 constexpr int blocks_of_decoding(int dim, int terms, int tiles) {
-    if (dim > 128) return tiles * terms > 1 ? 2 : 3;
+    if (dim > 128) return 2;
     return tiles * terms > 1 ? 3 : 4;
 }
 
@@ -152,15 +152,23 @@ __global__ void __launch_bounds__(kAttentionThreads, blocks_of_decoding(kDim, kT
     QuantizedState<kDim, kBits, kTerms, kTiles> state;
 #pragma unroll 1
     for (; row < end; row += kDecodeRows) {
-        float2 added[kTiles][2];
+        float2 parts[kTiles][2][kRopeComponents], added[kTiles][2];
         float products[kTiles][4];
         uint32_t weights[kTiles][kTerms][2];
         const int next = row + kDecodeRows;
+        const auto add_up = [&](int tile) {
 #pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile)
+            for (int i = 0; i < 2; ++i)
+                added[tile][i] = bias.sum(positions[i], first_tile + tile, parts[tile][i]);
+        };
+        // With one tile, registers suffice for what is looked up to arrive while keys are multiplied.
 #pragma unroll
-            for (int i = 0; i < 2; ++i) added[tile][i] = bias.of(positions[i], first_tile + tile);
+        for (int tile = 0; tile < kTiles; ++tile) {
+            bias.look_up(positions, first_tile + tile, parts[tile]);
+            if (kTiles > 1) add_up(tile);
+        }
         keys.multiply(shared.queries, products);
+        if (kTiles == 1) add_up(0);
         if (next < end) {
             bias.load(next, positions);
             keys.load(key_rows, next);

@@ -127,42 +127,55 @@ struct BiasScores {
         }
     }
 
-    // For heads 2t and 2t + 1 of a tile.
-    __device__ float2 of(const int (&position)[kRopeComponents], int tile) const {
-        float2 sum{0.0F, 0.0F};
+    // What tables hold for heads 2t and 2t + 1 of a tile. Positions that have no place in them are read as
+    // ones that have: nothing is decided before all reads are on their way.
+    __device__ void look_up(const int (&found)[2][kRopeComponents], int tile,
+                            float2 (&parts)[2][kRopeComponents]) const {
 #pragma unroll
         for (int component = 0; component < kRopeComponents; ++component) {
-            const bool tabulated = position[component] >= 0 && position[component] < end;
-            float2 part;
-            if (tabulated) {
-                const float* table = view.table_of(group, tile, component);
-                part = *reinterpret_cast<const float2*>(
-                    table + static_cast<size_t>(position[component]) * kTileHeads + lane_index() % 4 * 2);
-            } else {
-                part = worked_out(component, position[component], tile);
-            }
-            sum = make_float2(sum.x + part.x, sum.y + part.y);
+            const float* table = view.table_of(group, tile, component) + lane_index() % 4 * 2;
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+                parts[i][component] = *reinterpret_cast<const float2*>(
+                    table + static_cast<size_t>(in_table(found[i][component])) * kTileHeads);
         }
-        return sum;
+    }
+
+    __device__ float2 sum(const int (&position)[kRopeComponents], int tile,
+                          const float2 (&parts)[kRopeComponents]) const {
+        bool tabulated = true;
+        float2 result{0.0F, 0.0F};
+#pragma unroll
+        for (int component = 0; component < kRopeComponents; ++component) {
+            tabulated = tabulated && position[component] == in_table(position[component]);
+            result = make_float2(result.x + parts[component].x, result.y + parts[component].y);
+        }
+        return tabulated ? result : worked_out(position, tile);
     }
 
 private:
-    // What a table would have held.
-    __device__ float2 worked_out(int component, int position, int tile) const {
-        float2 sum{0.0F, 0.0F};
-        if (position < 0 || position >= view.shape.table_rows) return make_float2(NAN, NAN);
-        const size_t row = static_cast<size_t>(position) * (view.shape.head_dim / 2);
-        const int first = view.first_pair(component);
+    __device__ int in_table(int position) const { return max(0, min(position, end - 1)); }
+
+    // What tables would have held.
+    __device__ float2 worked_out(const int (&position)[kRopeComponents], int tile) const {
         const float2* coefficients = view.coefficients_of(group, tile) + lane_index() % 4 * 2;
+        float2 result{0.0F, 0.0F};
+        int pair = 0;
 #pragma unroll 1
-        for (int pair = first; pair < first + view.shape.mrope_section[component]; ++pair) {
-            const float cosine = view.buffers.cos_table[row + pair],
-                        sine = view.buffers.sin_table[row + pair];
-            const float2 a = coefficients[pair * kTileHeads], b = coefficients[pair * kTileHeads + 1];
-            sum.x = fmaf(a.x, cosine, fmaf(a.y, sine, sum.x));
-            sum.y = fmaf(b.x, cosine, fmaf(b.y, sine, sum.y));
+        for (int component = 0; component < kRopeComponents; ++component) {
+            const int own = position[component];
+            if (own < 0 || own >= view.shape.table_rows) return make_float2(NAN, NAN);
+            const size_t row = static_cast<size_t>(own) * (view.shape.head_dim / 2);
+#pragma unroll 1
+            for (const int next = pair + view.shape.mrope_section[component]; pair < next; ++pair) {
+                const float cosine = view.buffers.cos_table[row + pair];
+                const float sine = view.buffers.sin_table[row + pair];
+                const float2 a = coefficients[pair * kTileHeads], b = coefficients[pair * kTileHeads + 1];
+                result.x = fmaf(a.x, cosine, fmaf(a.y, sine, result.x));
+                result.y = fmaf(b.x, cosine, fmaf(b.y, sine, result.y));
+            }
         }
-        return sum;
+        return result;
     }
 };
 
