@@ -92,10 +92,6 @@ int check_buffers(const QuantizedView& view, const starkv_quantized_attention_bu
         buffers.sin_table, buffers.present_k, buffers.present_v, buffers.out};
     if (any_null(all)) return STARKV_ERROR_NULL_POINTER;
     if (any_misaligned(all)) return STARKV_ERROR_MISALIGNED;
-    struct Part {
-        const void* start;
-        size_t bytes;
-    };
     const auto& shape = view.shape;
     const size_t sequences = static_cast<size_t>(shape.sequences), dim = static_cast<size_t>(shape.head_dim);
     const size_t heads_dim = dim * static_cast<size_t>(shape.kv_heads);
@@ -120,17 +116,9 @@ int check_buffers(const QuantizedView& view, const starkv_quantized_attention_bu
                          {buffers.sin_table, table_bytes}};
     const Part written[] = {
         {buffers.present_k, cache_bytes}, {buffers.present_v, cache_bytes}, {buffers.out, query_bytes}};
-    for (const Part& to : written) {
-        for (const Part& from : read) {
-            const bool in_place = (from.start == buffers.past_k && to.start == buffers.present_k) ||
-                                  (from.start == buffers.past_v && to.start == buffers.present_v);
-            if (!in_place && overlap(from.start, from.bytes, to.start, to.bytes)) return STARKV_ERROR_OVERLAP;
-        }
-        for (const Part& other : written)
-            if (&other != &to && overlap(other.start, other.bytes, to.start, to.bytes))
-                return STARKV_ERROR_OVERLAP;
-    }
-    return STARKV_OK;
+    const bool overlapping = any_overlap(
+        read, written, {{buffers.past_k, buffers.present_k}, {buffers.past_v, buffers.present_v}});
+    return overlapping ? STARKV_ERROR_OVERLAP : STARKV_OK;
 }
 
 bool copy_caches(const QuantizedView& view, Stream stream) {

@@ -160,6 +160,8 @@ __global__ void __launch_bounds__(kAttentionThreads, blocks_of_decoding(kDim, kT
 #pragma unroll
             for (int i = 0; i < 2; ++i)
                 added[tile][i] = bias.sum(positions[i], first_tile + tile, parts[tile][i]);
+            // Lanes that had to work something out may be behind, and products take the whole warp.
+            __syncwarp();
         };
         // With one tile, registers suffice for what is looked up to arrive while keys are multiplied.
 #pragma unroll
