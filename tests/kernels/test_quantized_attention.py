@@ -172,7 +172,7 @@ def test_tables_of_any_length(kernels: KernelLibrary, device: torch.device, tabl
         )
     else:
         call.positions[1, 60] = table_rows - 1
-        call.positions[1, 3] = table_rows - 2
+        call.positions[1, 3:60] = torch.arange(1024, 1024 + 57, device=device)[:, None]
     check(kernels, call)
 
 
