@@ -2,8 +2,8 @@
 /*
  * starkv's kernels behind a C ABI: no TensorRT, no PyTorch, any device pointer.
  *
- * The meaning of every operator is its ONNX definition (starkv/onnx_compress.py, starkv/onnx_ops.py). Every
- * function
+ * The meaning of every operator is its ONNX definition (starkv/onnx_compress.py, onnx_ops.py,
+ * onnx_quantized_kv.py). Every function
  *   - only launches on the given stream: it allocates nothing, never waits for the device and never reads
  *     device memory on the host, so that it can be captured in a CUDA graph;
  *   - checks what the host can see and returns a starkv_status; nothing is launched unless all is well;

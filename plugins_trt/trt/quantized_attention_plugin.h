@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Plugin of the operator QuantizedKVAttention: appends a new token's row to a layer's cache of codes and
-// attends to all of it.
+// Plugin of the operator QuantizedKVAttention (starkv/onnx_quantized_kv.py): appends a new token's row to a
+// layer's cache of codes and attends to all of it.
 #pragma once
 
 #include "operator_plugin.h"

@@ -2,7 +2,8 @@
 """One call of the operator ``QuantizedKVAttention`` as tensors.
 
 Symbols: B sequences, H query heads, G KV heads, C rows of capacity, D head dim, R bytes of a row of codes, P
-rows of the tables of cosines and sines. ``starkv_kernels.h`` says what the operator computes.
+rows of the tables of cosines and sines. The meaning is that of the ONNX definition
+(``starkv/onnx_quantized_kv.py``); ``starkv_kernels.h`` says it in formulas.
 """
 
 from dataclasses import dataclass

@@ -68,7 +68,14 @@ def onnx_runtime() -> Implementation:
     from starkv.validation.onnx_adapter import OnnxImplementation
 
     runtime = OnnxImplementation()
-    return Implementation("ONNX", runtime.compress, runtime.attention, runtime.full_attention, widest=20_000)
+    return Implementation(
+        "ONNX",
+        runtime.compress,
+        runtime.attention,
+        runtime.full_attention,
+        runtime.quantized_attention,
+        widest=20_000,
+    )
 
 
 def triton(device: torch.device) -> Implementation:

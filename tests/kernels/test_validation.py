@@ -155,15 +155,16 @@ def test_quantized_attention(
         return out, keys, values
 
     others = [
+        Implementation("ONNX", quantized_attention=OnnxImplementation().quantized_attention, timed=False),
         Implementation("CUDA", quantized_attention=kernels.quantized_attention, timed=False),
         Implementation("no bias", quantized_attention=forgets_the_bias, timed=False),
         Implementation("other codes", quantized_attention=rounds_otherwise, timed=False),
     ]
     size = QuantizedSize((40, 20), 48, bits, query_heads=4, kv_heads=2, head_dim=64)
     checks = list(check_quantized_attention(size, dtype, device, others))
-    assert [check.status for check in checks] == ["passed", "failed", "failed"]
-    assert "the output differs" in checks[1].reason
-    assert "does not hold the new row's codes" in checks[2].reason
+    assert [check.status for check in checks] == ["passed", "passed", "failed", "failed"]
+    assert "the output differs" in checks[2].reason
+    assert "does not hold the new row's codes" in checks[3].reason
 
 
 def test_missing_implementations_say_why(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
