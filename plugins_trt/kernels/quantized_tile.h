@@ -161,7 +161,8 @@ private:
         const float2* coefficients = view.coefficients_of(group, tile) + lane_index() % 4 * 2;
         float2 result{0.0F, 0.0F};
         int pair = 0;
-#pragma unroll 1
+        // Unrolled, so that positions stay in registers.
+#pragma unroll
         for (int component = 0; component < kRopeComponents; ++component) {
             const int own = position[component];
             if (own < 0 || own >= view.shape.table_rows) return make_float2(NAN, NAN);

@@ -99,7 +99,7 @@ class OnnxImplementation:
         from starkv.onnx_quantized_kv import QUANTIZED_KV_ATTENTION, quantized_kv_function
 
         call.check()
-        attributes = {
+        attributes: dict[str, int | list[int]] = {
             "num_heads": call.heads,
             "kv_num_heads": int(call.past_k.shape[1]),
             "bits": call.bits,
