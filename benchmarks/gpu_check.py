@@ -28,14 +28,23 @@ if TYPE_CHECKING:
 BUILD = ROOT / "build" / "plugin"
 RESULTS = ROOT / "benchmarks" / "results"
 LIBRARY = "STARKV_KERNELS"
-SANITIZED = ("test_cuda_compress.py", "test_attention.py", "test_sampling.py")
+SANITIZED = (
+    "test_cuda_compress.py",
+    "test_attention.py",
+    "test_quantized_attention.py",
+    "test_sampling.py",
+)
 SANITIZED_CASES = (
-    "native_bfloat16 or maxpool_7 or ragged_with_spare_rows or decode or prefill or vocabulary or embedding"
+    "native_bfloat16 or maxpool_7 or ragged_with_spare_rows or decode or prefill or every_head_dim "
+    "or any_number_of_heads or vocabulary or embedding"
 )
 """Tests that compute-sanitizer watches: between them they launch every kernel."""
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 MEASURES = ("error", "kept_agreement", "seconds", "reference_seconds")
-STEPS = ("build", "tests", "sanitizer", "validate", "compress", "attention", "low-rank", "plugin", "engine")
+STEPS = (
+    *("build", "tests", "sanitizer", "validate", "compress", "attention", "low-rank", "quantized"),
+    *("plugin", "engine"),
+)
 
 
 def build() -> Result:
@@ -138,6 +147,14 @@ def low_rank(device: "torch.device") -> Result:
     return f"copy {figures['copy_bytes_per_second'] / 1e12:.2f} TB/s", table, figures
 
 
+def quantized_attention(device: "torch.device") -> Result:
+    """Benchmark of ``QuantizedKVAttention`` against ``KVAttention``."""
+    import quantized_attention_gpu
+
+    table, figures = quantized_attention_gpu.run(device)
+    return f"copy {figures['copy_bytes_per_second'] / 1e12:.2f} TB/s", table, figures
+
+
 def plugin() -> Result:
     """The TensorRT plugins' ``enqueue`` on the GPU, without TensorRT."""
     driver = BUILD / "gpu_driver"
@@ -189,6 +206,7 @@ def main() -> None:
         "compress": lambda: compress(device, args.official),
         "attention": lambda: attention(device),
         "low-rank": lambda: low_rank(device),
+        "quantized": lambda: quantized_attention(device),
         "plugin": plugin,
         "engine": engine,
     }

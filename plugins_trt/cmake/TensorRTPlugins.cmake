@@ -11,6 +11,7 @@ set(STARKV_TRT_SOURCES
   ${STARKV_TRT_DIR}/logging.cpp
   ${STARKV_TRT_DIR}/operator_plugin.cpp
   ${STARKV_TRT_DIR}/plugin_fields.cpp
+  ${STARKV_TRT_DIR}/quantized_attention_plugin.cpp
   ${STARKV_TRT_DIR}/signature.cpp)
 
 # Headers of others: their warnings are not ours to mend.

@@ -2,8 +2,8 @@
 /*
  * starkv's kernels behind a C ABI: no TensorRT, no PyTorch, any device pointer.
  *
- * The meaning of every operator is its ONNX definition (starkv/onnx_compress.py, starkv/onnx_ops.py). Every
- * function
+ * The meaning of every operator is its ONNX definition (starkv/onnx_compress.py, onnx_ops.py,
+ * onnx_quantized_kv.py). Every function
  *   - only launches on the given stream: it allocates nothing, never waits for the device and never reads
  *     device memory on the host, so that it can be captured in a CUDA graph;
  *   - checks what the host can see and returns a starkv_status; nothing is launched unless all is well;
@@ -13,7 +13,8 @@
  * by thread: far too slow for use, made for tests. There every stream is ignored.
  *
  * Symbols: L layers, B sequences, G KV heads, H query heads, W observation window, C rows of capacity, D head
- * dim, S slots (or, in attention, new tokens), E rows of a slot, V length of a pattern.
+ * dim, S slots (or, in attention, new tokens), E rows of a slot, V length of a pattern, P rows of a table of
+ * cosines.
  */
 #ifndef STARKV_KERNELS_H
 #define STARKV_KERNELS_H
@@ -32,7 +33,7 @@ extern "C" {
 #endif
 
 /* Grows with every change of this file that breaks a caller. */
-#define STARKV_ABI_VERSION 2
+#define STARKV_ABI_VERSION 3
 
 typedef enum starkv_status {
     STARKV_OK = 0,
@@ -147,6 +148,62 @@ STARKV_API int starkv_attention_workspace(const starkv_attention_shape* shape, s
 
 STARKV_API int starkv_attention(const starkv_attention_shape* shape, const starkv_attention_buffers* buffers,
                                 void* workspace, size_t workspace_bytes, void* stream);
+
+/* ---- QuantizedKVAttention: the same for one new token, with a cache of 8-bit or 4-bit codes ---- */
+
+typedef struct starkv_quantized_attention_shape {
+    int32_t sequences;        /* B */
+    int32_t query_heads;      /* H */
+    int32_t kv_heads;         /* G, at most 64 */
+    int32_t head_dim;         /* D */
+    int32_t capacity;         /* C, at most 2^24 */
+    int32_t table_rows;       /* P, at most 2^20 */
+    int32_t bits;             /* of a code, 8 or 4; a row has R = D * bits / 8 bytes */
+    int32_t dtype;            /* starkv_dtype of q, k, v, out */
+    int32_t mrope_section[3]; /* pairs of columns that rotate by t, h, w, in this order; together D / 2 */
+} starkv_quantized_attention_shape;
+
+/* Keys lie in the cache rotated, without their projection's bias; values without theirs. The projection's
+ * bias, rotated to a position p = (t, h, w), is called R(p) k_bias: with i < D / 2, and r the component of p
+ * that pair i rotates by,
+ *   column i:          k_bias[i] * cos_table[r, i] - k_bias[i + D/2] * sin_table[r, i]
+ *   column i + D / 2:  k_bias[i + D/2] * cos_table[r, i] + k_bias[i] * sin_table[r, i]
+ * The new row's codes are those of (k - R(p) k_bias) / k_scale and (v - v_bias) / v_scale, every operation
+ * rounded to float32 in the order written. A code is the nearest integer, of two equally near ones the even
+ * one, within -128 ... 127 (bits 8, one signed byte) or -8 ... 7 (bits 4, of which two share a byte: the even
+ * column's code plus 8 in the lower half, the odd one's in the upper).
+ * Sequence b holds kv_len[b] rows, and row kv_len[b] of its positions is the new row's. A query sees rows 0
+ * ... kv_len[b]: its score of a row is (q * codes * k_scale + q * R(p) k_bias) / sqrt(D), and out is the sum
+ * of softmax * codes * v_scale, plus v_bias.
+ * A sequence with kv_len < 0 or kv_len >= C, or whose new row has a position outside 0 ... P - 1, is left
+ * alone and its output set to 0. An older row with such a position makes the output NaN. Positions that
+ * exceed the greatest component of the new row's are slow: no model has them. */
+typedef struct starkv_quantized_attention_buffers {
+    const void* q;            /* [B,1,H*D], rotated */
+    const void* k;            /* [B,1,G*D], rotated, with its bias */
+    const void* v;            /* [B,1,G*D], with its bias */
+    const void* past_k;       /* [B,G,C,R] codes */
+    const void* past_v;       /* [B,G,C,R] codes */
+    const int32_t* kv_len;    /* [B] */
+    const int32_t* positions; /* [B,C,3] */
+    const float* k_scale;     /* [G*D] */
+    const float* v_scale;     /* [G*D] */
+    const float* k_bias;      /* [G*D] */
+    const float* v_bias;      /* [G*D] */
+    const float* cos_table;   /* [P,D/2] */
+    const float* sin_table;   /* [P,D/2] */
+    void* present_k;          /* [B,G,C,R]; past_k itself (nothing is copied), or apart from it */
+    void* present_v;          /* likewise */
+    void* out;                /* [B,1,H*D] */
+} starkv_quantized_attention_buffers;
+
+/* Bytes of workspace for starkv_quantized_attention. */
+STARKV_API int starkv_quantized_attention_workspace(const starkv_quantized_attention_shape* shape,
+                                                    size_t* bytes);
+
+STARKV_API int starkv_quantized_attention(const starkv_quantized_attention_shape* shape,
+                                          const starkv_quantized_attention_buffers* buffers, void* workspace,
+                                          size_t workspace_bytes, void* stream);
 
 /* ---- FullAttention: every token of a sequence attends to every other ---- */
 

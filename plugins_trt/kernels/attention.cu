@@ -15,10 +15,6 @@ constexpr int kMostRows = 1 << 24;
 constexpr int kMostNewTokens = 1 << 21;
 // Limit of a grid's second and third dimension.
 constexpr int kMostGrid = 65535;
-// Blocks that a large GPU (132 multiprocessors) holds at once. A constant, so that the same call always is
-// split alike: results repeat, and a captured graph fits every length.
-constexpr int kWantedBlocks = 132 * 3;
-static_assert(kWantedBlocks <= kMostSplits, "the merger has room for all splits");
 
 int check_shape(const starkv_attention_shape& shape) {
     if (shape.dtype != STARKV_FLOAT16 && shape.dtype != STARKV_BFLOAT16) return STARKV_ERROR_DTYPE;
@@ -40,10 +36,8 @@ AttentionView lay_out(const starkv_attention_shape& shape, Workspace& workspace)
     view.sharing = shape.query_heads / shape.kv_heads;
     if (shape.new_tokens > 1) return view;
     const int blocks = shape.sequences * shape.kv_heads * ceil_div(view.sharing, kDecodeHeads);
-    view.splits = std::min(std::max(1, kWantedBlocks / blocks), ceil_div(shape.capacity, kDecodeRows));
-    const size_t parts = static_cast<size_t>(shape.sequences) * shape.query_heads * view.splits;
-    view.partial_out = workspace.take<float>(parts * shape.head_dim);
-    view.partial_softmax = workspace.take<float2>(parts);
+    view.parts = AttentionParts::lay_out(blocks, shape.sequences * shape.query_heads, shape.head_dim,
+                                         shape.capacity, workspace);
     return view;
 }
 
@@ -53,10 +47,6 @@ int check_buffers(const starkv_attention_shape& shape, const starkv_attention_bu
                                                     buffers.present_k, buffers.present_v, buffers.out};
     if (any_null(all)) return STARKV_ERROR_NULL_POINTER;
     if (any_misaligned(all)) return STARKV_ERROR_MISALIGNED;
-    struct Part {
-        const void* start;
-        size_t bytes;
-    };
     const size_t tokens = static_cast<size_t>(shape.sequences) * shape.new_tokens * shape.head_dim * 2;
     const size_t query_bytes = tokens * shape.query_heads, new_bytes = tokens * shape.kv_heads;
     const size_t heads = static_cast<size_t>(shape.sequences) * shape.kv_heads;
@@ -66,17 +56,9 @@ int check_buffers(const starkv_attention_shape& shape, const starkv_attention_bu
                          {buffers.past_v, cache_bytes}, {buffers.kv_len, shape.sequences * sizeof(int32_t)}};
     const Part written[] = {
         {buffers.present_k, cache_bytes}, {buffers.present_v, cache_bytes}, {buffers.out, query_bytes}};
-    for (const Part& to : written) {
-        for (const Part& from : read) {
-            const bool in_place = (from.start == buffers.past_k && to.start == buffers.present_k) ||
-                                  (from.start == buffers.past_v && to.start == buffers.present_v);
-            if (!in_place && overlap(from.start, from.bytes, to.start, to.bytes)) return STARKV_ERROR_OVERLAP;
-        }
-        for (const Part& other : written)
-            if (&other != &to && overlap(other.start, other.bytes, to.start, to.bytes))
-                return STARKV_ERROR_OVERLAP;
-    }
-    return STARKV_OK;
+    const bool overlapping = any_overlap(
+        read, written, {{buffers.past_k, buffers.present_k}, {buffers.past_v, buffers.present_v}});
+    return overlapping ? STARKV_ERROR_OVERLAP : STARKV_OK;
 }
 
 bool copy_caches(const AttentionView& view, Stream stream) {
@@ -94,7 +76,7 @@ template <class T, int kDim>
 bool decode(const AttentionView& view, Stream stream) {
     const auto& shape = view.shape;
     const auto sequences = static_cast<unsigned>(shape.sequences);
-    const dim3 parts(static_cast<unsigned>(view.splits),
+    const dim3 parts(static_cast<unsigned>(view.parts.splits),
                      static_cast<unsigned>(ceil_div(view.sharing, kDecodeHeads)),
                      static_cast<unsigned>(shape.kv_heads) * sequences);
     const dim3 heads(static_cast<unsigned>(shape.query_heads), sequences);

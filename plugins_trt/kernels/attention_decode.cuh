@@ -81,31 +81,6 @@ struct DecodeState {
     }
 };
 
-// Joins what the warps shared and leaves it for the merger.
-template <class T, int kDim>
-__device__ void store_partial(const AttentionView& view, const DecodeShared<T, kDim>& shared,
-                              size_t first_head, int heads, int split) {
-    constexpr int kVectors = kDim / 4;
-    for (int i = static_cast<int>(threadIdx.x); i < heads * kVectors; i += kAttentionThreads) {
-        const int head = i / kVectors, column = i % kVectors * 4;
-        float4 sum{0.0F, 0.0F, 0.0F, 0.0F};
-#pragma unroll
-        for (int warp = 0; warp < kAttentionWarps; ++warp) {
-            const float4 part = *reinterpret_cast<const float4*>(&shared.out[warp][head][column]);
-            sum = {sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w};
-        }
-        const size_t row = (first_head + head) * view.splits + split;
-        *reinterpret_cast<float4*>(view.partial_out + row * kDim + column) = sum;
-    }
-    const int head = static_cast<int>(threadIdx.x);
-    if (head >= heads) return;
-    float greatest = -FLT_MAX, sum = 0.0F;
-    for (const auto& warp : shared.softmax) greatest = fmaxf(greatest, warp[head].greatest);
-    for (const auto& warp : shared.softmax)
-        sum += warp[head].sum * power_of_two(warp[head].greatest - greatest);
-    view.partial_softmax[(first_head + head) * view.splits + split] = make_float2(greatest, sum);
-}
-
 // Grid: splits, blocks of query heads, KV heads of all sequences. There is one new token, so that a
 // sequence's heads lie behind those of the one before in all tensors.
 template <class T, int kDim>
@@ -114,7 +89,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim <= 128 ? 3 : 2)
     const int split = static_cast<int>(blockIdx.x), group = static_cast<int>(blockIdx.z);
     const AttentionSequence sequence(view, group / view.shape.kv_heads);
     if (!sequence.valid) return;
-    const DecodeSplits splits(view, sequence.held + 1);
+    const DecodeSplits splits(view.parts.splits, sequence.held + 1);
     if (split >= splits.used) return;
 
     const int first_shared = static_cast<int>(blockIdx.y) * kDecodeHeads;
@@ -154,7 +129,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kDim <= 128 ? 3 : 2)
         if (kAhead && next < end) value_tile.load(rows, next);
     }
     state.share(shared, heads);
-    store_partial(view, shared, first_head, heads, split);
+    store_partial<kDim>(view.parts, shared, first_head, heads, split);
 }
 
 }  // namespace starkv

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "attention_view.h"
+#include "bytes.h"
 #include "key_tile.h"
 
 namespace starkv {
@@ -55,19 +56,6 @@ private:
             reinterpret_cast<const uint4*>(from)[vector];
     }
 };
-
-// One half of each of two registers side by side, the first in the lower half.
-#if STARKV_CPU
-inline uint32_t lower_halves(uint32_t first, uint32_t second) { return (first & 0xffffU) | second << 16; }
-inline uint32_t upper_halves(uint32_t first, uint32_t second) { return first >> 16 | (second & 0xffff0000U); }
-#else
-__device__ inline uint32_t lower_halves(uint32_t first, uint32_t second) {
-    return __byte_perm(first, second, 0x5410);
-}
-__device__ inline uint32_t upper_halves(uint32_t first, uint32_t second) {
-    return __byte_perm(first, second, 0x7632);
-}
-#endif
 
 // A thread holds parts of rows 2t, 2t + 1, 2t + 8 and 2t + 9: of every 64 columns the 8 from 8g on, so that a
 // warp reads whole lines; of the last 16 or 32 columns its eighth.

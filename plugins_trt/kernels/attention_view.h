@@ -2,27 +2,21 @@
 // What the kernels of attention see: shapes, tensors, workspace.
 #pragma once
 
+#include "attention_parts.h"
 #include "elements.h"
 #include "starkv_kernels.h"
 
 namespace starkv {
 
-constexpr int kAttentionWarps = 4;
-constexpr int kAttentionThreads = kAttentionWarps * kWarp;
 // Query heads that one block of decoding serves: as many as the tensor cores' product has rows.
 constexpr int kDecodeHeads = 16;
-// Rows that the warps of a block of decoding take at once, 16 each.
-constexpr int kDecodeRows = kAttentionWarps * 16;
 
 struct AttentionView {
     starkv_attention_shape shape;
     starkv_attention_buffers buffers;
 
-    int sharing;  // query heads of a KV head
-    int splits;   // of decoding: among so many blocks the rows of a KV head are split at most
-    // Workspace of decoding.
-    float* partial_out;       // [B, H, splits, D]: sums of values with weights below 2^0
-    float2* partial_softmax;  // [B, H, splits]: largest score, sum of weights
+    int sharing;           // query heads of a KV head
+    AttentionParts parts;  // of decoding
 
     // Elements before the rows of a KV head in the caches.
     __device__ size_t cache_offset(int sequence, int group) const {
@@ -49,16 +43,6 @@ struct AttentionSequence {
         held = view.buffers.kv_len[index];
         valid = held >= 0 && held <= view.shape.capacity - view.shape.new_tokens;
     }
-};
-
-// How a sequence's rows are split while decoding: as evenly as whole steps of a block allow.
-struct DecodeSplits {
-    int steps, used;
-
-    __device__ DecodeSplits(const AttentionView& view, int rows) : steps(ceil_div(rows, kDecodeRows)) {
-        used = min(steps, view.splits);
-    }
-    __device__ int first_row(int split) const { return split * steps / used * kDecodeRows; }
 };
 
 }  // namespace starkv

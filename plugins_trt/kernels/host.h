@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <utility>
 
 #include "starkv_kernels.h"
 
@@ -28,6 +29,29 @@ inline bool any_misaligned(std::initializer_list<const void*> pointers) {
 inline bool overlap(const void* a, size_t a_bytes, const void* b, size_t b_bytes) {
     const auto first = reinterpret_cast<uintptr_t>(a), second = reinterpret_cast<uintptr_t>(b);
     return first < second + b_bytes && second < first + a_bytes;
+}
+
+struct Part {
+    const void* start;
+    size_t bytes;
+};
+
+// Whether a tensor that is written overlaps one that is read or written. A tensor may be read where it is
+// written if the two are one of the pairs.
+template <size_t kRead, size_t kWritten>
+bool any_overlap(const Part (&read)[kRead], const Part (&written)[kWritten],
+                 std::initializer_list<std::pair<const void*, const void*>> in_place) {
+    for (const Part& to : written) {
+        for (const Part& from : read) {
+            const bool allowed = std::any_of(in_place.begin(), in_place.end(), [&](const auto& pair) {
+                return pair.first == from.start && pair.second == to.start;
+            });
+            if (!allowed && overlap(from.start, from.bytes, to.start, to.bytes)) return true;
+        }
+        for (const Part& other : written)
+            if (&other != &to && overlap(other.start, other.bytes, to.start, to.bytes)) return true;
+    }
+    return false;
 }
 
 inline bool supported_head_dim(int32_t dim) {

@@ -5,6 +5,8 @@
 //   a: rows g, g + 8, g, g + 8; columns 2t, 2t + 1 in the first two registers, 2t + 8, 2t + 9 in the others
 //   b: column g; rows 2t, 2t + 1 and 2t + 8, 2t + 9
 //   d: rows g, g, g + 8, g + 8; columns 2t, 2t + 1, 2t, 2t + 1
+// transpose_matrix() takes columns 2t and 2t + 1 of row g of 8 rows of 8 elements, and gives rows 2t and 2t +
+// 1 of column g: half of a d, packed, becomes half of a b.
 #pragma once
 
 #include "elements.h"
@@ -34,7 +36,22 @@ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
     }
 }
 
+inline uint32_t transpose_matrix(uint32_t pair) {
+    const unsigned char* all = cpu_device::exchange(&pair, sizeof(pair));
+    const int column = lane_index() / 4, row = 2 * (lane_index() % 4);
+    const auto element = [&](int of_row) {
+        return cpu_device::value_of<uint32_t>(all, of_row * 4 + column / 2) >> column % 2 * 16 & 0xffffU;
+    };
+    return element(row) | element(row + 1) << 16;
+}
+
 #else
+
+__device__ inline uint32_t transpose_matrix(uint32_t pair) {
+    uint32_t result;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+    return result;
+}
 
 template <class T>
 __device__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);

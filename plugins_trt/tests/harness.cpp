@@ -27,14 +27,16 @@ void check(const std::string& path, bool enqueue) {
     REQUIRE(library.creator("KVCompress") != nullptr);
     REQUIRE(library.creator("KVAttention") != nullptr);
     REQUIRE(library.creator("FullAttention") != nullptr);
+    REQUIRE(library.creator("QuantizedKVAttention") != nullptr);
     check_fields(library);
-    check_build(*library.creator("KVCompress"), *library.creator("KVAttention"),
-                *library.creator("FullAttention"));
+    check_build({*library.creator("KVCompress"), *library.creator("KVAttention"),
+                 *library.creator("FullAttention"), *library.creator("QuantizedKVAttention")});
     check_errors(library);
     if (!enqueue) return;
     HostMemory memory;
     check_attention_runs(library, memory);
     check_full_attention_runs(library, memory);
+    check_quantized_attention_runs(library, memory);
     check_compress_runs(library, memory);
 }
 

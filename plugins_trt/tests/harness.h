@@ -10,9 +10,13 @@ namespace starkv::tests {
 // Creators and attributes.
 void check_fields(PluginLibrary& library);
 
-// What TensorRT asks while it builds an engine, for a creator of each operator.
-void check_build(nvinfer1::IPluginCreatorV3One& compress, nvinfer1::IPluginCreatorV3One& kv_attention,
-                 nvinfer1::IPluginCreatorV3One& full_attention);
+// A creator of each operator.
+struct Creators {
+    nvinfer1::IPluginCreatorV3One &compress, &kv_attention, &full_attention, &quantized_attention;
+};
+
+// What TensorRT asks while it builds an engine.
+void check_build(const Creators& creators);
 
 // What plugins refuse, and how they report it. Nothing is launched, so that no GPU is needed.
 void check_errors(PluginLibrary& library);

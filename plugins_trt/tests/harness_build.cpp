@@ -82,12 +82,14 @@ void check_formats(const PluginHandle& plugin, const OperatorSpec& spec, bool ca
             for (int format = 0; format < nvinfer1::EnumMax<TensorFormat>(); ++format) {
                 tensor.type = static_cast<DataType>(type);
                 tensor.format = static_cast<TensorFormat>(format);
-                // Shape-only tensors are the int8 ones.
-                bool type_fits = tensor.type == right.type ||
-                                 (right.type == DataType::kINT8 && tensor.type == DataType::kINT32);
+                // Inputs of int8, whose numbers nobody reads or which are bytes, may be int32, too.
+                const bool is_input = position < count(spec.inputs);
+                bool type_fits = tensor.type == right.type || (is_input && right.type == DataType::kINT8 &&
+                                                               tensor.type == DataType::kINT32);
                 // The first tensor chooses among the cache's types; here `right` is one of many.
                 if (position == 0) {
-                    const bool float32_allowed = spec.name == "KVCompress";
+                    const bool float32_allowed =
+                        spec.name == "KVCompress" || spec.name == "QuantizedKVAttention";
                     type_fits = tensor.type == DataType::kHALF || tensor.type == DataType::kBF16 ||
                                 (float32_allowed && tensor.type == DataType::kFLOAT);
                 }
@@ -176,13 +178,41 @@ void check_full_attention(nvinfer1::IPluginCreatorV3One& creator) {
     CHECK_EQUAL(plugin.build()->getWorkspaceSize(inputs.data(), 3, outputs.data(), 1), 0U);
 }
 
+void check_quantized_attention(nvinfer1::IPluginCreatorV3One& creator) {
+    for (const std::int64_t bits : {8, 4}) {
+        QuantizedSizes sizes;
+        sizes.bits = bits;
+        Fields fields = quantized_fields(sizes);
+        const PluginHandle plugin(
+            creator.createPlugin("layer", fields.collection(), nvinfer1::TensorRTPhase::kBUILD));
+        REQUIRE(plugin);
+        check_interfaces(plugin);
+        for (const DataType type : kCacheTypes) {
+            for (const DataType codes : {DataType::kINT8, DataType::kINT32}) {
+                sizes.codes = codes;
+                const OperatorSpec spec = quantized_spec(sizes, type);
+                check_outputs(plugin, spec);
+                if (codes == DataType::kINT8) check_formats(plugin, spec, true);
+                CHECK(configures(plugin, spec));
+            }
+        }
+        QuantizedSizes other = sizes;
+        other.bits = 12 - bits;
+        CHECK(!configures(plugin, quantized_spec(other, DataType::kHALF)));
+        other = sizes;
+        other.head_dim = 80;
+        CHECK(!configures(plugin, quantized_spec(other, DataType::kHALF)));
+        check_quantized_workspace(plugin, bits);
+    }
+}
+
 }  // namespace
 
-void check_build(nvinfer1::IPluginCreatorV3One& compress, nvinfer1::IPluginCreatorV3One& kv_attention,
-                 nvinfer1::IPluginCreatorV3One& full_attention) {
-    check_compress(compress);
-    check_attention(kv_attention);
-    check_full_attention(full_attention);
+void check_build(const Creators& creators) {
+    check_compress(creators.compress);
+    check_attention(creators.kv_attention);
+    check_full_attention(creators.full_attention);
+    check_quantized_attention(creators.quantized_attention);
 }
 
 }  // namespace starkv::tests

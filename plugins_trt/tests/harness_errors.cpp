@@ -126,12 +126,47 @@ void check_full_attention_errors(PluginLibrary& library) {
     check_refused(library, plugin, misaligned, "STARKV_ERROR_MISALIGNED");
 }
 
+void check_quantized_attention_errors(PluginLibrary& library) {
+    Fields fields = quantized_fields({});
+    const PluginHandle plugin(
+        library.creator("QuantizedKVAttention")
+            ->createPlugin("layer", fields.collection(), nvinfer1::TensorRTPhase::kRUNTIME));
+    REQUIRE(plugin);
+    const OperatorSpec spec = quantized_spec({}, DataType::kBF16);
+    const auto refused = [&](const std::function<void(OperatorSpec&)>& change, const char* reason) {
+        check_refused(library, plugin, changed(spec, change), reason);
+    };
+    refused([](OperatorSpec& s) { s.inputs[0].shape[1] = 2; }, "q must be [B 1 Q], but its dimension 1 is 2");
+    refused([](OperatorSpec& s) { s.inputs[6].shape.back() = 4; }, "positions must be [B C 3]");
+    refused([](OperatorSpec& s) { s.inputs[3].type = DataType::kUINT8; },
+            "past_k must be int8, not another type");
+    refused([](OperatorSpec& s) { s.outputs[1].type = DataType::kINT32; },
+            "present_k must be int8, not int32");
+    // Words that are as many as bytes should be.
+    refused([](OperatorSpec& s) { s.inputs[3].type = s.outputs[1].type = DataType::kINT32; },
+            "past_v must be [B G C R], but its dimension 3 is 64 instead of 256");
+    refused([](OperatorSpec& s) { s.inputs[7].type = DataType::kHALF; }, "k_scale must be float32");
+    refused([](OperatorSpec& s) { s.inputs[12].shape[0] = 39; }, "sin_table must be [P H]");
+    refused([](OperatorSpec& s) { s.inputs[11].shape[1] = s.inputs[12].shape[1] = 31; },
+            "mrope_section has 32 pairs, but cos_table 31");
+    QuantizedSizes other;
+    other.query_heads = 6;
+    check_refused(library, plugin, OperatorRun(quantized_spec(other, DataType::kBF16)), "num_heads 4");
+    other = QuantizedSizes();
+    other.bits = 4;
+    check_refused(library, plugin, OperatorRun(quantized_spec(other, DataType::kBF16)), "bits 8 do not fit");
+    OperatorRun misaligned(spec);
+    misaligned.misalignment = 8;
+    check_refused(library, plugin, misaligned, "STARKV_ERROR_MISALIGNED");
+}
+
 }  // namespace
 
 void check_errors(PluginLibrary& library) {
     check_compress_errors(library);
     check_attention_errors(library);
     check_full_attention_errors(library);
+    check_quantized_attention_errors(library);
 }
 
 }  // namespace starkv::tests

@@ -60,6 +60,22 @@ std::size_t needed(const AttentionSizes& sizes) {
     return bytes;
 }
 
+std::size_t needed(const QuantizedSizes& sizes) {
+    const std::int32_t pairs = narrow(sizes.head_dim / 2);
+    const starkv_quantized_attention_shape shape{narrow(sizes.sequences),
+                                                 narrow(sizes.query_heads),
+                                                 narrow(sizes.kv_heads),
+                                                 narrow(sizes.head_dim),
+                                                 narrow(sizes.capacity),
+                                                 narrow(sizes.table_rows),
+                                                 narrow(sizes.bits),
+                                                 STARKV_FLOAT32,
+                                                 {pairs, 0, 0}};
+    std::size_t bytes = 0;
+    CHECK_EQUAL(starkv_quantized_attention_workspace(&shape, &bytes), STARKV_OK);
+    return bytes;
+}
+
 }  // namespace
 
 void check_compress_workspace(const PluginHandle& plugin) {
@@ -99,6 +115,27 @@ void check_attention_workspace(const PluginHandle& plugin) {
         for (const std::int64_t capacity : {64, 1000, 16384}) {
             for (std::int64_t sequences = 1; sequences <= largest.sequences; ++sequences) {
                 some.new_tokens = new_tokens;
+                some.capacity = capacity;
+                some.sequences = sequences;
+                CHECK(needed(some) <= bytes);
+            }
+        }
+    }
+}
+
+void check_quantized_workspace(const PluginHandle& plugin, std::int64_t bits) {
+    QuantizedSizes largest;
+    largest.bits = bits;
+    largest.sequences = 96;
+    largest.capacity = 16384;
+    largest.table_rows = 512;
+    const std::size_t bytes = reserved(plugin, quantized_spec(largest, DataType::kFLOAT));
+    CHECK(bytes > 0);
+    QuantizedSizes some = largest;
+    for (const std::int64_t table_rows : {1, 512}) {
+        for (const std::int64_t capacity : {64, 1000, 16384}) {
+            for (std::int64_t sequences = 1; sequences <= largest.sequences; ++sequences) {
+                some.table_rows = table_rows;
                 some.capacity = capacity;
                 some.sequences = sequences;
                 CHECK(needed(some) <= bytes);

@@ -90,6 +90,8 @@ double HostTensor::read(std::size_t element) const {
             return from_bfloat16(load<std::uint16_t>(from));
         case DataType::kFLOAT:
             return load<float>(from);
+        case DataType::kINT8:
+            return load<std::int8_t>(from);
         case DataType::kINT32:
             return load<std::int32_t>(from);
         case DataType::kINT64:
@@ -110,6 +112,9 @@ void HostTensor::write(std::size_t element, double value) {
             break;
         case DataType::kFLOAT:
             store(to, static_cast<float>(value));
+            break;
+        case DataType::kINT8:
+            store(to, static_cast<std::int8_t>(value));
             break;
         case DataType::kINT32:
             store(to, static_cast<std::int32_t>(value));

@@ -44,7 +44,8 @@ Fields fields_of(const starkv_driver_call& call) {
         if (field.text != nullptr) {
             fields.add(field.name, std::string(field.text));
         } else {
-            fields.add(field.name, field.integer);
+            fields.add_list(field.name,
+                            std::vector<std::int32_t>(field.integers, field.integers + field.count));
         }
     }
     return fields;

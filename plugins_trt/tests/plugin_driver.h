@@ -22,8 +22,9 @@ typedef struct starkv_driver_tensor {
 
 typedef struct starkv_driver_field {
     const char* name;
-    const char* text; /* null for an integer */
-    int32_t integer;
+    const char* text; /* null for integers */
+    int32_t count;    /* of integers */
+    const int32_t* integers;
 } starkv_driver_field;
 
 typedef struct starkv_driver_call {

@@ -79,6 +79,40 @@ Fields full_attention_fields(const FullAttentionSizes& sizes) {
     return Fields().add("num_heads", static_cast<std::int32_t>(sizes.heads));
 }
 
+OperatorSpec quantized_spec(const QuantizedSizes& sizes, DataType type) {
+    const std::int64_t b = sizes.sequences, d = sizes.head_dim, kv = sizes.kv_heads * d;
+    const std::int64_t code_bytes = sizes.codes == DataType::kINT32 ? 4 : 1;
+    const DataType f32 = DataType::kFLOAT, i32 = DataType::kINT32;
+    const TensorSpec query{type, {b, 1, sizes.query_heads * d}}, row{type, {b, 1, kv}};
+    const TensorSpec past{sizes.codes, {b, sizes.kv_heads, sizes.capacity, d * sizes.bits / 8 / code_bytes}};
+    const TensorSpec parameter{f32, {kv}}, table{f32, {sizes.table_rows, d / 2}};
+    return {"QuantizedKVAttention",
+            {query,
+             row,
+             row,
+             past,
+             past,
+             {i32, {b}},
+             {i32, {b, sizes.capacity, 3}},
+             parameter,
+             parameter,
+             parameter,
+             parameter,
+             table,
+             table},
+            {query, past, past},
+            {-1, 3, 4}};
+}
+
+Fields quantized_fields(const QuantizedSizes& sizes) {
+    const auto pairs = static_cast<std::int32_t>(sizes.head_dim / 2);
+    Fields fields;
+    fields.add("num_heads", static_cast<std::int32_t>(sizes.query_heads));
+    fields.add("kv_num_heads", static_cast<std::int32_t>(sizes.kv_heads));
+    fields.add("bits", static_cast<std::int32_t>(sizes.bits));
+    return fields.add_list("mrope_section", {pairs / 4, pairs / 4, pairs - pairs / 4 * 2});
+}
+
 nvinfer1::PluginTensorDesc describe(const TensorSpec& tensor) {
     nvinfer1::PluginTensorDesc desc{};
     desc.type = tensor.type;

@@ -41,11 +41,20 @@ struct FullAttentionSizes {
     std::int64_t sequences = 2, tokens = 5, heads = 2, head_dim = 64;
 };
 
+struct QuantizedSizes {
+    std::int64_t sequences = 3, query_heads = 4, kv_heads = 2, head_dim = 64, capacity = 16, table_rows = 40;
+    std::int64_t bits = 8;
+    // kINT8, or kINT32 for words of four bytes.
+    nvinfer1::DataType codes = nvinfer1::DataType::kINT8;
+};
+
 OperatorSpec compress_spec(const CompressSizes& sizes, nvinfer1::DataType cache_type);
 OperatorSpec attention_spec(const AttentionSizes& sizes, nvinfer1::DataType cache_type);
 Fields attention_fields(const AttentionSizes& sizes);
 OperatorSpec full_attention_spec(const FullAttentionSizes& sizes, nvinfer1::DataType cache_type);
 Fields full_attention_fields(const FullAttentionSizes& sizes);
+OperatorSpec quantized_spec(const QuantizedSizes& sizes, nvinfer1::DataType cache_type);
+Fields quantized_fields(const QuantizedSizes& sizes);
 
 nvinfer1::PluginTensorDesc describe(const TensorSpec& tensor);
 std::vector<nvinfer1::PluginTensorDesc> describe(const std::vector<TensorSpec>& tensors);

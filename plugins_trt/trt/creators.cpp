@@ -10,6 +10,7 @@
 #include "full_attention_plugin.h"
 #include "kv_attention_plugin.h"
 #include "logging.h"
+#include "quantized_attention_plugin.h"
 
 namespace starkv::trt {
 
@@ -50,7 +51,9 @@ STARKV_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(std::int32_t
     static Creator<CompressPlugin> compress;
     static Creator<KVAttentionPlugin> kv_attention;
     static Creator<FullAttentionPlugin> full_attention;
-    static nvinfer1::IPluginCreatorInterface* const creators[] = {&compress, &kv_attention, &full_attention};
-    creator_count = 3;
+    static Creator<QuantizedAttentionPlugin> quantized_attention;
+    static nvinfer1::IPluginCreatorInterface* const creators[] = {&compress, &kv_attention, &full_attention,
+                                                                  &quantized_attention};
+    creator_count = 4;
     return creators;
 }

@@ -39,7 +39,10 @@ std::int32_t OperatorPlugin::getOutputDataTypes(DataType* output_types, std::int
                                                 std::int32_t input_count) const noexcept {
     if (!signature_.check_counts(input_count, output_count)) return kFailure;
     for (std::int32_t output = 0; output < output_count; ++output) {
-        output_types[output] = signature_.type_of(signature_.outputs[output].element, input_types[0]);
+        const TensorRule& rule = signature_.outputs[output];
+        const bool as_input = rule.element == Element::kBytes && rule.aliased_input >= 0;
+        output_types[output] =
+            as_input ? input_types[rule.aliased_input] : signature_.type_of(rule.element, input_types[0]);
     }
     return kSuccess;
 }
@@ -60,7 +63,7 @@ bool OperatorPlugin::supportsFormatCombination(std::int32_t position, const Dyna
     const PluginTensorDesc& tensor = tensors[position].desc;
     if (tensor.format != TensorFormat::kLINEAR) return false;
     if (position == 0) return signature_.is_cache_type(tensor.type);
-    return signature_.takes(signature_.tensor(position).element, tensor.type, tensors[0].desc.type);
+    return signature_.takes_at(position, tensor.type, [&](int input) { return tensors[input].desc.type; });
 }
 
 std::int32_t OperatorPlugin::configurePlugin(const DynamicPluginTensorDesc* inputs, std::int32_t input_count,

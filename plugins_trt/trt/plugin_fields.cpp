@@ -3,6 +3,7 @@
 #include "plugin_fields.h"
 
 #include <algorithm>
+#include <cstdio>
 
 #include "logging.h"
 
@@ -22,12 +23,14 @@ bool addresses_the_plugin(std::string_view name) {
 
 bool read_field(const char* operator_name, const PluginField& field, const FieldTarget& target) {
     if (const auto* integer = std::get_if<std::int32_t*>(&target.value)) {
-        if (field.type != PluginFieldType::kINT32 || field.length != 1 || field.data == nullptr) {
-            report_error(operator_name, "attribute %s must be one INT32 (field type %d, length %d given)",
-                         field.name, static_cast<int>(field.type), field.length);
+        if (field.type != PluginFieldType::kINT32 || field.length != target.count || field.data == nullptr) {
+            char wanted[16];
+            std::snprintf(wanted, sizeof(wanted), target.count == 1 ? "one" : "%d", target.count);
+            report_error(operator_name, "attribute %s must be %s INT32 (field type %d, length %d given)",
+                         field.name, wanted, static_cast<int>(field.type), field.length);
             return false;
         }
-        **integer = *static_cast<const std::int32_t*>(field.data);
+        std::copy_n(static_cast<const std::int32_t*>(field.data), target.count, *integer);
         return true;
     }
     if (field.type != PluginFieldType::kCHAR || field.length < 1 || field.data == nullptr) {

@@ -15,6 +15,7 @@ namespace starkv::trt {
 struct FieldTarget {
     const char* name;
     std::variant<std::int32_t*, std::string_view*> value;
+    std::int32_t count = 1;  // of integers
 };
 
 // Reads a collection into its targets; those that it does not mention keep their values. Reports fields that

@@ -54,6 +54,13 @@ const char* type_name(DataType type) {
     }
 }
 
+// A shape whose last dimension counts bytes where the rule wants it to.
+Dims in_bytes(const TensorRule& rule, DataType type, Dims dims) {
+    const bool of_words = rule.element == Element::kBytes && type == DataType::kINT32;
+    if (of_words && dims.nbDims > 0) dims.d[dims.nbDims - 1] *= 4;
+    return dims;
+}
+
 // Takes a tensor's sizes over, or finds that they contradict those of the tensors before it.
 bool bind_dims(const char* operator_name, const TensorRule& rule, const Dims& given, Sizes& sizes) {
     const Shape shape = parse(rule.dims);
@@ -90,6 +97,7 @@ DataType Signature::type_of(Element element, DataType cache_type) const noexcept
         case Element::kInt64:
             return DataType::kINT64;
         case Element::kShapeOnly:
+        case Element::kBytes:
             return DataType::kINT8;
         case Element::kCache:
             break;
@@ -98,7 +106,8 @@ DataType Signature::type_of(Element element, DataType cache_type) const noexcept
 }
 
 bool Signature::takes(Element element, DataType type, DataType cache_type) const noexcept {
-    if (element == Element::kShapeOnly && type == DataType::kINT32) return true;
+    const bool of_several = element == Element::kShapeOnly || element == Element::kBytes;
+    if (of_several && type == DataType::kINT32) return true;
     return type == type_of(element, cache_type);
 }
 
@@ -155,12 +164,16 @@ bool Signature::bind(const PluginTensorDesc* given_inputs, const PluginTensorDes
         const TensorRule& rule = tensor(position);
         const PluginTensorDesc& given =
             position < input_count ? given_inputs[position] : given_outputs[position - input_count];
-        if (!takes(rule.element, given.type, cache_type)) {
-            report_error(name, "%s must be %s, not %s", rule.name,
-                         type_name(type_of(rule.element, cache_type)), type_name(given.type));
+        const auto type_at = [&](int input) { return given_inputs[input].type; };
+        if (!takes_at(position, given.type, type_at)) {
+            const bool as_input = rule.element == Element::kBytes && rule.aliased_input >= 0;
+            report_error(
+                name, "%s must be %s, not %s", rule.name,
+                type_name(as_input ? type_at(rule.aliased_input) : type_of(rule.element, cache_type)),
+                type_name(given.type));
             return false;
         }
-        if (!bind_dims(name, rule, given.dims, sizes)) return false;
+        if (!bind_dims(name, rule, in_bytes(rule, given.type, given.dims), sizes)) return false;
     }
     return true;
 }
@@ -169,7 +182,7 @@ Sizes Signature::largest(const nvinfer1::DynamicPluginTensorDesc* given_inputs) 
     Sizes sizes;
     for (int input = 0; input < input_count; ++input) {
         const Shape shape = parse(inputs[input].dims);
-        const Dims& most = given_inputs[input].max;
+        const Dims most = in_bytes(inputs[input], given_inputs[input].desc.type, given_inputs[input].max);
         for (int axis = 0; axis < std::min(shape.rank, most.nbDims); ++axis) {
             const char letter = shape.of[axis].letter;
             if (letter != 0) sizes[letter] = std::max(sizes[letter], most.d[axis]);

@@ -16,6 +16,9 @@ enum class Element {
     kInt32,
     kInt64,
     kShapeOnly,  // int8 or int32: only the shape counts, nobody reads the numbers
+    // int8, or int32 that are four bytes each, for networks where int8 stands for quantized numbers only. The
+    // last dimension's letter counts bytes. An output is of the same type as the input it aliases.
+    kBytes,
 };
 
 struct TensorRule {
@@ -59,10 +62,18 @@ struct Signature {
     const TensorRule& tensor(int position) const noexcept {
         return position < input_count ? inputs[position] : outputs[position - input_count];
     }
-    // Of a shape-only tensor: the narrower of its types.
+    // Of a tensor of several types: the narrowest.
     nvinfer1::DataType type_of(Element element, nvinfer1::DataType cache_type) const noexcept;
     bool takes(Element element, nvinfer1::DataType type, nvinfer1::DataType cache_type) const noexcept;
     bool is_cache_type(nvinfer1::DataType type) const noexcept;
+    // Whether a tensor at a position, inputs before outputs, may have the type, given those before it.
+    template <class TypeAt>
+    bool takes_at(int position, nvinfer1::DataType type, const TypeAt& type_at) const noexcept {
+        const TensorRule& rule = tensor(position);
+        if (rule.element == Element::kBytes && rule.aliased_input >= 0)
+            return type == type_at(rule.aliased_input);
+        return takes(rule.element, type, type_at(0));
+    }
 
     // Reports and returns false unless there are as many tensors as there should be.
     bool check_counts(int given_inputs, int given_outputs) const noexcept;

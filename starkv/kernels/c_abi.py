@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from starkv.errors import StarkvError
+from starkv.kernels.c_abi_quantized import QuantizedAttentionBuffers, QuantizedAttentionShape
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
 """``starkv_dtype``."""
 FULL_ATTENTION_HEAD_DIMS = (32, 64, 80, 96, 128)
@@ -98,6 +99,10 @@ class FullAttentionShape(Structure):
     _fields_ = [(name, c_int32) for name in ("sequences", "tokens", "heads", "head_dim", "dtype")]
 
 
+Shape = CompressShape | AttentionShape | QuantizedAttentionShape
+Buffers = CompressBuffers | AttentionBuffers | QuantizedAttentionBuffers
+
+
 class KernelAbi:
     """The functions of a kernel library. Each launches on a stream and returns at once.
 
@@ -133,7 +138,7 @@ class KernelAbi:
         name, message = self._library.starkv_status_name(code), self._library.starkv_status_message(code)
         return KernelStatus(code, name.decode(), message.decode())
 
-    def workspace_bytes(self, shape: CompressShape | AttentionShape | FullAttentionShape) -> int:
+    def workspace_bytes(self, shape: Shape | FullAttentionShape) -> int:
         """Bytes of workspace that a call of that shape needs.
 
         Raises:
@@ -146,13 +151,13 @@ class KernelAbi:
 
     def launch(
         self,
-        shape: CompressShape | AttentionShape,
-        buffers: CompressBuffers | AttentionBuffers,
+        shape: Shape,
+        buffers: Buffers,
         workspace: int,
         workspace_bytes: int,
         stream: int | None = None,
     ) -> None:
-        """Launch ``Compress`` or ``KVAttention``, by the type of the shape.
+        """Launch ``Compress``, ``KVAttention`` or ``QuantizedKVAttention``, by the type of the shape.
 
         Args:
             shape: dimensions.
@@ -198,6 +203,7 @@ class KernelAbi:
 _FUNCTIONS = {
     CompressShape: "starkv_compress",
     AttentionShape: "starkv_attention",
+    QuantizedAttentionShape: "starkv_quantized_attention",
     FullAttentionShape: "starkv_full_attention",
 }
 
@@ -209,7 +215,11 @@ def _declare(library: ctypes.CDLL) -> None:
         AttributeError: the library lacks one.
     """
     pointer, integer = c_void_p, c_int32
-    for shape, buffers in ((CompressShape, CompressBuffers), (AttentionShape, AttentionBuffers)):
+    for shape, buffers in (
+        (CompressShape, CompressBuffers),
+        (AttentionShape, AttentionBuffers),
+        (QuantizedAttentionShape, QuantizedAttentionBuffers),
+    ):
         name = _FUNCTIONS[shape]
         getattr(library, name).argtypes = [POINTER(shape), POINTER(buffers), pointer, c_size_t, pointer]
     for described, name in _FUNCTIONS.items():

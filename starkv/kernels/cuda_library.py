@@ -22,14 +22,22 @@ from starkv.kernels.c_abi import (
     POOLINGS,
     AttentionBuffers,
     AttentionShape,
+    Buffers,
     CompressBuffers,
     CompressShape,
     FullAttentionShape,
     KernelAbi,
+    Shape,
+)
+from starkv.kernels.c_abi_quantized import (
+    QUANTIZED_INPUTS,
+    QuantizedAttentionBuffers,
+    QuantizedAttentionShape,
 )
 from starkv.kernels.compress_call import CompressCall, CompressResult
 from starkv.kernels.full_attention_call import FullAttentionCall
 from starkv.kernels.library_paths import kernel_libraries
+from starkv.kernels.quantized_attention_call import QuantizedAttentionCall
 
 _DTYPES = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
 _LEAST_WORKSPACE = 16
@@ -108,6 +116,24 @@ class KernelLibrary:
         inputs = {name: getattr(call, name) for name in ("q", "k", "v", "past_k", "past_v", "kv_len")}
         outputs = {"present_k": keys, "present_v": values, "out": out}
         self._launch(shape, AttentionBuffers(**_pointers(inputs | outputs)), call.q.device)
+        return out, keys, values
+
+    def quantized_attention(
+        self, call: QuantizedAttentionCall, in_place: bool = True, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Append codes and attend to all of them: ``out``, ``present_k``, ``present_v``.
+
+        Args, errors as those of :meth:`attention`.
+        """
+        call.check()
+        self._check_tensors(call.q)
+        out = torch.empty_like(call.q) if out is None else out
+        caches = (call.past_k, call.past_v)
+        keys, values = caches if in_place else (torch.empty_like(cache) for cache in caches)
+        inputs = {name: getattr(call, name) for name in QUANTIZED_INPUTS}
+        outputs = {"present_k": keys, "present_v": values, "out": out}
+        buffers = QuantizedAttentionBuffers(**_pointers(inputs | outputs))
+        self._launch(quantized_attention_shape(call), buffers, call.q.device)
         return out, keys, values
 
     def full_attention(self, call: FullAttentionCall) -> Tensor:
@@ -191,12 +217,7 @@ class KernelLibrary:
         self.abi.call("starkv_sample_top_p", *pointers, *logits.shape, _stream(logits.device))
         return ids
 
-    def _launch(
-        self,
-        shape: CompressShape | AttentionShape,
-        buffers: CompressBuffers | AttentionBuffers,
-        device: torch.device,
-    ) -> None:
+    def _launch(self, shape: Shape, buffers: Buffers, device: torch.device) -> None:
         size = max(self.abi.workspace_bytes(shape), _LEAST_WORKSPACE)
         # PyTorch's allocator gives the memory to others only behind what this stream has queued.
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
@@ -236,6 +257,22 @@ def compress_buffers(call: CompressCall, result: CompressResult) -> CompressBuff
     tensors |= {name: getattr(result, name) for name in COMPRESS_OUTPUTS}
     tensors |= {f"new_{name}": getattr(result, name) for name in COMPRESS_STATE}
     return CompressBuffers(**_pointers(tensors))
+
+
+def quantized_attention_shape(call: QuantizedAttentionCall) -> QuantizedAttentionShape:
+    """Dimensions of a call."""
+    batch, groups, capacity, _ = call.past_k.shape
+    return QuantizedAttentionShape(
+        sequences=batch,
+        query_heads=call.heads,
+        kv_heads=groups,
+        head_dim=call.head_dim,
+        capacity=capacity,
+        table_rows=call.cos_table.shape[0],
+        bits=call.bits,
+        dtype=_DTYPES[call.q.dtype],
+        mrope_section=call.mrope_section,
+    )
 
 
 def find_library(device: str) -> KernelLibrary | None:

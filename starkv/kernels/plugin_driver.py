@@ -17,8 +17,10 @@ from torch import Tensor
 from starkv.errors import UsageError
 from starkv.kernels.attention_call import AttentionCall
 from starkv.kernels.c_abi import KernelError
+from starkv.kernels.c_abi_quantized import QUANTIZED_INPUTS
 from starkv.kernels.compress_call import CompressCall, CompressResult
 from starkv.kernels.full_attention_call import FullAttentionCall
+from starkv.kernels.quantized_attention_call import QuantizedAttentionCall
 
 COMPRESS_INPUTS = (
     "k",
@@ -39,6 +41,9 @@ COMPRESS_INPUTS = (
     "slot",
 )
 """Fields of :class:`CompressCall` in the order of the operator's definition."""
+
+FieldValue = int | str | tuple[int, ...]
+"""Of an attribute."""
 
 # nvinfer1::DataType.
 _TYPES = {
@@ -67,13 +72,14 @@ class _Tensor(Structure):
 class _Field(Structure):
     """``starkv_driver_field``."""
 
-    _fields_ = [("name", c_char_p), ("text", c_char_p), ("integer", c_int32)]
+    _fields_ = [("name", c_char_p), ("text", c_char_p), ("count", c_int32), ("integers", POINTER(c_int32))]
 
     @classmethod
-    def of(cls, name: str, value: int | str) -> "_Field":
+    def of(cls, name: str, value: FieldValue) -> "_Field":
         if isinstance(value, str):
-            return cls(name.encode(), value.encode(), 0)
-        return cls(name.encode(), None, value)
+            return cls(name.encode(), value.encode(), 0, None)
+        integers = (value,) if isinstance(value, int) else value
+        return cls(name.encode(), None, len(integers), (c_int32 * len(integers))(*integers))
 
 
 class _Call(Structure):
@@ -173,6 +179,35 @@ class PluginDriver:
         self.run("KVAttention", fields, inputs, (out, present_k, present_v))
         return out, present_k, present_v
 
+    def quantized_attention(
+        self, call: QuantizedAttentionCall, aliased: bool = True, carrier: torch.dtype = torch.int8
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Append codes and attend to all of them: ``out``, ``present_k``, ``present_v``.
+
+        Args:
+            call: tensors on the plugins' device.
+            aliased: as in :meth:`attention`.
+            carrier: of the caches' bytes in the network, int8 or int32.
+
+        Raises:
+            UsageError: a tensor lies elsewhere.
+            KernelError: the plugin refused the call.
+        """
+        past = (call.past_k, call.past_v)
+        present_k, present_v = past if aliased else (torch.empty_like(cache) for cache in past)
+        out = torch.empty_like(call.q)
+        fields: dict[str, FieldValue] = {
+            "num_heads": call.heads,
+            "kv_num_heads": int(call.past_k.shape[1]),
+            "bits": call.bits,
+            "mrope_section": call.mrope_section,
+        }
+        inputs = {name: getattr(call, name) for name in QUANTIZED_INPUTS}
+        inputs |= {"past_k": call.past_k.view(carrier), "past_v": call.past_v.view(carrier)}
+        outputs = (out, present_k.view(carrier), present_v.view(carrier))
+        self.run("QuantizedKVAttention", fields, tuple(inputs.values()), outputs)
+        return out, present_k, present_v
+
     def full_attention(self, call: FullAttentionCall) -> Tensor:
         """Every token attends to every other: ``[B, N, H·D]``.
 
@@ -187,7 +222,7 @@ class PluginDriver:
     def run(
         self,
         operator: str,
-        fields: Mapping[str, int | str],
+        fields: Mapping[str, FieldValue],
         inputs: Sequence[Tensor],
         outputs: Sequence[Tensor],
     ) -> None:

@@ -3,7 +3,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
@@ -12,13 +12,16 @@ from torch import Tensor
 from starkv.kernels.attention_call import AttentionCall
 from starkv.kernels.c_abi import KernelError
 from starkv.kernels.compress_call import CompressCall, CompressResult
-from starkv.kernels.cuda_library import find_library
+from starkv.kernels.cuda_library import KernelLibrary, find_library
 from starkv.kernels.full_attention_call import FullAttentionCall
 from starkv.kernels.library_paths import KERNELS, PLUGINS, plugin_libraries
+from starkv.kernels.plugin_driver import PluginDriver
+from starkv.kernels.quantized_attention_call import QuantizedAttentionCall
 
 Compress = Callable[[CompressCall], CompressResult]
 Attention = Callable[[AttentionCall], tuple[Tensor, Tensor, Tensor]]
 FullAttention = Callable[[FullAttentionCall], Tensor]
+QuantizedAttention = Callable[[QuantizedAttentionCall], tuple[Tensor, Tensor, Tensor]]
 _BUILD = "`make plugin` builds it"
 
 
@@ -30,6 +33,7 @@ class Implementation:
     compress: Compress | None = None
     attention: Attention | None = None
     full_attention: FullAttention | None = None
+    quantized_attention: QuantizedAttention | None = None
     timed: bool = True
     """Its time means something: it runs on the hardware that it was made for."""
     missing: str = ""
@@ -64,7 +68,14 @@ def onnx_runtime() -> Implementation:
     from starkv.validation.onnx_adapter import OnnxImplementation
 
     runtime = OnnxImplementation()
-    return Implementation("ONNX", runtime.compress, runtime.attention, runtime.full_attention, widest=20_000)
+    return Implementation(
+        "ONNX",
+        runtime.compress,
+        runtime.attention,
+        runtime.full_attention,
+        runtime.quantized_attention,
+        widest=20_000,
+    )
 
 
 def triton(device: torch.device) -> Implementation:
@@ -76,7 +87,8 @@ def triton(device: torch.device) -> Implementation:
         os.environ.setdefault("TRITON_INTERPRET", "1")
     from starkv.kernels.triton_compress import compress
 
-    return _on(device, "Triton", "interpreted", compress)
+    made = Implementation("Triton", compress)
+    return _emulated(made, "interpreted") if device.type == "cpu" else made
 
 
 def cuda(device: torch.device) -> Implementation:
@@ -87,33 +99,28 @@ def cuda(device: torch.device) -> Implementation:
         return Implementation("CUDA", missing=str(error))
     if library is None:
         return Implementation("CUDA", missing=f"no {KERNELS[device.type]}; {_BUILD}")
-    return _on(device, "CUDA", "emulated", library.compress, library.attention, library.full_attention)
+    return _on(device, "CUDA", "emulated", library)
 
 
 def plugin(device: torch.device) -> Implementation:
     """The TensorRT plugins' ``enqueue``, called without TensorRT."""
-    from starkv.kernels.plugin_driver import PluginDriver
-
     libraries = plugin_libraries(device.type)
     if libraries is None:
         reason = f"no {PLUGINS[device.type]}; {_BUILD} where TensorRT's headers are"
         return Implementation("TensorRT plugin", missing=reason)
     driver = PluginDriver(*libraries)
-    return _on(
-        device, "TensorRT plugin", "emulated", driver.compress, driver.attention, driver.full_attention
-    )
+    return _on(device, "TensorRT plugin", "emulated", driver)
 
 
 def _on(
-    device: torch.device,
-    name: str,
-    emulation: str,
-    compress: Compress,
-    attention: Attention | None = None,
-    full_attention: FullAttention | None = None,
+    device: torch.device, name: str, emulation: str, kernels: KernelLibrary | PluginDriver
 ) -> Implementation:
-    """A GPU implementation, on the GPU or as it is emulated on the processor."""
-    if device.type == "cpu":
-        emulated = f"{name} ({emulation})"
-        return Implementation(emulated, compress, attention, full_attention, timed=False, widest=1_000)
-    return Implementation(name, compress, attention, full_attention)
+    """The CUDA kernels, on the GPU or as they are emulated on the processor."""
+    made = Implementation(
+        name, kernels.compress, kernels.attention, kernels.full_attention, kernels.quantized_attention
+    )
+    return _emulated(made, emulation) if device.type == "cpu" else made
+
+
+def _emulated(made: Implementation, emulation: str) -> Implementation:
+    return replace(made, name=f"{made.name} ({emulation})", timed=False, widest=1_000)

@@ -8,14 +8,24 @@ kept rows narrowed after it, which is exact.
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from starkv.kernels.attention_call import AttentionCall
+from starkv.kernels.c_abi_quantized import QUANTIZED_INPUTS
 from starkv.kernels.compress_call import CompressCall, CompressResult
 from starkv.kernels.full_attention_call import FullAttentionCall
-from starkv.onnx_ops import FULL_ATTENTION, KV_ATTENTION
+from starkv.kernels.quantized_attention_call import QuantizedAttentionCall
+from starkv.onnx_ops import (
+    DOMAIN,
+    DOMAIN_VERSION,
+    FULL_ATTENTION,
+    KV_ATTENTION,
+    OPSET,
+    standard_functions,
+)
 
 Array = NDArray[Any]
 
@@ -71,13 +81,39 @@ class OnnxImplementation:
         groups, dim = call.past_k.shape[1], call.past_k.shape[3]
         key = (KV_ATTENTION, call.heads, groups, dim)
         if key not in self._sessions:
-            model = _model_of(KV_ATTENTION, num_heads=call.heads, kv_num_heads=groups)
+            function = standard_functions()[KV_ATTENTION]
+            model = _model_of(function, num_heads=call.heads, kv_num_heads=groups)
             self._sessions[key] = self._open(model)
         feeds = {name: _array(getattr(call, name)) for name in ("q", "k", "v", "past_k", "past_v", "kv_len")}
         feeds["past_extent"] = np.zeros(int(call.kv_len.max()), np.int8)
         outputs = self._sessions[key].run(["out", "present_k", "present_v"], feeds)
         out, keys, values = (torch.from_numpy(array).to(call.q) for array in outputs)
         return out, keys, values
+
+    def quantized_attention(self, call: QuantizedAttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        """``QuantizedKVAttention``: ``out`` in the call's dtype, and both caches.
+
+        Raises:
+            UsageError: tensors don't fit each other.
+        """
+        from starkv.onnx_quantized_kv import QUANTIZED_KV_ATTENTION, quantized_kv_function
+
+        call.check()
+        attributes: dict[str, int | list[int]] = {
+            "num_heads": call.heads,
+            "kv_num_heads": int(call.past_k.shape[1]),
+            "bits": call.bits,
+            "mrope_section": list(call.mrope_section),
+        }
+        key = (QUANTIZED_KV_ATTENTION, str(attributes))
+        if key not in self._sessions:
+            self._sessions[key] = self._open(_model_of(quantized_kv_function(), **attributes))
+        feeds = {name: _array(getattr(call, name)) for name in QUANTIZED_INPUTS}
+        # It looks rows up that no query sees; any place in the tables will do for those.
+        feeds["positions"] = feeds["positions"].clip(0, len(call.cos_table) - 1)
+        outputs = self._sessions[key].run(["out", "present_k", "present_v"], feeds)
+        out, keys, values = map(torch.from_numpy, outputs)
+        return out.to(call.q), keys.to(call.past_k.device), values.to(call.past_v.device)
 
     def full_attention(self, call: FullAttentionCall) -> Tensor:
         """``FullAttention`` in the call's dtype.
@@ -88,7 +124,8 @@ class OnnxImplementation:
         call.check()
         key = (FULL_ATTENTION, call.heads)
         if key not in self._sessions:
-            self._sessions[key] = self._open(_model_of(FULL_ATTENTION, num_heads=call.heads))
+            function = standard_functions()[FULL_ATTENTION]
+            self._sessions[key] = self._open(_model_of(function, num_heads=call.heads))
         feeds = {name: _array(getattr(call, name)) for name in ("q", "k", "v")}
         return torch.from_numpy(self._sessions[key].run(["out"], feeds)[0]).to(call.q)
 
@@ -107,16 +144,17 @@ def _array(tensor: Tensor) -> Array:
     return array
 
 
-def _model_of(operator: str, **attributes: int) -> bytes:
+def _model_of(function: onnx.FunctionProto, **attributes: int | list[int]) -> bytes:
     """A model that is one node of an operator of attention."""
-    import onnx
-
-    from starkv.onnx_ops import DOMAIN, DOMAIN_VERSION, OPSET, standard_functions
-
-    function = standard_functions()[operator]
-    node = onnx.helper.make_node(operator, function.input, function.output, domain=DOMAIN, **attributes)
-    types = {"kv_len": onnx.TensorProto.INT32, "past_extent": onnx.TensorProto.INT8}
-    ranks = {"kv_len": 1, "past_extent": 1, "q": 3, "k": 3, "v": 3, "out": 3}
+    node = onnx.helper.make_node(function.name, function.input, function.output, domain=DOMAIN, **attributes)
+    codes = onnx.TensorProto.UINT8 if attributes.get("bits") == 4 else onnx.TensorProto.INT8
+    types = {"kv_len": onnx.TensorProto.INT32, "positions": onnx.TensorProto.INT32}
+    types["past_extent"] = onnx.TensorProto.INT8
+    if "bits" in attributes:
+        types |= dict.fromkeys(("past_k", "past_v", "present_k", "present_v"), codes)
+    ranks = dict.fromkeys(("kv_len", "past_extent", "k_scale", "v_scale", "k_bias", "v_bias"), 1)
+    ranks |= dict.fromkeys(("q", "k", "v", "out", "positions"), 3)
+    ranks |= dict.fromkeys(("cos_table", "sin_table"), 2)
 
     def declare(name: str) -> onnx.ValueInfoProto:
         element = types.get(name, onnx.TensorProto.FLOAT)
@@ -124,7 +162,7 @@ def _model_of(operator: str, **attributes: int) -> bytes:
         return onnx.helper.make_tensor_value_info(name, element, shape)
 
     inputs, outputs = ([declare(name) for name in side] for side in (function.input, function.output))
-    graph = onnx.helper.make_graph([node], operator, inputs, outputs)
+    graph = onnx.helper.make_graph([node], function.name, inputs, outputs)
     opsets = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
     model = onnx.helper.make_model(graph, opset_imports=opsets, functions=[function], ir_version=10)
     return bytes(model.SerializeToString())

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from starkv.validation import attention_checks, compress_checks, full_attention_checks
+from starkv.validation import attention_checks, compress_checks, full_attention_checks, quantized_checks
 from starkv.validation.implementations import implementations
 from starkv.validation.report import Check
 
@@ -22,7 +22,7 @@ def validate_ops(
 
     Args:
         device: ``cuda``, or ``cpu`` where the GPU implementations are emulated on small cases.
-        dtypes: names of the caches' element types; attention has no float32.
+        dtypes: names of element types; attention to a cache that is not quantized has no float32.
         started: told what is worked at.
     """
     others = implementations(device)
@@ -41,3 +41,9 @@ def validate_ops(
             if DTYPES[name] in attention_checks.TOLERANCE:
                 started(f"FullAttention, {full_size.name}, {name}")
                 yield from full_attention_checks.check_full_attention(full_size, DTYPES[name], device, others)
+    for quantized_size in quantized_checks.SIZES[device.type]:
+        for name in dtypes:
+            started(f"QuantizedKVAttention, {quantized_checks.case_name(quantized_size)}, {name}")
+            yield from quantized_checks.check_quantized_attention(
+                quantized_size, DTYPES[name], device, others
+            )

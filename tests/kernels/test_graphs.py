@@ -9,7 +9,9 @@ import torch
 
 from starkv.kernels.attention_call import AttentionCall, reference_attention
 from starkv.kernels.cuda_library import KernelLibrary
+from starkv.kernels.quantized_attention_reference import reference_quantized_attention
 from starkv.validation.attention_checks import AttentionSize, make_call
+from starkv.validation.quantized_calls import QuantizedSize, make_quantized_call
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,6 +62,28 @@ def test_prefill(kernels: KernelLibrary, device: torch.device, dim: int) -> None
     graph.replay()
     torch.cuda.synchronize()
     assert_attends(call, out)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_one_graph_decodes_codes_at_every_length(
+    kernels: KernelLibrary, device: torch.device, bits: int
+) -> None:
+    size = QuantizedSize((500, 400), 501, bits, query_heads=14, kv_heads=2)
+    call = make_quantized_call(size, torch.bfloat16, device)
+    out = torch.empty_like(call.q)
+    graph = captured(lambda: kernels.quantized_attention(call, out=out))
+    for lengths in ((3, 500), (400, 0)):
+        # Parameters follow from the seed alone.
+        other = make_quantized_call(replace(size, held=lengths), torch.bfloat16, device)
+        other.q.neg_()
+        for name in ("q", "k", "v", "past_k", "past_v", "kv_len", "positions"):
+            getattr(call, name).copy_(getattr(other, name))
+        expected = reference_quantized_attention(other)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert (out.double() - expected[0]).norm() <= CLOSE * expected[0].norm()
+        assert torch.equal(call.past_k, expected[1])
+        assert torch.equal(call.past_v, expected[2])
 
 
 def test_the_next_token(kernels: KernelLibrary, device: torch.device) -> None:

@@ -23,6 +23,8 @@ from starkv.kernels.c_abi import KernelError
 from starkv.kernels.compress_call import CompressCall, CompressResult
 from starkv.kernels.full_attention_call import FullAttentionCall, reference_full_attention
 from starkv.kernels.plugin_driver import PluginDriver
+from starkv.kernels.quantized_attention_reference import reference_quantized_attention
+from starkv.validation.quantized_calls import QuantizedSize, make_quantized_call
 
 pytestmark = pytest.mark.slow
 _HEADERS = header_folders()
@@ -133,6 +135,28 @@ def test_full_attention_equals_the_reference(driver: PluginDriver, dtype: torch.
     )
 
 
+@pytest.mark.parametrize("carrier", [torch.int8, torch.int32], ids=str)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_quantized_attention_equals_the_reference(
+    driver: PluginDriver, dtype: torch.dtype, bits: int, carrier: torch.dtype
+) -> None:
+    """Codes go in place where they are carried as words, else into copies."""
+    aliased = carrier == torch.int32
+    size = QuantizedSize((7, 0, 40, 39), 40, bits, query_heads=6, kv_heads=2, head_dim=64)
+    call = make_quantized_call(size, dtype, CPU)
+    expected = reference_quantized_attention(call)
+    before = call.past_k.clone()
+    out, present_k, present_v = driver.quantized_attention(call, aliased, carrier)
+    # Queries and weights are rounded to 11 bits unless they are float32, the result to its type.
+    error = (out.double() - expected[0]).norm() / expected[0].norm()
+    assert error <= {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 4e-3}[dtype]
+    assert torch.equal(present_k, expected[1])
+    assert torch.equal(present_v, expected[2])
+    assert (out[2] == 0).all()
+    assert torch.equal(call.past_k, expected[1] if aliased else before)
+
+
 def test_errors_are_reported_with_their_reason(driver: PluginDriver) -> None:
     call = attention_call(torch.float16, 1)
     with pytest.raises(KernelError, match="KVAttention: STARKV_ERROR_DTYPE: "):
@@ -167,6 +191,8 @@ assert build.timing_cache_id == "avgpool 7"
 assert creator.create_plugin("layer", trt.PluginFieldCollection([wrong]), trt.TensorRTPhase.BUILD) is None
 assert [f.name for f in registry.get_creator("KVAttention", "1", "ai.starkv").field_names] == [
     "num_heads", "kv_num_heads"]
+assert [f.name for f in registry.get_creator("QuantizedKVAttention", "1", "ai.starkv").field_names] == [
+    "num_heads", "kv_num_heads", "bits", "mrope_section"]
 assert registry.get_creator("KVCompress", "1", "") is None
 print("ok", trt.__version__)
 """

@@ -14,6 +14,8 @@ from torch import Tensor
 from starkv.kernels.attention_call import AttentionCall, reference_attention
 from starkv.kernels.compress_call import CompressCall, CompressResult
 from starkv.kernels.cuda_library import KernelLibrary
+from starkv.kernels.quantized_attention_call import QuantizedAttentionCall
+from starkv.kernels.quantized_attention_reference import reference_quantized_attention
 from starkv.methods.star_kv_config import StarKVConfig
 from starkv.validation.attention_checks import AttentionSize, check_attention
 from starkv.validation.compress_agreement import kept_agreement
@@ -21,6 +23,8 @@ from starkv.validation.compress_cases import CompressSize, Heads, make_case
 from starkv.validation.compress_checks import check_compress
 from starkv.validation.implementations import Compress, Implementation, implementations
 from starkv.validation.onnx_adapter import OnnxImplementation
+from starkv.validation.quantized_calls import QuantizedSize
+from starkv.validation.quantized_checks import check_quantized_attention
 from starkv.validation.report import Check, Report, markdown_table
 
 SIZE = CompressSize("small", Heads(2, 6, 2, 64), (18, 32), 2)
@@ -133,6 +137,34 @@ def test_attention(dtype: torch.dtype, kernels: KernelLibrary, device: torch.dev
     assert [check.status for check in checks] == ["passed", "passed", "failed", "failed"]
     assert "the output differs" in checks[2].reason
     assert "does not hold the new rows" in checks[3].reason
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_quantized_attention(
+    dtype: torch.dtype, bits: int, kernels: KernelLibrary, device: torch.device
+) -> None:
+    def forgets_the_bias(call: QuantizedAttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        _, keys, values = reference_quantized_attention(call)
+        without = replace(call, k_bias=torch.zeros_like(call.k_bias))
+        return reference_quantized_attention(without)[0], keys, values
+
+    def rounds_otherwise(call: QuantizedAttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+        out, keys, values = reference_quantized_attention(call)
+        keys[0, 0, 40, 3] += 1
+        return out, keys, values
+
+    others = [
+        Implementation("ONNX", quantized_attention=OnnxImplementation().quantized_attention, timed=False),
+        Implementation("CUDA", quantized_attention=kernels.quantized_attention, timed=False),
+        Implementation("no bias", quantized_attention=forgets_the_bias, timed=False),
+        Implementation("other codes", quantized_attention=rounds_otherwise, timed=False),
+    ]
+    size = QuantizedSize((40, 20), 48, bits, query_heads=4, kv_heads=2, head_dim=64)
+    checks = list(check_quantized_attention(size, dtype, device, others))
+    assert [check.status for check in checks] == ["passed", "passed", "failed", "failed"]
+    assert "the output differs" in checks[2].reason
+    assert "does not hold the new row's codes" in checks[3].reason
 
 
 def test_missing_implementations_say_why(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
