@@ -12,7 +12,7 @@ from starkv.kernels.cached_positions import CachedPositions
 from starkv.kernels.low_rank_call import LowRankCall
 from starkv.kernels.low_rank_factors import LatentForm
 from starkv.kernels.low_rank_reference import reference_low_rank_attention
-from starkv.kernels.quantized_rows_call import QuantizedRowsCall, reference_quantized_attention
+from starkv.kernels.quantized_rows_call import QuantizedRowsCall, reference_quantized_rows
 from starkv.kernels.triton_cached_rows import CachedRows, attend_cached_rows
 from starkv.kernels.triton_decode import merge
 from starkv.kernels.triton_low_rank import low_rank_attention
@@ -117,7 +117,7 @@ def quantized_runner(call: QuantizedRowsCall, shape: DecodeShape) -> Runner:
         first = replace(
             call, q=call.q[:1], k=call.k[:1], v=call.v[:1], n_valid=call.n_valid[:1], key_bias=bias
         )
-        return reference_quantized_attention(first).out
+        return reference_quantized_rows(first).out
 
     positions = len(shape.rows) * shape.capacity * POSITION_BYTES
     size = 2 * call.k.numel() + positions

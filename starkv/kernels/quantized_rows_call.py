@@ -103,7 +103,7 @@ def quantize_rows(rows: Tensor, scales: Tensor, form: LatentForm) -> Tensor:
     return codes[..., 0::2] | codes[..., 1::2] << 4
 
 
-def reference_quantized_attention(call: QuantizedRowsCall) -> DecodeResult:
+def reference_quantized_rows(call: QuantizedRowsCall) -> DecodeResult:
     """The same as :func:`starkv.kernels.triton_quantized_rows.quantized_rows_attention`, in float32."""
     batch, heads, dim = call.q.shape
     capacity = call.k.shape[2]

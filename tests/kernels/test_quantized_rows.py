@@ -11,7 +11,7 @@ from starkv.errors import UsageError
 from starkv.kernels import triton_decode
 from starkv.kernels.cached_positions import rotate
 from starkv.kernels.low_rank_factors import LatentForm
-from starkv.kernels.quantized_rows_call import quantize_rows, reference_quantized_attention
+from starkv.kernels.quantized_rows_call import quantize_rows, reference_quantized_rows
 from starkv.kernels.triton_bias_logits import bias_logits
 from starkv.kernels.triton_quantized_rows import quantized_rows_attention
 from starkv.validation.low_rank_cases import DecodeShape, quantized_case
@@ -35,23 +35,21 @@ SHAPES = {
 def test_the_reference_is_the_numpy_reference(form: LatentForm, device: torch.device) -> None:
     decode_numpy = pytest.importorskip("decode_numpy", exc_type=ImportError, reason="needs ml_dtypes")
     call = quantized_case(replace(SMALL, heads=4, rows=(9, 20), capacity=20), form, torch.float32, device)
-    assert_is_numpys(
-        reference_quantized_attention(call), [decode_numpy.quantized(call, at) for at in range(2)]
-    )
+    assert_is_numpys(reference_quantized_rows(call), [decode_numpy.quantized(call, at) for at in range(2)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_types(form: LatentForm, dtype: torch.dtype, device: torch.device) -> None:
     call = quantized_case(SMALL, form, dtype, device)
-    assert_agree(quantized_rows_attention(call), reference_quantized_attention(call), dtype)
+    assert_agree(quantized_rows_attention(call), reference_quantized_rows(call), dtype)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes(name: str, form: LatentForm, device: torch.device) -> None:
     call = quantized_case(SHAPES[name], form, torch.float32, device)
-    assert_agree(quantized_rows_attention(call), reference_quantized_attention(call), torch.float32)
+    assert_agree(quantized_rows_attention(call), reference_quantized_rows(call), torch.float32)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -60,13 +58,13 @@ def test_programs_that_take_several_tiles(
 ) -> None:
     monkeypatch.setattr(triton_decode, "MAX_SPLITS", 2)
     call = quantized_case(replace(SMALL, heads=2, capacity=300, rows=(300, 130)), form, torch.float32, device)
-    assert_agree(quantized_rows_attention(call), reference_quantized_attention(call), torch.float32)
+    assert_agree(quantized_rows_attention(call), reference_quantized_rows(call), torch.float32)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_without_biases(form: LatentForm, device: torch.device) -> None:
     call = replace(quantized_case(FEW, form, torch.float32, device), key_bias=None, value_bias=None)
-    assert_agree(quantized_rows_attention(call), reference_quantized_attention(call), torch.float32)
+    assert_agree(quantized_rows_attention(call), reference_quantized_rows(call), torch.float32)
 
 
 def test_three_tables_are_a_rotation(device: torch.device) -> None:
@@ -87,7 +85,7 @@ def test_a_bias_far_larger_than_the_keys_costs_no_accuracy(device: torch.device)
     call = quantized_case(SMALL, "int8", torch.bfloat16, device)
     assert call.key_bias is not None
     call.key_bias.bias.mul_(100)
-    result, expected = quantized_rows_attention(call), reference_quantized_attention(call)
+    result, expected = quantized_rows_attention(call), reference_quantized_rows(call)
     assert_close(log_sum(result), log_sum(expected), 4e-2)
 
 
