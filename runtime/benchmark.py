@@ -21,7 +21,7 @@ from starkv.runtime.engines.cuda_driver import CudaDevice
 from starkv.runtime.generation import Sampler, SamplingParameters
 from starkv.runtime.kv.policy import KvPolicy
 from starkv.runtime.preprocess.image import preprocess
-from starkv.runtime.preprocess.positions import rope_tables, text_positions
+from starkv.runtime.preprocess.positions import text_positions
 
 ON_GPU = ("ort-cuda", "trt")
 """Backends of engines whose weights and cache lie in a GPU's memory."""
@@ -126,7 +126,7 @@ class Benchmark:
     def _inputs(self, rows: int, start: int) -> tuple[np.ndarray, Rope]:
         text = self._engine.manifest.text
         embeds = self._random.standard_normal((rows, text.hidden), np.float32) * 0.02
-        return embeds, Rope(*rope_tables(text_positions(rows, start).values, text))
+        return embeds, Rope.at(text_positions(rows, start).values, text)
 
     def prefill(self, tokens: int, depth: int) -> Measurement:
         """Prefill ``tokens`` rows behind ``depth`` rows."""

@@ -98,7 +98,7 @@ class Session:
         piece = turn.compress(arena, pool, handle)
         self.prompt, self.compressed = turn.plan.rows, turn.compressed
         self.kv_memory = turn.memory
-        timings.kv_bytes_reserved = arena.kv.bytes_reserved + pool.kv.bytes_reserved
+        timings.kv_bytes_reserved = arena.kv.bytes_reserved + turn.staged_bytes + pool.kv.bytes_reserved
         # The reply needs the kept rows alone: the prompt's memory goes back before it.
         del arena
         # A caller may stop listening at any piece: what was decoded until then is the stream's history.
@@ -111,6 +111,8 @@ class Session:
                 with timings.measure("decode"):
                     piece = decode_step(engine, pool, [turn])[0]
         finally:
+            # A packed slot grows with its reply.
+            timings.kv_bytes_reserved = max(timings.kv_bytes_reserved, pool.kv.bytes_reserved)
             self.finish_reason = turn.reply.finish_reason
             self.state = turn.finish(pool, handle)
 

@@ -30,8 +30,8 @@ class Timings:
     kv_bytes_held: int = 0
     """Bytes of the valid rows after the reply: those and the generated tokens'."""
     kv_bytes_reserved: int = 0
-    """Bytes allocated at the peak: for the prompt, whose memory goes back before the reply, and for the
-    reply."""
+    """Bytes allocated at the peak: for the prompt, whose memory goes back before the reply, for chosen rows
+    before they are packed, and for the reply."""
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:

@@ -12,7 +12,7 @@ import numpy as np
 from starkv.runtime.engines.base import Engine, Floats, Rope, packs
 from starkv.runtime.engines.stepping import chunk_lengths
 from starkv.runtime.generation import SamplingParameters
-from starkv.runtime.kv.buffers import Arena, Pool
+from starkv.runtime.kv.buffers import Arena, Pool, round_up_rows
 from starkv.runtime.kv.image_cache import ImageCache
 from starkv.runtime.kv.parked import ParkedRows
 from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
@@ -61,6 +61,9 @@ class Turn:
         """Rows that the reply's slot must have."""
         self.packed = packs(engine.info, policy)
         """Whether what is kept is packed."""
+        chosen = self.packed and not policy.keeps_all_of(plan.rows)
+        self.staged_bytes = round_up_rows(self.kept_rows) * engine.info.kv_bytes_per_row if chosen else 0
+        """Bytes that chosen rows take during the compression, before they are packed."""
         self.compressed: Compressed | None = None
         self._engine, self._images = engine, images
         self._encoded: list[Floats] = []

@@ -106,7 +106,7 @@ class KvPacking(_Strict):
     rank: float | None
     """Share of the cache's elements that low-rank latents have; None for all channels."""
     bytes_per_row: int
-    """Of one token over all layers, with scales and padding."""
+    """Of one token over all layers, with scales, padding and the row's position in every layer."""
     calibration_tokens: int
     """That scales and factors were worked out from."""
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from command import Command
     from fake_engine import FakeEngine
     from served import Server
+    from packed_engines import PackedEngines
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     from starkv.runtime.preprocess.tokenizer import ChatTokenizer
@@ -95,6 +96,16 @@ def reciting(babbling: ChatModel, tmp_path_factory: pytest.TempPathFactory) -> C
     checkpoint = tmp_path_factory.mktemp("reciting") / "checkpoint"
     make_reciting_checkpoint(babbling.checkpoint, checkpoint)
     return _chat_model(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def packed(babbling: ChatModel, tmp_path_factory: pytest.TempPathFactory) -> "PackedEngines":
+    """``babbling`` with large key biases, and engines of it whose caches are packed."""
+    from packed_engines import PackedEngines, with_big_biases
+
+    root = tmp_path_factory.mktemp("packed")
+    model = _chat_model(with_big_biases(babbling.checkpoint, root / "checkpoint"))
+    return PackedEngines(model.engine, root)
 
 
 @pytest.fixture(scope="session")

@@ -72,10 +72,7 @@ def describe_packing(packing: Packing, options: PackingOptions, tokens: int) -> 
         options: what it was made for.
         tokens: of its calibration.
     """
-    if isinstance(packing, QuantizedPacking):
-        row_bytes = sum(layer.bytes_per_row for layer in packing.layers)
-    else:
-        row_bytes = sum(packing.bytes_per_row(layer) for layer in range(len(packing.layers)))
+    row_bytes = sum(packing.bytes_per_row(layer) for layer in range(len(packing.layers)))
     return KvPacking(
         quant=options.quant, rank=options.rank, bytes_per_row=row_bytes, calibration_tokens=tokens
     )

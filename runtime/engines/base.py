@@ -14,7 +14,7 @@ from starkv.manifest import Manifest, TextShape
 from starkv.methods.names import FULL
 from starkv.methods.stream_rows import CacheRows
 from starkv.runtime.generation import Sampler
-from starkv.runtime.kv.buffers import Arena, Pool
+from starkv.runtime.kv.buffers import Arena, Pool, round_up_rows
 from starkv.runtime.kv.packed import NO_PACKING, PACKABLE_METHODS
 from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
 from starkv.runtime.preprocess.image import ImageInputs
@@ -30,16 +30,23 @@ class PackingInfo:
     name: str
     """Such as ``int8`` or ``rank 0.5 int4``."""
     bytes_per_row: int
-    """Of one packed token over all layers."""
+    """Of one packed token over all layers, with scales, padding and positions."""
     raw_rows: int | None
     """Newest rows of a prompt that stay as they are, as those of the reply do. None: every row is packed."""
 
-    def slot_bytes(self, kept_rows: int, reply_rows: int, raw_row_bytes: int) -> int:
-        """Bytes to reserve for a sequence."""
-        packed = (kept_rows + reply_rows) * self.bytes_per_row
-        if self.raw_rows is None:
-            return packed
-        return packed + (min(kept_rows, self.raw_rows) + reply_rows) * raw_row_bytes
+    def tail_rows(self, rows: int, reply_rows: int) -> int:
+        """Raw rows that a slot of so many rows has room for by the end of a reply."""
+        return 0 if self.raw_rows is None else round_up_rows(min(rows, self.raw_rows) + reply_rows)
+
+    def slot_bytes(self, rows: int, reply_rows: int, raw_row_bytes: int) -> int:
+        """Bytes that a slot takes by the end of a reply.
+
+        Args:
+            rows: its capacity.
+            reply_rows: of the reply, at most.
+            raw_row_bytes: of a token that is not packed, over all layers.
+        """
+        return rows * self.bytes_per_row + self.tail_rows(rows, reply_rows) * raw_row_bytes
 
 
 def packs(info: "EngineInfo", policy: KvPolicy) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from starkv.errors import EngineError
+from starkv.errors import EngineError, UsageError
 from starkv.host import cpu_model
 from starkv.methods.names import ENGINE_METHODS, FULL
 from starkv.methods.stream_rows import CacheRows
@@ -25,7 +25,7 @@ from starkv.runtime.engines.ort_packed import FloatBesidePacked, packed_cache
 from starkv.runtime.engines.stepping import store_norms
 from starkv.runtime.kv.buffers import Arena, KvBuffers, Pool
 from starkv.runtime.kv.codecs import open_codec, packing_info, require_codec
-from starkv.runtime.kv.packed import PackedKv
+from starkv.runtime.kv.packed import NO_POSITIONS, PackedKv
 from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
 
 PREFILL_CHUNK = 512
@@ -170,6 +170,8 @@ class OrtEngine(OrtBase):
         lengths += rows
 
     def decode(self, pool: Pool, embeds: Floats, rope: Rope) -> Floats:
+        if isinstance(pool.kv, PackedKv) and rope.positions is None:
+            raise UsageError(NO_POSITIONS)
         self._start_decode(pool, embeds, rope)
         step = self._decode_step
         if step is None or not step.fits(pool):

@@ -130,7 +130,7 @@ class LowRankCache(PackedCache):
 
     def covers(self, kv: KvStore, batch: int) -> bool:
         assert isinstance(kv, LowRankKv)
-        kv.grow_tail()
+        kv.grow_tail(batch)
         return super().covers(kv, batch) and kv.tail_keys is self._tail
 
     def append_lengths(self, kv: KvStore, batch: int) -> NDArray[np.int32]:
@@ -146,7 +146,7 @@ class LowRankCache(PackedCache):
 
     def _bind_rows(self, binding: Any, kv: KvStore, batch: int) -> None:
         assert isinstance(kv, LowRankKv)
-        kv.grow_tail()
+        kv.grow_tail(batch)
         self._tail = kv.tail_keys
         self._lengths = np.zeros((self._text.layers, batch), np.int32)
         self._bind_packed(binding, kv, batch)

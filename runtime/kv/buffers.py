@@ -64,6 +64,10 @@ class KvStore(ABC):
     def _write(self, layer: int, slot: int, keys: NDArray[Any], values: NDArray[Any]) -> None:
         """Write a layer's first keys and values of a slot."""
 
+    def clear(self, slot: int) -> None:
+        """Forget a slot's rows."""
+        self.lengths[:, slot] = 0
+
     def park(self, slot: int) -> ParkedRows:
         """Copy a slot's rows to host memory."""
         pairs = [self._read(layer, slot, int(rows)) for layer, rows in enumerate(self.lengths[:, slot])]
@@ -285,7 +289,7 @@ class Pool:
         """
         if self.active == self.kv.slots:
             raise UsageError(f"all {self.kv.slots} slots of the KV pool are in use")
-        self.kv.lengths[:, self.active] = 0
+        self.kv.clear(self.active)
         handle, self._next_handle = self._next_handle, self._next_handle + 1
         self.handles.append(handle)
         return handle

@@ -20,11 +20,8 @@ from starkv.lowrank.pack import PackedRows, pack_keys, pack_values, unpack_keys,
 from starkv.lowrank.rotary import Rotary
 from starkv.manifest import TextShape
 from starkv.runtime.kv.buffers import ROW_STEP, KvBuffers, cache_shape, empty_rows, round_up_rows
-from starkv.runtime.kv.packed import KvCodec, PackedKv, head_major
+from starkv.runtime.kv.packed import KvCodec, PackedKv, check_numbers, head_major
 from starkv.runtime.kv.parked import ParkedRows
-
-POSITION_BYTES = 12
-"""Of a packed row's position, by which its key is rotated."""
 
 Array = NDArray[Any]
 
@@ -34,7 +31,7 @@ class LowRankCodec(KvCodec):
 
     def __init__(self, packing: LowRankPacking, rotary: Rotary, text: TextShape, name: str) -> None:
         self.packing, self.rotary, self.text, self.name = packing, rotary, text, name
-        self.layer_bytes = [packing.bytes_per_row(layer) + POSITION_BYTES for layer in range(text.layers)]
+        self.layer_bytes = [packing.bytes_per_row(layer) for layer in range(text.layers)]
         self.bytes_per_row = sum(self.layer_bytes)
 
     def new_store(self, slots: int, rows: int) -> "LowRankKv":
@@ -75,7 +72,11 @@ class LowRankCodec(KvCodec):
             keys: ``[Hkv, rows, D]``, rotated, with bias.
             values: likewise.
             positions: ``[rows, 3]``.
+
+        Raises:
+            EngineError: rows are not numbers.
         """
+        check_numbers(layer, keys, values)
         factors, latent = self.packing.layers[layer], self.packing.latent
         cosines, sines = self.rotary.tables(positions)
         of_keys = factors.key_latents(keys.transpose(1, 0, 2), cosines, sines)
@@ -164,9 +165,13 @@ class LowRankKv(PackedKv):
         packed = sum(array.nbytes for layer in self.packed for array in layer.values())
         return packed + self.positions.nbytes + self.tail_keys.nbytes + self.tail_values.nbytes
 
-    def grow_tail(self) -> None:
-        """Make room for another row of every sequence."""
-        used, capacity = int(self.tail_lengths.max()), self.tail_keys.shape[3]
+    def clear(self, slot: int) -> None:
+        super().clear(slot)
+        self.tail_lengths[:, slot] = 0
+
+    def grow_tail(self, batch: int) -> None:
+        """Make room for another row of each of the first ``batch`` sequences."""
+        used, capacity = int(self.tail_lengths[:, :batch].max()), self.tail_keys.shape[3]
         if used < capacity:
             return
         more = ((0, 0), (0, 0), (0, 0), (0, ROW_STEP), (0, 0))

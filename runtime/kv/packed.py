@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 import numpy as np
 from numpy.typing import NDArray
 
-from starkv.errors import UsageError
+from starkv.errors import EngineError, UsageError
 from starkv.lowrank.rotary import Rotary
 from starkv.manifest import TextShape
 from starkv.methods.names import FULL, RANDOM, STAR_KV, STREAMING_LLM
@@ -26,6 +26,10 @@ NO_PACKING = (
     "this engine was built without a packed cache; make one with `starkv pack ENGINE --kv-quant int8`, "
     "`--kv-rank 0.5` or both, for ONNX Runtime on processors"
 )
+NO_POSITIONS = (
+    "rows without a position can't be packed; make their tables with Rope.at, and choose a method that keeps "
+    f"the same rows for all heads: {', '.join(PACKABLE_METHODS)}"
+)
 
 
 class PackedKv(KvStore):
@@ -37,6 +41,7 @@ class PackedKv(KvStore):
 
         Raises:
             UsageError: there is no room, or a row's position is unknown.
+            EngineError: a row is not made of numbers.
         """
 
     def _check_packable(self, source: KvBuffers) -> None:
@@ -45,10 +50,7 @@ class PackedKv(KvStore):
             raise UsageError(f"{most} kept rows do not fit a slot of {self.capacity}")
         for layer, rows in enumerate(source.lengths[:, 0]):
             if (source.positions[layer, 0, :rows] < 0).any():
-                raise UsageError(
-                    "rows without a position can't be packed; prefill them with Rope.at, and choose a method "
-                    f"that keeps the same rows for all heads: {', '.join(PACKABLE_METHODS)}"
-                )
+                raise UsageError(NO_POSITIONS)
 
     def _note_packed(self, slot: int, source: KvBuffers) -> None:
         """Take over what is known of the rows."""
@@ -64,7 +66,7 @@ class KvCodec(ABC):
     name: str
     """Such as ``int8`` or ``rank 0.5 int4``."""
     bytes_per_row: int
-    """Of one token over all layers, with scales and padding."""
+    """Of one token over all layers, with scales, padding and positions."""
     rotary: Rotary
     text: TextShape
 
@@ -75,6 +77,19 @@ class KvCodec(ABC):
     @abstractmethod
     def unpack(self, parked: ParkedRows) -> ParkedRows:
         """Parked rows of this codec as float32 ones, keys rotated and with their bias."""
+
+
+def check_numbers(layer: int, keys: NDArray[np.floating], values: NDArray[np.floating]) -> None:
+    """Refuse rows that a packing would turn into others.
+
+    Raises:
+        EngineError: a number is not finite.
+    """
+    if not (np.isfinite(keys).all() and np.isfinite(values).all()):
+        raise EngineError(
+            f"keys or values of layer {layer} are not numbers: the model's activations overflowed; try "
+            "another quantization"
+        )
 
 
 def head_major(rows: NDArray[np.floating]) -> NDArray[np.float32]:

@@ -5,16 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from starkv.kv_packing.positions import POSITION_BYTES
 from starkv.kv_packing.quantized import QuantizedPacking
 from starkv.lowrank.quantized_rows import QuantizedRows
 from starkv.lowrank.rotary import Rotary, rotate
 from starkv.manifest import TextShape
 from starkv.runtime.kv.buffers import HostKv, KvBuffers, cache_shape, empty_rows
-from starkv.runtime.kv.packed import KvCodec, PackedKv, head_major
+from starkv.runtime.kv.packed import KvCodec, PackedKv, check_numbers, head_major
 from starkv.runtime.kv.parked import ParkedRows
-
-POSITION_BYTES = 12
-"""Of a row's position, which its key's bias is worked out from."""
 
 
 class QuantizedCodec(KvCodec):
@@ -23,7 +21,7 @@ class QuantizedCodec(KvCodec):
     def __init__(self, packing: QuantizedPacking, rotary: Rotary, text: TextShape) -> None:
         self.packing, self.rotary, self.text = packing, rotary, text
         self.name = f"int{packing.bits}"
-        self.bytes_per_row = sum(layer.bytes_per_row + POSITION_BYTES for layer in packing.layers)
+        self.bytes_per_row = sum(packing.bytes_per_row(layer) for layer in range(text.layers))
 
     def new_store(self, slots: int, rows: int) -> "QuantizedKv":
         layers, _, heads, capacity, dim = shape = cache_shape(self.text, slots, rows)
@@ -54,12 +52,17 @@ class QuantizedKv(HostKv, PackedKv):
     def row_bytes(self) -> int:
         return 2 * self.shape[2] * self.shape[4] * self.itemsize + POSITION_BYTES
 
+    @property
+    def bytes_reserved(self) -> int:
+        return self.keys.nbytes + self.values.nbytes + self.positions.nbytes
+
     def pack(self, slot: int, source: KvBuffers) -> None:
         self._check_packable(source)
         for layer, rows in enumerate(source.lengths[:, 0]):
             keys, values = (
                 array[layer, 0, :, :rows].transpose(1, 0, 2) for array in (source.keys, source.values)
             )
+            check_numbers(layer, keys, values)
             codes = self.codec.packing.layers[layer].quantize(
                 keys, values, source.positions[layer, 0, :rows], self.codec.rotary
             )

@@ -26,6 +26,10 @@ class TurnPool:
     pool: Pool
     method: str
     packed: bool
+    tail_rows: int
+    """Raw rows that a packed slot may grow to; 0 where none does."""
+    promised_bytes: int
+    """What it takes once its slots have grown so far."""
     turns: dict[int, Turn] = field(default_factory=dict)
     """Handle → turn."""
 
@@ -37,6 +41,11 @@ class TurnPool:
     @property
     def full(self) -> bool:
         return self.pool.active == self.pool.kv.slots
+
+    @property
+    def bytes_reserved(self) -> int:
+        """Bytes that it takes or may grow to."""
+        return max(self.pool.kv.bytes_reserved, self.promised_bytes)
 
     def leave(self, turn: Turn) -> None:
         """Free a turn's slot."""
@@ -58,6 +67,7 @@ class KvMemory:
         self._engine, self.most_bytes, self._slots = engine, most_bytes, slots
         self._row_bytes = engine.info.kv_bytes_per_row
         self._arena: Arena | None = None
+        self._staged_bytes = 0
         self.pools: list[TurnPool] = []
 
     @property
@@ -72,12 +82,14 @@ class KvMemory:
 
     @property
     def bytes_reserved(self) -> int:
+        """Bytes of the arena, of what the turn in it takes beside it while it is packed, and of the pools."""
         arena = self._arena.kv.bytes_reserved if self._arena else 0
-        return arena + sum(pool.pool.kv.bytes_reserved for pool in self.pools)
+        return arena + self._staged_bytes + sum(pool.bytes_reserved for pool in self.pools)
 
     def never_fits(self, turn: Turn) -> bool:
         """Whether a turn would not fit even if it were alone."""
-        return self._arena_bytes(turn) + self._slot_bytes(turn) > self.most_bytes
+        needed = self._arena_bytes(turn) + turn.staged_bytes + self._slot_bytes(turn)
+        return needed > self.most_bytes
 
     def _arena_bytes(self, turn: Turn) -> int:
         return round_up_rows(turn.plan.arena_rows) * self._row_bytes
@@ -86,33 +98,43 @@ class KvMemory:
         rows, packing = self._slot_rows(turn), self._engine.info.kv_packing
         if not turn.packed or packing is None:
             return rows * self._row_bytes
-        reply = turn.slot_rows - turn.kept_rows
-        return packing.slot_bytes(rows - reply, reply, self._row_bytes)
+        return packing.slot_bytes(rows, turn.slot_rows - turn.kept_rows, self._row_bytes)
+
+    def _tail_rows(self, turn: Turn) -> int:
+        packing = self._engine.info.kv_packing
+        if not turn.packed or packing is None:
+            return 0
+        return packing.tail_rows(self._slot_rows(turn), turn.slot_rows - turn.kept_rows)
 
     def _slot_rows(self, turn: Turn) -> int:
         return min(bucket_rows(turn.slot_rows), round_up_rows(self._engine.manifest.max_context))
 
     def arena(self, turn: Turn) -> Arena | None:
         """The arena with room for a turn; None if there is no memory for it now."""
-        held = self._arena
-        large_enough = held is not None and held.kv.capacity >= turn.plan.arena_rows
+        held, beside = self._arena, turn.staged_bytes
+        self._staged_bytes = 0
         # One that a long prompt left may leave no room for this turn's slot.
-        if held and large_enough and held.kv.bytes_reserved + self._slot_bytes(turn) <= self.most_bytes:
-            return held
-        # The old one goes first: both at once may be too much.
-        self._arena = held = None
-        if not self._make_room(self._arena_bytes(turn)):
-            return None
-        self._arena = self._engine.new_arena(turn.plan.arena_rows)
+        if (
+            held is None
+            or held.kv.capacity < turn.plan.arena_rows
+            or held.kv.bytes_reserved + beside + self._slot_bytes(turn) > self.most_bytes
+            or not self._make_room(beside)
+        ):
+            # The old one goes first: both at once may be too much.
+            self._arena = held = None
+            if not self._make_room(self._arena_bytes(turn) + beside):
+                return None
+            self._arena = self._engine.new_arena(turn.plan.arena_rows)
+        self._staged_bytes = beside
         return self._arena
 
     def slot(self, turn: Turn) -> TurnPool | None:
         """A pool with a free slot for a turn; None if there is none now."""
         if self.active == self._slots:
             return None
-        capacity, method = self._slot_rows(turn), turn.policy.method
+        capacity, method, tail_rows = self._slot_rows(turn), turn.policy.method, self._tail_rows(turn)
         for pool in self.pools:
-            same_kind = (pool.method, pool.packed) == (method, turn.packed)
+            same_kind = (pool.method, pool.packed) == (method, turn.packed) and pool.tail_rows >= tail_rows
             fits = pool.pool.kv.capacity >= turn.slot_rows and same_kind
             if fits and pool.pool.kv.capacity <= capacity and not pool.full:
                 return pool
@@ -123,7 +145,7 @@ class KvMemory:
             return None
         rows = min(capacity, self._engine.manifest.max_context)
         made = self._engine.new_pool(slots, rows, method, turn.packed)
-        pool = TurnPool(made, method, turn.packed)
+        pool = TurnPool(made, method, turn.packed, tail_rows, slots * self._slot_bytes(turn))
         self.pools.append(pool)
         return pool
 

@@ -3,6 +3,7 @@
 
 from dataclasses import dataclass
 
+from starkv.kv_packing.positions import POSITION_BYTES
 from starkv.lowrank.latent_format import KeyLanes, LatentFormat, key_bytes, value_bytes
 from starkv.lowrank.layer import LowRankLayer
 
@@ -21,7 +22,8 @@ class LowRankPacking:
         return KeyLanes(tuple(factor.rank for factor in self.layers[layer].keys))
 
     def bytes_per_row(self, layer: int) -> int:
-        """Bytes of one packed token in a layer, with scales and padding."""
+        """Bytes of one packed token in a layer, with scales, padding and its position."""
         factors = self.layers[layer]
         ranks = [factor.rank for factor in factors.keys]
-        return key_bytes(ranks, self.latent) + value_bytes(factors.values.rank, self.latent)
+        values = value_bytes(factors.values.rank, self.latent)
+        return key_bytes(ranks, self.latent) + values + POSITION_BYTES

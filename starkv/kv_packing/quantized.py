@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from starkv.kv_packing.positions import POSITION_BYTES
 from starkv.lowrank.quantized_rows import Bits, RowQuantization
 
 
@@ -19,6 +20,10 @@ class QuantizedPacking:
     def code_dtype(self) -> np.dtype[np.generic]:
         """int8, or uint8 with two codes in a byte."""
         return np.dtype(np.int8 if self.bits == 8 else np.uint8)
+
+    def bytes_per_row(self, layer: int) -> int:
+        """Bytes of one packed token in a layer, with its position."""
+        return self.layers[layer].bytes_per_row + POSITION_BYTES
 
     def code_width(self, head_dim: int) -> int:
         """Elements of a key's or value's codes per head."""
