@@ -27,7 +27,7 @@ from starkv.methods.names import FULL, RANDOM, SNAPKV, STAR_KV, STREAMING_LLM
 from starkv.methods.star_kv_config import StarKVConfig
 from starkv.runtime.engines.base import Engine, Rope
 from starkv.runtime.engines.ort import OrtEngine
-from starkv.runtime.kv.buffers import KvBuffers, Pool
+from starkv.runtime.kv.buffers import Pool
 from starkv.runtime.kv.codecs import open_codec
 from starkv.runtime.kv.low_rank import LowRankKv
 from starkv.runtime.kv.packed import KvCodec
@@ -391,8 +391,9 @@ def test_rows_of_another_packing_are_refused(packed: PackedEngines) -> None:
     plain = packed.exact.engine.new_arena(ROWS)
     with pytest.raises(UsageError, match="of another model or dtype"):
         plain.kv.load(0, parked)
-    floats = KvBuffers.allocate(packed.exact.engine.manifest.text, 1, ROWS)
-    assert isinstance(floats, KvBuffers)
+    arena = packed.engine("int4").new_arena(ROWS)
+    with pytest.raises(UsageError, match="packed otherwise"):
+        arena.kv.load(0, parked)
 
 
 @pytest.mark.parametrize("variant", LOW_RANK)

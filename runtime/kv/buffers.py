@@ -22,6 +22,8 @@ from starkv.runtime.kv.parked import ParkedRows
 ROW_STEP = 64
 """Capacities are multiples of this, so that few different ones exist."""
 
+OTHER_ROWS = "the parked KV rows are of another model or dtype, or packed otherwise; start the session anew"
+
 
 def round_up_rows(rows: int) -> int:
     """Smallest capacity that holds ``rows``."""
@@ -85,7 +87,7 @@ class KvStore(ABC):
         """
         lengths = parked.lengths
         if not self._is_of_this_cache(parked):
-            raise UsageError("the parked KV rows are of another model or dtype; start the session anew")
+            raise UsageError(OTHER_ROWS)
         if lengths.max() > self.capacity:
             raise UsageError(f"{lengths.max()} parked KV rows do not fit {self.capacity} rows")
         for layer, (keys, values, meta, positions) in enumerate(

@@ -107,7 +107,18 @@ class LowRankCodec(KvCodec):
         keys = factors.lifted_keys(list(of_keys), cosines, sines)
         return head_major(keys), head_major(lifted + factors.value_bias)
 
-    def unpack(self, parked: ParkedRows) -> ParkedRows:
+    def is_of_this_packing(self, parked: ParkedRows) -> bool:
+        if len(parked.keys) != self.text.layers:
+            return False
+        for layer, stored in enumerate(zip(parked.keys, parked.values, strict=True)):
+            row = self.layer_arrays(layer, (1,))
+            for kind, array in zip("kv", stored, strict=True):
+                width = sum(_row_bytes(part) for part in _arrays(row, kind))
+                if array.dtype != np.uint8 or array.shape[0] != 1 or array.shape[2] != width:
+                    return False
+        return True
+
+    def _unpack(self, parked: ParkedRows) -> ParkedRows:
         pairs = []
         for layer, positions in enumerate(parked.positions):
             rows = self.layer_arrays(layer, (len(positions),))
@@ -219,14 +230,7 @@ class LowRankKv(PackedKv):
         self.tail_lengths[layer, slot] = 0
 
     def _is_of_this_cache(self, parked: ParkedRows) -> bool:
-        if len(parked.keys) != len(self.packed):
-            return False
-        for kind, every in (("k", parked.keys), ("v", parked.values)):
-            for rows, stored in zip(self.packed, every, strict=True):
-                width = sum(_row_bytes(array[0]) for array in _arrays(rows, kind))
-                if stored.dtype != np.uint8 or stored.shape[2] != width:
-                    return False
-        return True
+        return self.codec.is_of_this_packing(parked)
 
 
 def _arrays(rows: dict[str, Array], kind: str) -> list[Array]:

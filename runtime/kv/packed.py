@@ -14,7 +14,7 @@ from starkv.errors import EngineError, UsageError
 from starkv.lowrank.rotary import Rotary
 from starkv.manifest import TextShape
 from starkv.methods.names import FULL, RANDOM, STAR_KV, STREAMING_LLM
-from starkv.runtime.kv.buffers import KvBuffers, KvStore
+from starkv.runtime.kv.buffers import OTHER_ROWS, KvBuffers, KvStore
 from starkv.runtime.kv.parked import ParkedRows
 
 PACKABLE_METHODS = (FULL, STAR_KV, STREAMING_LLM, RANDOM)
@@ -75,8 +75,21 @@ class KvCodec(ABC):
         """An empty cache of ``slots`` sequences of up to ``rows`` rows."""
 
     @abstractmethod
+    def is_of_this_packing(self, parked: ParkedRows) -> bool:
+        """Whether parked rows have this packing's layers, widths and dtype."""
+
     def unpack(self, parked: ParkedRows) -> ParkedRows:
-        """Parked rows of this codec as float32 ones, keys rotated and with their bias."""
+        """Parked rows of this codec as float32 ones, keys rotated and with their bias.
+
+        Raises:
+            UsageError: they are another codec's.
+        """
+        if not self.is_of_this_packing(parked):
+            raise UsageError(OTHER_ROWS)
+        return self._unpack(parked)
+
+    @abstractmethod
+    def _unpack(self, parked: ParkedRows) -> ParkedRows: ...
 
 
 def check_numbers(layer: int, keys: NDArray[np.floating], values: NDArray[np.floating]) -> None:

@@ -29,7 +29,14 @@ class QuantizedCodec(KvCodec):
         dtype = self.packing.code_dtype
         return QuantizedKv(*empty_rows(shape), np.zeros(codes, dtype), np.zeros(codes, dtype), self)
 
-    def unpack(self, parked: ParkedRows) -> ParkedRows:
+    def is_of_this_packing(self, parked: ParkedRows) -> bool:
+        row = (self.text.kv_heads, self.packing.code_width(self.text.head_dim))
+        return len(parked.keys) == self.text.layers and all(
+            (array.shape[0], array.shape[2]) == row and array.dtype == self.packing.code_dtype
+            for array in (*parked.keys, *parked.values)
+        )
+
+    def _unpack(self, parked: ParkedRows) -> ParkedRows:
         keys, values = [], []
         for layer, positions in enumerate(parked.positions):
             quantization = self.packing.layers[layer]
@@ -55,6 +62,9 @@ class QuantizedKv(HostKv, PackedKv):
     @property
     def bytes_reserved(self) -> int:
         return self.keys.nbytes + self.values.nbytes + self.positions.nbytes
+
+    def _is_of_this_cache(self, parked: ParkedRows) -> bool:
+        return self.codec.is_of_this_packing(parked)
 
     def pack(self, slot: int, source: KvBuffers) -> None:
         self._check_packable(source)
