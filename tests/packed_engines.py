@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from starkv.calibration.kv_packing import make_packing
-from starkv.calibration.kv_statistics import Biases, KvStatistics, gather_statistics
+from starkv.calibration.kv_statistics import KvStatistics, gather_statistics
 from starkv.calibration.prompts import GuiPrompt
-from starkv.export.build.pack import attention_biases, describe_packing, pack_ort_engine
+from starkv.export.build.pack import AttentionWeights, attention_weights, describe_packing, pack_ort_engine
 from starkv.kv_packing.file import Packing
 from starkv.kv_packing.options import PackingOptions
 from starkv.methods.budget import Budget
@@ -80,13 +80,13 @@ class PackedEngines:
     _agents: dict[str, Agent] = field(default_factory=dict)
 
     @cached_property
-    def biases(self) -> list[Biases]:
-        return attention_biases(self.plain)
+    def weights(self) -> AttentionWeights:
+        return attention_weights(self.plain)
 
     @cached_property
     def statistics(self) -> KvStatistics:
         tokenizer = ChatTokenizer.from_directory(self.plain)
-        return gather_statistics(self.exact.engine, tokenizer, self.biases, calibration_prompts())
+        return gather_statistics(self.exact.engine, tokenizer, self.weights.biases, calibration_prompts())
 
     @cached_property
     def exact(self) -> Agent:
@@ -94,7 +94,7 @@ class PackedEngines:
         return Agent.load(self.plain, threads=1)
 
     def packing(self, variant: str) -> Packing:
-        return make_packing(VARIANTS[variant], self.statistics, self.biases)
+        return make_packing(VARIANTS[variant], self.statistics, self.weights.biases, self.weights.outputs)
 
     def directory(self, variant: str) -> Path:
         """An engine that packs so; tests must not change its files."""
@@ -143,7 +143,9 @@ def placed(
     return handle
 
 
-def decoded(engine: Engine, pool: Pool, steps: int, start: int = PROMPT.length, seed: int = 100) -> np.ndarray:
+def decoded(
+    engine: Engine, pool: Pool, steps: int, start: int = PROMPT.length, seed: int = 100
+) -> np.ndarray:
     """Logits ``[steps, batch, vocab]`` of random tokens behind what the pool holds."""
     batch, logits = pool.active, []
     for step in range(steps):

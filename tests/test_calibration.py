@@ -213,7 +213,10 @@ def test_the_digest_names_the_prompts() -> None:
 def test_calibration_prompts_where_nothing_is_calibrated(starkv: Command, tmp_path: Path) -> None:
     outcome = starkv("build", "gui-tiny", "--quant", "int8", "--calibration", write_prompts(tmp_path, LINE))
     assert outcome.code == 2
-    assert "--calibration is for --quant int4-awq; int8 takes no prompts" in outcome.err
+    assert (
+        "--calibration is for --quant int4-awq, --kv-quant and --kv-rank; int8 takes no prompts"
+        in outcome.err
+    )
     assert not list(Path.cwd().iterdir())
 
 

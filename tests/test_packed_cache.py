@@ -425,4 +425,4 @@ def test_biases_are_as_large_as_they_should_be(packed: PackedEngines) -> None:
         rest = keys - rotate(quantization.key_bias, *(table[:, None] for table in tables))
         assert np.abs(keys).max() > 10 * np.abs(rest).max()
         assert np.abs(rest).std() > 0.1
-    assert FULL == WHOLE.method
+    assert WHOLE.method == FULL

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations on packed engines: streams that go on from packed rows, many sessions at once, their memory."""
+"""Conversations on packed engines: streams that go on from packed rows, many sessions at once, memory."""
 
 from pathlib import Path
 
@@ -32,9 +32,7 @@ def state_of(conversation: Conversation) -> StreamState:
 @pytest.mark.parametrize("policy", [WHOLE, compacting(80)], ids=["full", "star_kv"])
 def test_all_channels_as_floats_stream_as_the_exact_engine(packed: PackedEngines, policy: KvPolicy) -> None:
     """Rows that are packed, unpacked and packed again at every step are still those of the plain engine."""
-    exact, mine = (
-        talk(agent, policy, mode="stream") for agent in (packed.exact, packed.agent("rank 1"))
-    )
+    exact, mine = (talk(agent, policy, mode="stream") for agent in (packed.exact, packed.agent("rank 1")))
     for number in range(4):
         assert mine.step(number) == exact.step(number)
         assert mine.session.reused_tokens == exact.session.reused_tokens
@@ -75,7 +73,7 @@ def test_a_file_of_another_packing_is_refused(packed: PackedEngines, tmp_path: P
     stream.step(0)
     save_session(state_of(stream), packed.engine("int8").manifest, path)
     for other in (packed.engine("int4"), packed.engine("rank 0.5 int8"), packed.exact.engine):
-        with pytest.raises(EngineError, match="was saved by another engine.*open it with that one"):
+        with pytest.raises(EngineError, match=r"was saved by another engine.*open it with that one"):
             load_session(path, other.manifest)
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from starkv.errors import UsageError
 from starkv.export.build.files import enough_space, link_or_copy
+from starkv.export.build.ort import PREPACKED_CPU, PREPACKED_RUNTIME
 from starkv.export.lower.ort_low_rank_kv import LowRankKvLowering
 from starkv.export.lower.ort_packed_attention import (
     PackedAttention,
@@ -95,8 +96,13 @@ def pack_ort_engine(
     """
     manifest = read_manifest(engine)
     check_packable_engine(engine, manifest)
-    # Made by ONNX Runtime from the decoder that is about to change.
-    names = [name for name in manifest.files if not name.startswith("decoder.prepacked")]
+    # The prepacked form was made from the decoder that is about to change.
+    names = [name for name in manifest.files if ".prepacked." not in name]
+    versions = {
+        tool: version
+        for tool, version in manifest.tool_versions.items()
+        if tool not in (PREPACKED_RUNTIME, PREPACKED_CPU)
+    }
     needed = 0 if link else sum((engine / name).stat().st_size for name in names)
     with staged_directory(out, MANIFEST_NAME) as staging, enough_space(staging, needed):
         for name in names:
@@ -107,7 +113,8 @@ def pack_ort_engine(
         ir.save(model, staging / _DECODER)
         save_packing(packing, staging / PACKING_NAME)
         hashes = {path.name: sha256_of(path) for path in sorted(staging.iterdir())}
-        packed = manifest.model_copy(update={"kv_packing": description, "files": hashes})
+        changes = {"kv_packing": description, "files": hashes, "tool_versions": versions}
+        packed = manifest.model_copy(update=changes)
         (staging / MANIFEST_NAME).write_text(seal(packed))
     return packed
 

@@ -30,6 +30,10 @@ from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
 
 PREFILL_CHUNK = 512
 """Rows per prefill call: bounds the activations' memory; larger chunks are no faster on the CPU."""
+_OLD_RUNTIME = (
+    "attention to its {packing} cache is an operator that older versions don't have: `pip install --upgrade "
+    "onnxruntime`, or pack the plain engine with --kv-rank 1 --kv-quant int8, which needs no such operator"
+)
 
 
 class OrtEngine(OrtBase):
@@ -57,7 +61,7 @@ class OrtEngine(OrtBase):
         here = (self._ort.__version__, cpu_model())
         self._prepacked = (versions.get("prepacked_onnxruntime"), versions.get("prepacked_cpu")) == here
         self._vision_session = self._open("vision")
-        self._decoder = self._check_decoder(self._open("decoder"))
+        self._decoder = self._check_decoder(self._open_decoder())
         self._decode_step: DecodeStep | None = None
         self._codec = open_codec(directory, self._manifest)
         self._packed_cache = None if self._codec is None else packed_cache(self._codec)
@@ -75,6 +79,15 @@ class OrtEngine(OrtBase):
         if self._prepacked:
             return self._load(f"{graph}.prepacked.onnx", (CPU_PROVIDER,), entries, optimized=True)
         return self._load(f"{graph}.onnx", (CPU_PROVIDER,), entries)
+
+    def _open_decoder(self) -> Any:
+        try:
+            return self._open("decoder")
+        except EngineError as error:
+            packing = self._manifest.kv_packing
+            if packing is None or packing.rank is not None:
+                raise
+            raise EngineError(f"{error}; {_OLD_RUNTIME.format(packing=packing.describe())}") from None
 
     @property
     def sessions(self) -> tuple[Any, Any]:

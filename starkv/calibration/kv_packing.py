@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from starkv.calibration.kv_sensitivity import LayerFactors, Sensitivity
 from starkv.calibration.kv_statistics import Biases, KvStatistics
+from starkv.errors import UsageError
 from starkv.kv_packing.file import Packing
 from starkv.kv_packing.low_rank import LowRankPacking
 from starkv.kv_packing.options import KvQuant, PackingOptions
@@ -16,7 +17,7 @@ from starkv.lowrank.factor import key_metric, output_pca, value_metric
 from starkv.lowrank.hadamard import fold, random_rotation
 from starkv.lowrank.latent_format import FLOAT32, INT8, NIBBLES, LatentFormat
 from starkv.lowrank.layer import LowRankLayer
-from starkv.lowrank.plan import LayerSpectra, RankPlan, flat_plan, plan_ranks
+from starkv.lowrank.plan import FLOOR, LayerSpectra, RankPlan, flat_plan, plan_ranks
 from starkv.lowrank.quantized_rows import Bits, row_quantization
 
 RECENT_ROWS = 16
@@ -88,6 +89,13 @@ def plan_of(
     """
     energies = [(tuple(key.energies for key in layer.keys), layer.values.energies) for layer in factors]
     dense = factors[0].key_bias.size * 2 * np.dtype(np.float32).itemsize
+    narrowest = min(len(channels) for keys, values in energies for channels in (*keys, values))
+    # Nearer to no rank at all than to the least one.
+    if share * narrowest < FLOOR / 2:
+        raise UsageError(
+            f"a KV rank of {share:g} can't be reached: the least rank is {FLOOR} of {narrowest} channels; "
+            f"give --kv-rank {FLOOR / narrowest:.2g} or more"
+        )
     flat = flat_plan(share, [LayerSpectra(*both) for both in energies], latent, dense)
     if sensitivities is None or share == 1:
         return flat

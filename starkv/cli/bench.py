@@ -130,7 +130,8 @@ def _print(
         (directory / name).stat().st_size for name in manifest.files if not name.endswith(".prepacked.data")
     )
     model = f"{manifest.name} {manifest.quantization.preset}"
-    stored = info.kv_packing.name if info.kv_packing and packs(info, policy) else info.kv_dtype
+    packing = info.kv_packing.name if info.kv_packing and packs(info, policy) else None
+    stored = packing or info.kv_dtype
     kv = stored if policy.method == FULL else f"{stored} {policy.method}"
     fixed = (
         model,
@@ -172,6 +173,7 @@ def _print(
                     "device": info.device,
                     "threads": info.threads,
                     "kv_dtype": info.kv_dtype,
+                    "kv_packing": packing,
                     "kv_method": policy.method,
                     "kv_budget": policy.budget.ratio,
                     "kv_capacity": policy.budget.capacity,

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,7 +93,7 @@ def exported_model(
     if (Path(model) / RECORD_NAME).is_file():
         record = read_record(Path(model))
         preset = record.quantization.preset
-        if options != NO_OPTIONS:
+        if options.shape_weights:
             raise UsageError(
                 f"{model} is exported already; --checkpoint, --random-weights and --calibration come earlier"
             )
@@ -166,6 +166,13 @@ def build_engine(
             "a packed cache needs an engine for processors that is not prepacked; leave --prepack and "
             "--device cuda out, or --kv-quant and --kv-rank"
         )
+
+    if packing is not None and options.calibration is not None:
+        from starkv.calibration.prompts import read_prompts
+
+        # They are needed last, which is minutes later for a large model.
+        read_prompts(options.calibration)
+        options = replace(options, calibrates_cache=True)
 
     def place(name: str, preset: str) -> Path:
         plain = engine_directory(name, "ort", preset, "cpu" if compute_dtype == "float32" else "cuda")

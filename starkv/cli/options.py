@@ -25,7 +25,8 @@ Calibration = Annotated[
     Path | None,
     typer.Option(
         "--calibration",
-        help="Folder with prompts.jsonl and its images, for int4-awq. Drawn screens by default.",
+        help="Folder with prompts.jsonl and its images, for int4-awq and packed caches. Drawn screens by "
+        "default.",
         show_default=False,
     ),
 ]

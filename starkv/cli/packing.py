@@ -36,15 +36,22 @@ def pack_engine(
     from starkv.calibration.kv_prompts import kv_prompts
     from starkv.calibration.kv_sensitivity import measure_sensitivities
     from starkv.calibration.kv_statistics import gather_statistics
-    from starkv.export.build.pack import attention_weights, describe_packing, pack_ort_engine
+    from starkv.export.build.pack import (
+        attention_weights,
+        check_packable_engine,
+        describe_packing,
+        pack_ort_engine,
+    )
     from starkv.export.staging import check_replaceable
-    from starkv.manifest import MANIFEST_NAME
+    from starkv.manifest import MANIFEST_NAME, read_manifest
     from starkv.runtime.engines.ort import OrtEngine
     from starkv.runtime.preprocess.tokenizer import ChatTokenizer
 
     check_replaceable(out, MANIFEST_NAME)
-    weights = attention_weights(engine)
+    check_packable_engine(engine, read_manifest(engine))
+    # Opened first, because that checks the files.
     opened, tokenizer = OrtEngine(engine), ChatTokenizer.from_directory(engine)
+    weights = attention_weights(engine)
     prompts = kv_prompts(opened.manifest.name, opened.manifest.image.max_pixels, calibration)
     statistics = gather_statistics(opened, tokenizer, weights.biases, prompts, progress=stages)
     packing = make_packing(

@@ -4,7 +4,7 @@
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,10 +29,18 @@ class SourceOptions:
     layers: int | None = None
     calibration: Path | None = None
     """Folder with calibration prompts; drawn ones if None."""
+    calibrates_cache: bool = False
+    """The prompts also serve the packing of a KV cache."""
 
     def __post_init__(self) -> None:
         if not self.random_weights and (self.random_dtype is not None or self.layers is not None):
             raise UsageError("--random-dtype and --layers are about random weights; add --random-weights")
+
+    @property
+    def shape_weights(self) -> bool:
+        """Whether they say anything that an export needs to know."""
+        calibration = None if self.calibrates_cache else self.calibration
+        return replace(self, calibration=calibration, calibrates_cache=False) != SourceOptions()
 
 
 @dataclass(frozen=True)
@@ -93,10 +101,10 @@ def find_source(model: str, quantization: str | None, options: SourceOptions) ->
         preset = load_preset(quantization or card.quantization)
         with Checkpoint(place) as checkpoint:
             preset = preset_for(preset, checkpoint.quantization)
-    return Source(card, preset, _calibration(preset, card, options.calibration), options, place)
+    return Source(card, preset, _calibration(preset, card, options), options, place)
 
 
-def _calibration(preset: "Preset", card: "ModelCard", folder: Path | None) -> "PromptCalibration | None":
+def _calibration(preset: "Preset", card: "ModelCard", options: SourceOptions) -> "PromptCalibration | None":
     """Calibration prompts for a preset that needs them.
 
     Raises:
@@ -104,14 +112,17 @@ def _calibration(preset: "Preset", card: "ModelCard", folder: Path | None) -> "P
         ImageError: an image can't be read.
     """
     if not preset.calibrated:
-        if folder is not None:
-            raise UsageError(f"--calibration is for --quant int4-awq; {preset.name} takes no prompts")
+        if options.calibration is not None and not options.calibrates_cache:
+            raise UsageError(
+                f"--calibration is for --quant int4-awq, --kv-quant and --kv-rank; {preset.name} takes no "
+                "prompts"
+            )
         return None
     _check_calibration_packages(preset.name)
     from starkv.calibration.prompts import prompts_from
     from starkv.calibration.sequences import PromptCalibration
 
-    return PromptCalibration(card, prompts_from(folder, card.max_pixels))
+    return PromptCalibration(card, prompts_from(options.calibration, card.max_pixels))
 
 
 def _check_calibration_packages(preset: str) -> None:

@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What rows are packed with: calibration, the file that keeps it, and the engine directory around it."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from conftest import TinyModel
+from packed_engines import (
+    QUANTIZED,
+    VARIANTS,
+    PackedEngines,
+    calibration_prompts,
+    decoded,
+    placed,
+)
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from tiny_model import tiny_card
+
+from starkv.calibration.kv_packing import make_packing
+from starkv.calibration.kv_statistics import gather_statistics
+from starkv.errors import CalibrationError, EngineError, UsageError
+from starkv.export.build.ort import build_ort_engine
+from starkv.export.build.pack import attention_weights, describe_packing, pack_ort_engine
+from starkv.export.export_model import export_model
+from starkv.export.quantize.presets import PRESETS
+from starkv.kv_packing.file import PACKING_NAME, load_packing, save_packing
+from starkv.kv_packing.low_rank import LowRankPacking
+from starkv.kv_packing.options import PackingOptions, parse_kv_quant
+from starkv.kv_packing.quantized import QuantizedPacking
+from starkv.manifest import MANIFEST_NAME, Manifest, read_manifest, seal
+from starkv.runtime.engines.base import Floats, Rope
+from starkv.runtime.engines.ort import OrtEngine
+from starkv.runtime.kv.buffers import Arena
+
+
+def pack(packed: PackedEngines, plain: Path, out: Path, variant: str = "int8") -> Manifest:
+    """Pack an engine with what ``packed`` was calibrated to."""
+    packing = packed.packing(variant)
+    return pack_ort_engine(plain, out, packing, describe_packing(packing, VARIANTS[variant], 1))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_file_gives_back_what_was_written(packed: PackedEngines, variant: str, tmp_path: Path) -> None:
+    packing, path = packed.packing(variant), tmp_path / PACKING_NAME
+    save_packing(packing, path)
+    found = load_packing(path)
+    again = tmp_path / "again"
+    save_packing(found, again)
+    assert path.read_bytes() == again.read_bytes()
+    if isinstance(packing, QuantizedPacking):
+        assert isinstance(found, QuantizedPacking)
+        assert found.bits == packing.bits
+        for one, other in zip(found.layers, packing.layers, strict=True):
+            np.testing.assert_array_equal(one.key_scales, other.key_scales)
+            np.testing.assert_array_equal(one.key_bias, other.key_bias)
+    else:
+        assert isinstance(found, LowRankPacking)
+        assert (found.latent, found.recent_rows) == (packing.latent, packing.recent_rows)
+        for layer, (one, other) in enumerate(zip(found.layers, packing.layers, strict=True)):
+            assert found.bytes_per_row(layer) == packing.bytes_per_row(layer)
+            np.testing.assert_allclose(one.values.up, other.values.up, rtol=1e-6, atol=1e-8)
+
+
+def rewritten(path: Path, edit: Callable[[dict[str, np.ndarray], dict[str, Any]], None]) -> None:
+    """Change the tensors and facts of a packing's file."""
+    with safe_open(path, "np") as file:
+        facts = json.loads(file.metadata()["packing"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    edit(tensors, facts)
+    save_file(tensors, path, {"packing": json.dumps(facts)})
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut,
+        lambda path: path.write_bytes(b""),
+        lambda path: save_file({"x": np.zeros(1, np.float32)}, path),
+        lambda path: save_file({"x": np.zeros(1, np.float32)}, path, {"packing": "{"}),
+        lambda path: save_file({"x": np.zeros(1, np.float32)}, path, {"packing": "[]"}),
+        lambda path: rewritten(path, lambda tensors, facts: facts.update(layers=9)),
+        lambda path: rewritten(path, lambda tensors, facts: facts.pop("layers")),
+        lambda path: rewritten(path, lambda tensors, facts: tensors.__delitem__("1.key_bias")),
+    ],
+    ids=[
+        "truncated",
+        "empty",
+        "no facts",
+        "no JSON",
+        "other JSON",
+        "too few layers",
+        "no layers",
+        "a bias less",
+    ],
+)
+@pytest.mark.parametrize("variant", ["int4", "rank 0.5 int8"])
+def test_a_damaged_file(
+    packed: PackedEngines, variant: str, damage: Callable[[Path], object], tmp_path: Path
+) -> None:
+    path = tmp_path / PACKING_NAME
+    shutil.copy(packed.directory(variant) / PACKING_NAME, path)
+    damage(path)
+    with pytest.raises(EngineError, match=r"kv_packing\.safetensors is damaged .*build the engine again"):
+        load_packing(path)
+
+
+@pytest.mark.parametrize(
+    ("variant", "change"),
+    [
+        ("int8", lambda tensors, facts: tensors["0.key_scales"].__setitem__((0, 3), 7.0)),
+        ("rank 0.5", lambda tensors, facts: tensors.update({"0.values.up": np.zeros((3, 5), np.float32)})),
+        ("rank 0.5", lambda tensors, facts: facts.update(latent="int5")),
+        ("rank 0.5", lambda tensors, facts: facts.update(groups=[1])),
+    ],
+    ids=["scales of a pair", "factors", "latent", "groups"],
+)
+def test_a_file_that_contradicts_itself(
+    packed: PackedEngines,
+    variant: str,
+    change: Callable[[Mapping[str, np.ndarray], dict[str, Any]], None],
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / PACKING_NAME
+    shutil.copy(packed.directory(variant) / PACKING_NAME, path)
+    rewritten(path, change)
+    with pytest.raises(EngineError, match="is damaged"):
+        load_packing(path)
+
+
+def test_an_engine_without_its_file(packed: PackedEngines, tmp_path: Path) -> None:
+    engine = shutil.copytree(packed.directory("int8"), tmp_path / "engine")
+    content = bytearray((engine / PACKING_NAME).read_bytes())
+    content[-1] ^= 1
+    (engine / PACKING_NAME).write_bytes(content)
+    with pytest.raises(EngineError, match=r"kv_packing\.safetensors was changed or damaged"):
+        OrtEngine(engine)
+    (engine / PACKING_NAME).unlink()
+    for verify in (True, False):
+        with pytest.raises(EngineError, match=r"kv_packing\.safetensors is missing from the engine"):
+            OrtEngine(engine, verify)
+
+
+def test_a_changed_manifest(packed: PackedEngines, tmp_path: Path) -> None:
+    engine = shutil.copytree(packed.directory("int8"), tmp_path / "engine")
+    path = engine / MANIFEST_NAME
+    path.write_text(path.read_text().replace('"bytes_per_row": 536', '"bytes_per_row": 5'))
+    with pytest.raises(EngineError, match=r"manifest\.json was changed since the build"):
+        OrtEngine(engine)
+    path.write_text(path.read_text().replace('"quant": "int8"', '"quant": "int5"'))
+    with pytest.raises(EngineError, match=r"field kv_packing\.quant: .*build the engine again"):
+        OrtEngine(engine)
+
+
+def test_an_engine_holds_its_packing_and_is_sealed(packed: PackedEngines) -> None:
+    for variant, options in VARIANTS.items():
+        manifest = read_manifest(packed.directory(variant))
+        assert PACKING_NAME in manifest.files
+        found = manifest.kv_packing
+        assert found is not None
+        assert (found.quant, found.rank) == (options.quant, options.rank)
+        assert found.calibration_tokens == packed.statistics.tokens > 500
+
+
+def test_a_prepacked_engine_loses_its_prepacked_form(
+    packed: PackedEngines, tiny: TinyModel, tmp_path: Path
+) -> None:
+    """Those graphs know nothing of the packed cache; the engine must not look for them either."""
+    plain = tmp_path / "plain"
+    build_ort_engine(tiny.exports["fp32"], plain, prepack=True)
+    assert OrtEngine(plain).info.loaded_form == "prepacked"
+    manifest = pack(packed, plain, tmp_path / "packed")
+    assert not [name for name in manifest.files if "prepacked" in name]
+    engine = OrtEngine(tmp_path / "packed", threads=1)
+    assert engine.info.loaded_form == "portable"
+    pool = engine.new_pool(1, 100, packed=True)
+    placed(engine, pool)
+    assert np.isfinite(decoded(engine, pool, 2)).all()
+
+
+@pytest.mark.parametrize("preset", ["int8", "int4", "int4-small"])
+def test_engines_with_quantized_weights(
+    packed: PackedEngines, tiny: TinyModel, preset: str, tmp_path: Path
+) -> None:
+    """Biases and output weights are found in them, too, and the cache is packed as well as on floats."""
+    build_ort_engine(tiny.exports[preset], tmp_path / "plain")
+    build_ort_engine(tiny.exports["fp32"], tmp_path / "floats")
+    mine, expected = (attention_weights(tmp_path / name) for name in ("plain", "floats"))
+    for one, other in zip(mine.biases, expected.biases, strict=True):
+        np.testing.assert_array_equal(one, other)
+    for weight, exact in zip(mine.outputs, expected.outputs, strict=True):
+        assert weight.shape == exact.shape
+        assert np.abs(weight - exact).max() < 0.15 * np.abs(exact).max()
+    plain = OrtEngine(tmp_path / "plain", threads=1)
+    statistics = gather_statistics(plain, packed.exact.tokenizer, mine.biases, calibration_prompts())
+    packing = make_packing(VARIANTS["rank 1"], statistics, mine.biases, mine.outputs)
+    description = describe_packing(packing, VARIANTS["rank 1"], statistics.tokens)
+    pack_ort_engine(tmp_path / "plain", tmp_path / "packed", packing, description)
+    engine = OrtEngine(tmp_path / "packed", threads=1)
+    logits = []
+    for one, own in ((plain, False), (engine, True)):
+        pool = one.new_pool(1, 150, packed=own)
+        placed(one, pool)
+        logits.append(decoded(one, pool, 20))
+    np.testing.assert_allclose(logits[1], logits[0], atol=2e-2 * np.abs(logits[0]).max())
+
+
+class EngineWithBrokenKeys:
+    """An engine whose model overflows in one layer."""
+
+    def __init__(self, engine: OrtEngine, number: float) -> None:
+        self._engine, self._number = engine, number
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def prefill(self, arena: Arena, embeds: Floats, rope: Rope) -> Floats:
+        logits = self._engine.prefill(arena, embeds, rope)
+        arena.host_kv.keys[1, 0, 0, 40] = self._number
+        return logits
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_keys_that_are_no_numbers(packed: PackedEngines, number: float) -> None:
+    broken: Any = EngineWithBrokenKeys(packed.engine("int8"), number)
+    biases, prompts = packed.weights.biases, calibration_prompts()
+    with pytest.raises(CalibrationError, match="key projection put out values that are not finite"):
+        gather_statistics(broken, packed.exact.tokenizer, biases, prompts)
+
+
+def test_too_few_tokens(packed: PackedEngines) -> None:
+    engine, tokenizer, biases = packed.exact.engine, packed.exact.tokenizer, packed.weights.biases
+    with pytest.raises(CalibrationError, match=r"calibration saw 70 tokens of a kind.*channels need 128"):
+        gather_statistics(engine, tokenizer, biases, calibration_prompts(2))
+    with pytest.raises(CalibrationError, match="there are no calibration prompts"):
+        gather_statistics(engine, tokenizer, biases, [])
+    # The same words over and over are not many tokens.
+    same = [replace(prompt, instruction="click", reply="") for prompt in calibration_prompts()]
+    with pytest.raises(CalibrationError, match="tokens of a kind"):
+        gather_statistics(engine, tokenizer, biases, same)
+
+
+@pytest.mark.parametrize("rank", [0.0, -0.5, 1.01, 2.0, float("nan"), float("inf")])
+def test_impossible_ranks(rank: float) -> None:
+    with pytest.raises(UsageError, match=r"a KV rank is a share of full rank in \(0, 1\]"):
+        PackingOptions("int8", rank)
+
+
+def test_ranks_below_the_least(packed: PackedEngines) -> None:
+    """A share that no rank comes near is refused, not rounded up to four times its bytes."""
+    weights = packed.weights
+    with pytest.raises(
+        UsageError, match=r"rank of 0\.05 can't be reached.*16 of 64.*--kv-rank 0\.25 or more"
+    ):
+        make_packing(PackingOptions("int4", 0.05), packed.statistics, weights.biases, weights.outputs)
+    packing = make_packing(PackingOptions("int4", 0.25), packed.statistics, weights.biases, weights.outputs)
+    assert isinstance(packing, LowRankPacking)
+    assert {factor.rank for layer in packing.layers for factor in layer.keys} == {16}
+
+
+def test_nothing_to_pack() -> None:
+    with pytest.raises(UsageError, match="nothing to pack: give --kv-quant int8 or int4, --kv-rank, or both"):
+        PackingOptions()
+    with pytest.raises(UsageError, match="unknown KV quantization 'int3'; known: none, int8, int4"):
+        parse_kv_quant("int3")
+
+
+def test_names_of_packings() -> None:
+    assert [VARIANTS[name].directory_suffix for name in VARIANTS] == [
+        "kv-int8",
+        "kv-int4",
+        "kv-r100",
+        "kv-r100-int8",
+        "kv-r50",
+        "kv-r50-int8",
+        "kv-r50-int4",
+    ]
+    assert PackingOptions("int4", 0.125).directory_suffix == "kv-r12.5-int4"
+
+
+def copy_with(plain: Path, out: Path, **changes: object) -> Path:
+    """An engine whose manifest says something else, sealed as if it had been built so."""
+    shutil.copytree(plain, out)
+    (out / MANIFEST_NAME).write_text(seal(read_manifest(plain).model_copy(update=changes)))
+    return out
+
+
+@pytest.mark.parametrize("changes", [{"compute_dtype": "bfloat16"}, {"backend": "trt"}])
+def test_engines_for_gpus(packed: PackedEngines, changes: dict[str, object], tmp_path: Path) -> None:
+    engine = copy_with(packed.plain, tmp_path / "engine", **changes)
+    with pytest.raises(UsageError, match=r"is for a GPU; packed caches run in ONNX Runtime on processors"):
+        attention_weights(engine)
+    with pytest.raises(UsageError, match="is for a GPU"):
+        pack(packed, engine, tmp_path / "packed")
+    assert [path.name for path in tmp_path.iterdir()] == ["engine"]
+
+
+def test_an_engine_that_is_packed_already(packed: PackedEngines, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="has a packed cache already; pack the engine that it was made from"):
+        pack(packed, packed.directory("int8"), tmp_path / "packed")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_traced_decoder(packed: PackedEngines, tiny: TinyModel, tmp_path: Path) -> None:
+    """Nobody knows where its biases are."""
+    export_model(tiny.checkpoint, tiny_card(), tmp_path / "traced", PRESETS["fp32"], route="trace")
+    build_ort_engine(tmp_path / "traced", tmp_path / "engine")
+    with pytest.raises(UsageError, match=r"not written by starkv's builder.*no --route trace"):
+        attention_weights(tmp_path / "engine")
+
+
+@pytest.mark.parametrize("variant", [*QUANTIZED, "rank 1 int8"])
+def test_an_onnxruntime_without_quantized_caches(
+    packed: PackedEngines, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older versions refuse the operator when they load the graph. The error says what to do about it."""
+    folder, opened = packed.directory(variant), onnxruntime.InferenceSession
+
+    def old(path: str, *rest: Any, **named: Any) -> Any:
+        if path.endswith("decoder.onnx"):
+            raise RuntimeError("Unrecognized attribute: k_quant_type for operator GroupQueryAttention\nmore")
+        return opened(path, *rest, **named)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", old)
+    with pytest.raises(EngineError) as raised:
+        OrtEngine(folder)
+    message = str(raised.value)
+    assert f"can't load {folder / 'decoder.onnx'}: Unrecognized attribute: k_quant_type" in message
+    assert "\n" not in message
+    hint = f"attention to its {variant} cache is an operator that older versions don't have"
+    assert (hint in message) == (variant in QUANTIZED)
+    assert ("--kv-rank 1 --kv-quant int8" in message) == (variant in QUANTIZED)
