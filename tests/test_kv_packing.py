@@ -22,15 +22,12 @@ from packed_engines import (
 )
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from tiny_model import tiny_card
 
 from starkv.calibration.kv_packing import make_packing
 from starkv.calibration.kv_statistics import gather_statistics
 from starkv.errors import CalibrationError, EngineError, UsageError
 from starkv.export.build.ort import build_ort_engine
 from starkv.export.build.pack import attention_weights, describe_packing, pack_ort_engine
-from starkv.export.export_model import export_model
-from starkv.export.quantize.presets import PRESETS
 from starkv.kv_packing.file import PACKING_NAME, load_packing, save_packing
 from starkv.kv_packing.low_rank import LowRankPacking
 from starkv.kv_packing.options import PackingOptions, parse_kv_quant
@@ -310,14 +307,6 @@ def test_an_engine_that_is_packed_already(packed: PackedEngines, tmp_path: Path)
     with pytest.raises(UsageError, match="has a packed cache already; pack the engine that it was made from"):
         pack(packed, packed.directory("int8"), tmp_path / "packed")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_traced_decoder(packed: PackedEngines, tiny: TinyModel, tmp_path: Path) -> None:
-    """Nobody knows where its biases are."""
-    export_model(tiny.checkpoint, tiny_card(), tmp_path / "traced", PRESETS["fp32"], route="trace")
-    build_ort_engine(tmp_path / "traced", tmp_path / "engine")
-    with pytest.raises(UsageError, match=r"not written by starkv's builder.*no --route trace"):
-        attention_weights(tmp_path / "engine")
 
 
 @pytest.mark.parametrize("variant", [*QUANTIZED, "rank 1 int8"])

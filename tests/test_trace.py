@@ -14,6 +14,7 @@ from tiny_model import HIDDEN, tiny_card
 
 from starkv.errors import UsageError
 from starkv.export.build.ort import build_ort_engine
+from starkv.export.build.pack import attention_weights
 from starkv.export.export_model import export_model
 from starkv.export.quantize.presets import PRESETS
 from starkv.export.record import read_record
@@ -106,3 +107,9 @@ def test_a_model_that_transformers_doesnt_know_is_refused(tmp_path: Path, remote
         (tmp_path / "checkpoint" / "evil.py").write_text("raise SystemExit('this must not be run')")
     with pytest.raises(UsageError, match=r"transformers can't load .*; use --route build"):
         export_model(tmp_path / "checkpoint", tiny_card(), tmp_path / "out", PRESETS["fp32"], route="trace")
+
+
+def test_the_cache_of_a_traced_decoder_cant_be_packed(traced_engine: Path) -> None:
+    """Nobody knows where its biases are."""
+    with pytest.raises(UsageError, match=r"not written by starkv's builder.*no --route trace"):
+        attention_weights(traced_engine)
