@@ -109,6 +109,14 @@ def packed(babbling: ChatModel, tmp_path_factory: pytest.TempPathFactory) -> "Pa
 
 
 @pytest.fixture(scope="session")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of prompts that a packed cache can be calibrated on."""
+    from packed_engines import write_prompts
+
+    return write_prompts(tmp_path_factory.mktemp("prompts"))
+
+
+@pytest.fixture(scope="session")
 def gui_tiny_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """fp32 engine of the embedded model."""
     from starkv.export.build.ort import build_ort_engine
@@ -170,3 +178,9 @@ def server(served_engine: "FakeEngine", served_tokenizer: "ChatTokenizer") -> "I
 
     with serving(served_engine, served_tokenizer) as running:
         yield running
+
+
+@pytest.fixture
+def plain(starkv: "Command", packed: "PackedEngines") -> Path:
+    """A copy of the engine that ``packed`` are made of, in the command's directory."""
+    return Path(shutil.copytree(packed.plain, "engine"))

@@ -2,6 +2,7 @@
 """The tiny random model as engines with packed caches. Its keys have biases many times larger than the rest,
 as Qwen2's have: where they are not taken out first, nothing is left of the keys."""
 
+import json
 import shutil
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +26,9 @@ from starkv.runtime.agent import Agent
 from starkv.runtime.engines.base import Engine, Rope
 from starkv.runtime.engines.ort import OrtEngine
 from starkv.runtime.kv.buffers import Arena, Pool
+from starkv.runtime.kv.codecs import open_codec
+from starkv.runtime.kv.low_rank import LowRankKv
+from starkv.runtime.kv.packed import KvCodec
 from starkv.runtime.kv.policy import KvPolicy
 from starkv.runtime.preprocess.tokenizer import ChatTokenizer
 
@@ -32,6 +36,8 @@ BIG_BIAS = 80.0
 """Of the channels of keys that have a large one; the rest of a key lies around 1."""
 EMBEDDING_DEVIATION = 0.08
 """Of the tiny model's embedding."""
+ROWS = 200
+"""Of pools with room for a prompt and a long reply."""
 VARIANTS = {
     "int8": PackingOptions("int8"),
     "int4": PackingOptions("int4"),
@@ -69,6 +75,17 @@ def calibration_prompts(count: int = 8) -> list[GuiPrompt]:
         letters = "".join(random.choice(list("abcdefghijklmnop 0123456789"), 60))
         prompts.append(GuiPrompt(Image.fromarray(pixels), letters, reply=letters[::-1]))
     return prompts
+
+
+def write_prompts(folder: Path, count: int = 8) -> Path:
+    """Those prompts as files."""
+    lines = []
+    for number, prompt in enumerate(calibration_prompts(count)):
+        prompt.image.save(folder / f"{number}.png")
+        line = {"image": f"{number}.png", "prompt": prompt.instruction, "reply": prompt.reply}
+        lines.append(json.dumps(line))
+    (folder / "prompts.jsonl").write_text("\n".join(lines))
+    return folder
 
 
 @dataclass
@@ -161,3 +178,28 @@ def relative(actual: np.ndarray, expected: np.ndarray) -> float:
     """Error relative to how far logits lie apart."""
     spread = expected - expected.mean(-1, keepdims=True)
     return float(np.linalg.norm(actual - expected) / np.linalg.norm(spread))
+
+
+def codec_of(engine: OrtEngine, packed: PackedEngines, variant: str) -> KvCodec:
+    codec = open_codec(packed.directory(variant), engine.manifest)
+    assert codec is not None
+    return codec
+
+
+def pool_with(engine: Engine, policy: KvPolicy = WHOLE, packed: bool = True, rows: int = ROWS) -> Pool:
+    pool = engine.new_pool(1, rows, policy.method, packed)
+    placed(engine, pool, policy=policy)
+    return pool
+
+
+def unpacked(engine: OrtEngine, codec: KvCodec, pool: Pool) -> Pool:
+    """A float pool with what a packed one stands for, its raw tail as it is."""
+    floats = engine.new_pool(1, ROWS)
+    floats.acquire()
+    floats.kv.load(0, codec.unpack(pool.kv.park(0)))
+    if isinstance(pool.kv, LowRankKv):
+        for layer, recent in enumerate(pool.kv.tail_lengths[:, 0]):
+            last = slice(pool.kv.lengths[layer, 0] - recent, pool.kv.lengths[layer, 0])
+            floats.host_kv.keys[layer, 0, :, last] = pool.kv.tail_keys[layer, 0, :, :recent]
+            floats.host_kv.values[layer, 0, :, last] = pool.kv.tail_values[layer, 0, :, :recent]
+    return floats

@@ -1,22 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations on packed engines: streams that go on from packed rows, many sessions at once, memory."""
+"""Streams that go on from packed rows, in memory and from files."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 from packed_engines import LOW_RANK, QUANTIZED, PackedEngines
-from test_scheduler import asked, noise, running, submit
 from test_stream import TOKENS, WHOLE, Conversation, compacting, talk
 
 from starkv.errors import EngineError, UsageError
-from starkv.methods.budget import Budget
-from starkv.methods.names import SNAPKV, STAR_KV
 from starkv.methods.rows import ROW_FRAME
-from starkv.runtime.agent import Agent
 from starkv.runtime.kv.policy import KvPolicy
-from starkv.runtime.serving.slots import KvMemory
-from starkv.runtime.session import Session
 from starkv.runtime.session_file import load_session, save_session
 from starkv.runtime.stream import StreamState
 
@@ -135,146 +129,3 @@ def test_a_stream_may_turn_from_packed_to_exact_and_back(packed: PackedEngines) 
         stream.step(1)
         assert stream.session.reused_tokens > 0
         assert state_of(stream).rows.packed is (second is None)
-
-
-def test_methods_that_cant_be_packed_keep_floats(packed: PackedEngines) -> None:
-    agent, images = packed.agent("int8"), [noise(0)]
-    request = asked("click", 4, images)
-    exact = Session(packed.exact.engine, agent.tokenizer, KvPolicy(SNAPKV, Budget(0.4)))
-    own = Session(agent.engine, agent.tokenizer, KvPolicy(SNAPKV, Budget(0.4)))
-    texts = ["".join(one.reply(request.messages, images, request.parameters)) for one in (exact, own)]
-    assert texts[0] == texts[1]
-    assert own.timings.kv_bytes_kept == exact.timings.kv_bytes_kept
-    refused = Session(agent.engine, agent.tokenizer, KvPolicy(SNAPKV, Budget(0.4), packed=True))
-    with pytest.raises(UsageError, match="snapkv keeps other rows for every head"):
-        next(refused.reply(request.messages, images, request.parameters))
-
-
-def test_packing_that_an_engine_lacks_is_refused(packed: PackedEngines) -> None:
-    session = Session(packed.exact.engine, packed.exact.tokenizer, KvPolicy(packed=True))
-    with pytest.raises(UsageError, match=r"without a packed cache.*starkv pack ENGINE --kv-quant int8"):
-        next(session.reply(asked("hi").messages, []))
-    with pytest.raises(UsageError, match="without a packed cache"):
-        packed.exact.engine.new_pool(1, 64, packed=True)
-
-
-@pytest.mark.parametrize("variant", [*SOME, "rank 0.5"])
-@pytest.mark.parametrize("policy", [WHOLE, KvPolicy(STAR_KV, Budget(0.5))], ids=["full", "star_kv"])
-def test_the_account_of_a_reply(packed: PackedEngines, variant: str, policy: KvPolicy) -> None:
-    agent = packed.agent(variant)
-    info = agent.engine.info
-    assert info.kv_packing is not None
-    session = Session(agent.engine, agent.tokenizer, policy)
-    request = asked("click", 70, [noise(1)])
-    "".join(session.reply(request.messages, request.images, request.parameters))
-    timings = session.timings
-    assert timings.kv_bytes_full == timings.kv_tokens_full * info.kv_bytes_per_row
-    raw = info.kv_packing.raw_rows or 0
-    packed_rows = timings.kv_tokens_kept - raw
-    # Layers keep different numbers of rows, and take different numbers of bytes for each.
-    near = 0.0 if policy == WHOLE else 0.2
-    expected = packed_rows * info.kv_packing.bytes_per_row + raw * info.kv_bytes_per_row
-    assert timings.kv_bytes_kept == pytest.approx(expected, rel=near)
-    new = timings.generated_tokens - 1
-    each = info.kv_bytes_per_row if raw else info.kv_packing.bytes_per_row
-    assert timings.kv_bytes_held == timings.kv_bytes_kept + new * each
-    assert timings.kv_bytes_held < timings.kv_bytes_reserved
-    assert timings.kv_bytes_kept < timings.kv_bytes_full
-
-
-@pytest.mark.parametrize("variant", SOME)
-def test_many_sessions_get_what_each_would_get_alone(packed: PackedEngines, variant: str) -> None:
-    agent = packed.agent(variant)
-    policies = (KvPolicy(STAR_KV, Budget(0.5)), WHOLE, KvPolicy(packed=False), KvPolicy(SNAPKV, Budget(0.4)))
-    requests = [
-        asked(f"click {n}", 4 + 2 * n, [noise(n)], policy=policies[n % len(policies)]) for n in range(8)
-    ]
-    with running(agent.engine, agent.tokenizer, slots=4, prefill_rows=16) as scheduler:
-        together = [listener.wait() for _, listener in [submit(scheduler, r) for r in requests]]
-        assert scheduler.status().kv_bytes_held == 0
-    for request, listener in zip(requests, together, strict=True):
-        session = Session(agent.engine, agent.tokenizer, request.policy)
-        alone = "".join(session.reply(request.messages, request.images, request.parameters))
-        assert listener.text == alone
-        assert listener.end.timings.kv_bytes_kept == session.timings.kv_bytes_kept
-
-
-def test_served_sessions_go_on_from_packed_rows(packed: PackedEngines) -> None:
-    agent = packed.agent("rank 0.5 int4")
-    alone = talk(agent, WHOLE, mode="stream")
-    with running(agent.engine, agent.tokenizer) as scheduler:
-        for number in range(3):
-            reply = alone.step(number, most=4)
-            messages, images = alone.messages[:-1], list(alone.images)
-            _, listener = submit(scheduler, asked("", 4, images, messages=messages, session_id="a"))
-            assert listener.wait().text == reply
-            assert listener.end.reused_tokens == alone.session.reused_tokens
-            assert scheduler.status().parked_bytes == state_of(alone).rows.nbytes
-
-
-class WatchedMemory:
-    """Notes the most that was ever allocated, and the most that was reserved for it."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.excess = 0
-        self.most = 0
-        original = KvMemory.slot
-
-        def slot(memory: KvMemory, turn: object) -> object:
-            pool = original(memory, turn)  # type: ignore[arg-type]
-            self.look(memory)
-            return pool
-
-        monkeypatch.setattr(KvMemory, "slot", slot)
-
-    def look(self, memory: KvMemory) -> None:
-        allocated = sum(pool.pool.kv.bytes_reserved for pool in memory.pools)
-        promised = sum(pool.promised_bytes for pool in memory.pools)
-        self.excess = max(self.excess, allocated - promised)
-        self.most = max(self.most, memory.bytes_reserved)
-
-
-@pytest.mark.parametrize("variant", [*QUANTIZED, *LOW_RANK])
-def test_no_more_is_allocated_than_was_reserved(
-    packed: PackedEngines, variant: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also when tails have grown with their replies, and replies of other lengths joined a pool."""
-    agent = packed.agent(variant)
-    limit = 900 * agent.engine.info.kv_bytes_per_row
-    watched = WatchedMemory(monkeypatch)
-    with running(agent.engine, agent.tokenizer, slots=4, kv_bytes=limit, prefill_rows=64) as scheduler:
-        memory: KvMemory = scheduler._memory
-        policies = (WHOLE, KvPolicy(STAR_KV, Budget(0.5)))
-        for lengths in ((3, 90, 20, 70), (120, 5, 60, 100)):
-            listeners = [
-                submit(scheduler, asked("click", n, [noise(n)], policy=policies[i % 2]))[1]
-                for i, n in enumerate(lengths)
-            ]
-            texts = [listener.wait().text for listener in listeners]
-            assert all(texts)
-            watched.look(memory)
-    assert watched.excess <= 0
-    assert 0 < watched.most <= limit
-
-
-def test_what_never_fits_counts_packed_rows(packed: PackedEngines) -> None:
-    """A memory that a packed slot fits and a float one doesn't takes the packed turn."""
-    agent = packed.agent("int4")
-    row = agent.engine.info.kv_bytes_per_row
-    # The arena takes 64 rows, a float slot 256, a packed one as much as 36.
-    with running(agent.engine, agent.tokenizer, kv_bytes=64 * 2 * row, slots=1) as scheduler:
-        assert submit(scheduler, asked("hi", 150))[1].wait().text
-        refused = submit(scheduler, asked("hi", 150, policy=KvPolicy(packed=False)))[1].wait()
-        assert "KV memory" in str(refused.error)
-
-
-def test_agents_pack_by_default(packed: PackedEngines, screenshot: Path) -> None:
-    """An engine that can pack does, unless it is told not to."""
-    agent = packed.agent("int8")
-    assert isinstance(agent, Agent)
-    info = agent.engine.info
-    assert info.kv_packing is not None
-    default = agent.act(screenshot, "click").timings
-    exact = agent.act(screenshot, "click", kv_policy=KvPolicy(packed=False)).timings
-    assert default.kv_bytes_kept == default.kv_tokens_kept * info.kv_packing.bytes_per_row
-    assert exact.kv_bytes_kept == exact.kv_bytes_full == default.kv_bytes_full
