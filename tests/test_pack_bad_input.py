@@ -105,6 +105,8 @@ def test_damaged_packing(
         (("build", "{model}", "--kv-quant", "int8", "--calibration", "no"), "no/prompts.jsonl can't be read"),
         (("build", "{model}", "--quant", "int4", "--calibration", "few"), "--calibration is for --quant"),
         (("run", "{ask}", "--kv-quant", "int3"), "unknown KV quantization 'int3'"),
+        (("run", "--engine", "gui-tiny", "--prompt", "x", "--image", "{image}", "--kv-quant", "int8",
+          "--device", "cuda"), "packed caches run in ONNX Runtime on processors so far; leave"),
         (("run", "{ask}", "--kv-rank", "-1"), "share of full rank in (0, 1]"),
         (("run", "{ask}", "--kv-quant", "int8"), "not as int8; make one with `starkv pack`"),
         (("run", "{ask}", "--kv-rank", "0.5"), "does not pack its cache, not as rank 0.5"),
@@ -140,6 +142,7 @@ def test_bad_arguments(
         "{packed}": [str(packed.directory("int8"))],
         "{model}": [str(packed.folder / "checkpoint")],
         "{prompts}": [str(prompts)],
+        "{image}": [str(screenshot)],
         "{ask}": ["--engine", str(plain), *ask],
         "{ask packed}": ["--engine", str(packed.directory("int8")), *ask],
     }

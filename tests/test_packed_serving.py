@@ -2,6 +2,8 @@
 """Replies and many sessions at once on packed engines, and the memory that they may take."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from packed_engines import LOW_RANK, QUANTIZED, PackedEngines
@@ -13,6 +15,7 @@ from starkv.errors import UsageError
 from starkv.methods.budget import Budget
 from starkv.methods.names import SNAPKV, STAR_KV
 from starkv.runtime.agent import Agent
+from starkv.runtime.kv.buffers import KvBuffers
 from starkv.runtime.kv.policy import KvPolicy
 from starkv.runtime.serving.slots import KvMemory
 from starkv.runtime.session import Session
@@ -66,6 +69,33 @@ def test_the_account_of_a_reply(packed: PackedEngines, variant: str, policy: KvP
 
 
 @pytest.mark.parametrize("variant", SOME)
+def test_chosen_rows_count_before_they_are_packed(
+    packed: PackedEngines, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are floats for a moment, beside the prompt's and the slot."""
+    agent, allocated, original = packed.agent(variant), [], KvBuffers.allocate
+    info = agent.engine.info
+    assert info.kv_packing is not None
+
+    def allocate(*arguments: Any) -> KvBuffers:
+        made = original(*arguments)
+        allocated.append(made.bytes_reserved)
+        return made
+
+    request = asked("click", 5, [noise(1)])
+    for policy, times in ((WHOLE, 1), (KvPolicy(STAR_KV, Budget(0.5)), 2)):
+        session = Session(agent.engine, agent.tokenizer, policy)
+        allocated.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(KvBuffers, "allocate", allocate)
+            "".join(session.reply(request.messages, request.images, request.parameters))
+        assert len(allocated) == times
+        slot = session.timings.kv_bytes_reserved - sum(allocated)
+        raw = 0 if info.kv_packing.raw_rows is None else 64 * info.kv_bytes_per_row
+        assert slot in [rows * info.kv_packing.bytes_per_row + raw for rows in (64, 128)]
+
+
+@pytest.mark.parametrize("variant", SOME)
 def test_many_sessions_get_what_each_would_get_alone(packed: PackedEngines, variant: str) -> None:
     agent = packed.agent(variant)
     policies = (KvPolicy(STAR_KV, Budget(0.5)), WHOLE, KvPolicy(packed=False), KvPolicy(SNAPKV, Budget(0.4)))
@@ -107,14 +137,15 @@ class WatchedMemory:
 
         def slot(memory: KvMemory, turn: object) -> object:
             pool = original(memory, turn)  # type: ignore[arg-type]
-            self.look(memory)
+            self.look(memory, turn.staged_bytes)  # type: ignore[attr-defined]
             return pool
 
         monkeypatch.setattr(KvMemory, "slot", slot)
 
-    def look(self, memory: KvMemory) -> None:
-        allocated = sum(pool.pool.kv.bytes_reserved for pool in memory.pools)
-        promised = sum(pool.promised_bytes for pool in memory.pools)
+    def look(self, memory: KvMemory, staged: int = 0) -> None:
+        arena = memory._arena.kv.bytes_reserved if memory._arena else 0
+        allocated = staged + arena + sum(pool.pool.kv.bytes_reserved for pool in memory.pools)
+        promised = memory._staged_bytes + arena + sum(pool.promised_bytes for pool in memory.pools)
         self.excess = max(self.excess, allocated - promised)
         self.most = max(self.most, memory.bytes_reserved)
 
@@ -140,6 +171,26 @@ def test_no_more_is_allocated_than_was_reserved(
             watched.look(memory)
     assert watched.excess <= 0
     assert 0 < watched.most <= limit
+
+
+def test_long_replies_join_no_pool_of_short_ones(packed: PackedEngines) -> None:
+    """A slot's tail grows with its reply, and the pool was paid for the tails it was made for."""
+    memory = KvMemory(packed.engine("rank 0.5 int8"), 1 << 30, 4)
+
+    def pool_for(kept: int, reply: int) -> Any:
+        turn: Any = SimpleNamespace(packed=True, policy=WHOLE, kept_rows=kept, slot_rows=kept + reply)
+        found = memory.slot(turn)
+        assert found is not None
+        return found
+
+    short, long = pool_for(110, 10), pool_for(10, 110)
+    assert (short.tail_rows, long.tail_rows) == (64, 128)
+    assert pool_for(80, 48) is short
+    assert pool_for(79, 49) is long
+    for pool in (short, long):
+        pool.pool.kv.tail_lengths[:] = pool.tail_rows - 1
+        pool.pool.kv.grow_tail(4)
+        assert pool.pool.kv.bytes_reserved == pool.promised_bytes
 
 
 def test_what_never_fits_counts_packed_rows(packed: PackedEngines) -> None:

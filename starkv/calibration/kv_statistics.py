@@ -91,7 +91,9 @@ def gather_statistics(
                 array[layer, 0, :, : len(visual)] for array in (arena.host_kv.keys, arena.host_kv.values)
             )
             rotated, values = (rows.transpose(1, 0, 2).astype(np.float64) for rows in cached)
-            keys = unrotate(rotated, cosines[:, None], sines[:, None]) - key_bias
+            # What is no number is refused when it is counted, without a warning before that.
+            with np.errstate(invalid="ignore"):
+                keys = unrotate(rotated, cosines[:, None], sines[:, None]) - key_bias
             values -= value_bias
             queries = arena.q_window[layer, 0].transpose(1, 0, 2)
             for kind, wanted in zip(kinds, (visual, ~visual), strict=True):
