@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from command import Command
     from fake_engine import FakeEngine
-    from served import Server
     from packed_engines import PackedEngines
+    from served import Server
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     from starkv.runtime.preprocess.tokenizer import ChatTokenizer

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from packed_engines import LOW_RANK, QUANTIZED, PackedEngines
+from served import Json, serving
 from test_scheduler import asked, noise, running, submit
-from test_server import Json, serving
 from test_stream import WHOLE, talk
 
 from starkv.errors import UsageError
@@ -159,7 +159,7 @@ def test_no_more_is_allocated_than_was_reserved(
     limit = 900 * agent.engine.info.kv_bytes_per_row
     watched = WatchedMemory(monkeypatch)
     with running(agent.engine, agent.tokenizer, slots=4, kv_bytes=limit, prefill_rows=64) as scheduler:
-        memory: KvMemory = scheduler._memory
+        memory: KvMemory = scheduler._work.memory
         policies = (WHOLE, KvPolicy(STAR_KV, Budget(0.5)))
         for lengths in ((3, 90, 20, 70), (120, 5, 60, 100)):
             listeners = [
