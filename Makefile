@@ -141,7 +141,7 @@ trt-check:  ## Everything about TensorRT that this machine can prove, without a 
 	$(BIN)/python benchmarks/trt_check.py $(if $(ONLY),--only '$(ONLY)')
 
 test: $(VENV)/dev-ready lint  ## Lint, check types, run all tests.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/dev-ready  ## Lint and check types and import directions.
 	$(BIN)/ruff check .

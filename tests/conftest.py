@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from PIL import Image
+from workers import take_own_core
+
+# Before anything counts the cores.
+take_own_core()
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

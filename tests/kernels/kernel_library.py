@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from workers import one_at_a_time
 
 from starkv.kernels.cuda_library import KernelLibrary, find_library
 from starkv.kernels.library_paths import KERNELS, LIBRARY_VARIABLE
@@ -29,13 +30,15 @@ def built_for_the_processor(target: str, file: str) -> Path:
     if not cmake or not shutil.which(os.environ.get("CXX", "c++")):
         pytest.skip("the kernels need CMake and a C++ compiler to be built for the processor")
     options = ["-DSTARKV_CUDA=OFF", "-DSTARKV_TESTS=ON"]
-    for command in (
-        [cmake, "-S", str(ROOT / "plugins_trt"), "-B", str(BUILD), *options],
-        [cmake, "--build", str(BUILD), "--target", target, "--parallel", "2"],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.fail(f"{' '.join(command)}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}", pytrace=False)
+    with one_at_a_time(BUILD):
+        for command in (
+            [cmake, "-S", str(ROOT / "plugins_trt"), "-B", str(BUILD), *options],
+            [cmake, "--build", str(BUILD), "--target", target, "--parallel", "2"],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                said = f"{done.stdout[-3000:]}{done.stderr[-3000:]}"
+                pytest.fail(f"{' '.join(command)}:\n{said}", pytrace=False)
     return BUILD / file
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from kernel_library import ROOT, tool
+from workers import one_at_a_time
 
 BUILD = ROOT / "build" / "plugins-cpu"
 """All versions are built here in turn, so that the kernels are compiled once."""
@@ -67,13 +68,14 @@ def build(headers: Path, folder: Path) -> PluginBuild:
     if not cmake or not shutil.which(os.environ.get("CXX", "c++")):
         pytest.skip("the plugins need CMake and a C++ compiler")
     options = [f"-DTENSORRT_INCLUDE_DIR={headers}", "-DSTARKV_CUDA=OFF", "-DCMAKE_CXX_FLAGS_RELEASE=-O1"]
-    report = _run([cmake, "-S", ROOT / "plugins_trt", "-B", BUILD, *options])
-    if "no CUDA toolkit" in report:
-        pytest.skip("no CUDA toolkit, whose cuda_runtime_api.h TensorRT's headers include")
-    _run([cmake, "--build", BUILD, "--parallel", "2"])
-    folder.mkdir(parents=True)
-    for name in _LIBRARIES:
-        shutil.copy2(BUILD / name, folder)
+    with one_at_a_time(BUILD):
+        report = _run([cmake, "-S", ROOT / "plugins_trt", "-B", BUILD, *options])
+        if "no CUDA toolkit" in report:
+            pytest.skip("no CUDA toolkit, whose cuda_runtime_api.h TensorRT's headers include")
+        _run([cmake, "--build", BUILD, "--parallel", "2"])
+        folder.mkdir(parents=True)
+        for name in _LIBRARIES:
+            shutil.copy2(BUILD / name, folder)
     version = _run([folder / "harness", folder / "libstarkv_trt_cpu.so"]).split("TensorRT ")[1]
     return PluginBuild(folder, int(version.split(".")[0]))
 
