@@ -18,7 +18,7 @@ from starkv.runtime.engines.base import Floats, Rope
 from starkv.runtime.kv.buffers import Arena
 from starkv.runtime.kv.prompt import describe_prompt
 from starkv.runtime.preprocess.image import ImageInputs, preprocess
-from starkv.runtime.preprocess.positions import prompt_positions, rope_tables
+from starkv.runtime.preprocess.positions import prompt_positions
 from starkv.runtime.preprocess.tokenizer import expand_image_tokens
 from starkv.runtime.prompts.dialects import opening
 from starkv.synthetic.samples import Sample
@@ -98,7 +98,7 @@ def prefill(agent: Agent, sample: Sample, frames: FrameCache) -> Prefilled:
     embeds[np.asarray(ids) == pad] = np.concatenate([each.embeds for each in seen])
     positions = prompt_positions(ids, pad, grids, manifest.text)
     arena = engine.new_arena(len(ids))
-    logits = engine.prefill(arena, embeds, Rope(*rope_tables(positions.values, manifest.text)))
+    logits = engine.prefill(arena, embeds, Rope.at(positions.values, manifest.text))
     prompt = describe_prompt(ids, grids, manifest, agent.tokenizer)
     return Prefilled(sample, prompt, seen, arena, logits, positions.next_position)
 

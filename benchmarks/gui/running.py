@@ -3,11 +3,9 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
+from typing import Protocol, TypeVar
 
-from asking import Asker
-from cells import TableRecord
-
-from starkv.evaluation.records import RecordFile
+from starkv.evaluation.records import AnyRecord, Identified, RecordFile
 from starkv.synthetic import suite
 from starkv.synthetic.samples import Sample
 
@@ -17,6 +15,19 @@ SUITES: dict[str, Callable[[str, int, int], Iterator[Sample]]] = {
     TRAJECTORY: suite.trajectory_samples,
 }
 """Name → split, seed, count → samples, those of a group one after the other."""
+
+
+Answered = TypeVar("Answered", bound=Identified, covariant=True)
+
+
+class Asks(Protocol[Answered]):
+    """Asks one question after the other."""
+
+    def forget(self) -> None:
+        """Begin a new trajectory."""
+
+    def ask(self, sample: Sample) -> Answered:
+        """Ask a question, which goes on with the trajectory of those since :meth:`forget`."""
 
 
 def trajectories(samples: Iterable[Sample], carries_memory: bool) -> Iterator[list[Sample]]:
@@ -33,8 +44,8 @@ def trajectories(samples: Iterable[Sample], carries_memory: bool) -> Iterator[li
 def run(
     samples: Iterable[Sample],
     carries_memory: bool,
-    asker: Asker,
-    records: RecordFile[TableRecord],
+    asker: Asks[AnyRecord],
+    records: RecordFile[AnyRecord],
     on_answer: Callable[[int], None],
 ) -> None:
     """Ask what is not answered yet.
@@ -49,7 +60,7 @@ def run(
         on_answer: called with the number of samples that are answered now or were so before.
 
     Raises:
-        StarkvError: see :meth:`Asker.ask`.
+        StarkvError: the asker refuses a question.
     """
     for steps in trajectories(samples, carries_memory):
         known = {sample.id for sample in steps} & records.records.keys()
