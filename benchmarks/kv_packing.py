@@ -30,7 +30,7 @@ from running import SUITES, TRAJECTORY, run
 
 from starkv.cli.console import progress
 from starkv.cli.engines import find_engine
-from starkv.cli.kv_variants import calibration_prompts, pack_variants, statistics_of
+from starkv.cli.kv_variants import pack_variants
 from starkv.errors import StarkvError, UsageError
 from starkv.evaluation.records import RecordFile
 from starkv.manifest import MANIFEST_NAME, read_manifest
@@ -82,7 +82,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def packed_engines(args: argparse.Namespace, plain: Path) -> dict[str, Path]:
     """The packed engines, those of an earlier run where they are of the same plain engine."""
     home = args.out / _PACKED
-    found = {name: home / options.name for name, options in args.packings.items()}
+    found = {name: home / options.directory_suffix for name, options in args.packings.items()}
     stamp = home / "of.txt"
     engine_hash = read_manifest(plain).manifest_sha256
     known = stamp.read_text() if stamp.is_file() else ""
@@ -90,8 +90,7 @@ def packed_engines(args: argparse.Namespace, plain: Path) -> dict[str, Path]:
         return found
     home.mkdir(parents=True, exist_ok=True)
     with progress() as stages:
-        statistics = statistics_of(plain, calibration_prompts(read_manifest(plain)), stages)
-        pack_variants(plain, list(args.packings.values()), home, statistics, stages)
+        pack_variants(plain, args.packings, home, stages)
     stamp.write_text(engine_hash)
     return found
 

@@ -7,14 +7,14 @@ from cells import Cell, TableRecord
 from pydantic import BaseModel, ConfigDict
 
 from starkv import __version__
-from starkv.calibration.kv_packing import PackingOptions
 from starkv.errors import UsageError
+from starkv.kv_packing.options import PackingOptions
 from starkv.methods.names import FULL
 
 EVICTED = "float"
 """Row of the cache that is evicted and not packed. The whole float cache is the row ``full``."""
 PACKINGS = {
-    options.name.removeprefix("kv-"): options
+    options.directory_suffix.removeprefix("kv-"): options
     for options in (
         PackingOptions("int8"),
         PackingOptions("int4"),

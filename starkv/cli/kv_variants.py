@@ -1,95 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine with a plain KV cache → the same engine with packed ones, from statistics that are gathered once."""
+"""An engine with a plain KV cache → the same engine packed in several ways, to be compared."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from starkv.calibration.held_out import EMBEDDED, suite_prompts
-from starkv.calibration.kv_packing import PackingOptions, make_packing
-from starkv.calibration.kv_statistics import KvStatistics, gather_statistics
-from starkv.calibration.prompts import GuiPrompt, drawn_prompts
-from starkv.export.build.pack import attention_biases, pack_ort_engine
-from starkv.export.progress import NoProgress, Progress
-from starkv.kv_packing.file import Packing
-from starkv.kv_packing.quantized import QuantizedPacking
-from starkv.manifest import KvPacking, Manifest
-from starkv.runtime.engines.opening import open_engine
-from starkv.runtime.preprocess.tokenizer import ChatTokenizer
+from starkv.kv_packing.options import PackingOptions
 
-PROMPTS = 40
-"""Prompts that statistics are gathered from: more image tokens than are counted, on most models."""
-
-
-def calibration_prompts(manifest: Manifest, count: int = PROMPTS) -> list[GuiPrompt]:
-    """Prompts that no validation asks: of the synthetic suite's training split for the embedded model, drawn
-    desktops for others."""
-    if manifest.name == EMBEDDED:
-        return suite_prompts("train", count)
-    return drawn_prompts(count, manifest.image.max_pixels)
-
-
-def statistics_of(
-    engine: Path, prompts: Sequence[GuiPrompt] | None = None, progress: Progress | None = None
-) -> KvStatistics:
-    """What keys and values of an engine look like.
-
-    Args:
-        engine: for ONNX Runtime on processors, not packed.
-        prompts: to measure on; :func:`calibration_prompts` by default.
-        progress: told of every prompt.
-
-    Raises:
-        StarkvError: the engine can't be packed, or the prompts don't do.
-    """
-    biases = attention_biases(engine)
-    opened = open_engine(engine, verify=False, device="cpu")
-    chosen = calibration_prompts(opened.manifest) if prompts is None else prompts
-    tokenizer = ChatTokenizer.from_directory(engine)
-    return gather_statistics(opened, tokenizer, biases, chosen, progress=progress)
+if TYPE_CHECKING:
+    from starkv.cli.console import StageProgress
 
 
 def pack_variants(
     engine: Path,
-    wanted: Sequence[PackingOptions],
+    wanted: Mapping[str, PackingOptions],
     home: Path,
-    statistics: KvStatistics,
-    progress: Progress | None = None,
+    stages: "StageProgress",
+    calibration: Path | None = None,
 ) -> dict[str, Path]:
-    """Pack an engine in several ways; its large files are shared with the packed ones where they can be.
+    """Pack an engine in several ways; what they need to know of its keys and values is measured once.
 
     Args:
-        engine: for ONNX Runtime on processors, not packed.
-        wanted: ways to pack.
-        home: folder of the packed engines.
-        statistics: of the engine.
-        progress: told of every variant.
+        engine: for ONNX Runtime on processors, without a packed cache.
+        wanted: ways to pack, by any names.
+        home: folder of the packed engines, which share files with ``engine`` where the file system can.
+        stages: told about every prompt and engine.
+        calibration: folder with prompts; the model's own by default.
 
     Returns:
-        name of each way → engine.
+        name → engine.
 
     Raises:
-        StarkvError: the engine can't be packed so, or the disk is full.
+        StarkvError: the engine can't be packed so, calibration has too few tokens, or the disk has no room.
     """
+    from starkv.calibration.kv_packing import make_packing
+    from starkv.cli.packing import measure
+    from starkv.export.build.pack import attention_biases, describe_packing, pack_ort_engine
+
     biases = attention_biases(engine)
-    progress = progress or NoProgress()
-    progress.start("packing", len(wanted))
+    statistics = measure(engine, biases, calibration, stages)
+    stages.start("packing", len(wanted))
     found = {}
-    for options in wanted:
+    for name, options in wanted.items():
         packing = make_packing(options, statistics, biases)
-        description = KvPacking(
-            quant=options.quant,
-            rank=options.rank,
-            bytes_per_row=packed_row_bytes(packing),
-            calibration_tokens=statistics.tokens,
-        )
-        found[options.name] = home / options.name
-        pack_ort_engine(engine, found[options.name], packing, description, link=True)
-        progress.advance(options.name)
+        description = describe_packing(packing, options, statistics.tokens)
+        found[name] = home / options.directory_suffix
+        pack_ort_engine(engine, found[name], packing, description, link=True)
+        stages.advance(name)
     return found
-
-
-def packed_row_bytes(packing: Packing) -> int:
-    """Bytes of one packed token over all layers, with scales and padding, without its positions."""
-    if isinstance(packing, QuantizedPacking):
-        return sum(layer.bytes_per_row for layer in packing.layers)
-    return sum(packing.bytes_per_row(layer) for layer in range(len(packing.layers)))
