@@ -3,9 +3,9 @@
 
     python benchmarks/kv_packing.py --engine gui-tiny --count 300 --out runs/kv-packing
 
-Every question of the synthetic suite is prefilled once, evicted once per budget, and the kept rows are packed in
-every way, so that all combinations answer from the very same rows. A run that was interrupted goes on where it
-was. What the packings need to know of the model's keys and values is measured on the suite's training split.
+Every question of the synthetic suite is prefilled once, evicted once per budget, and the kept rows are packed
+in every way, so that all combinations answer from the very same rows. A run that was interrupted goes on
+where it was. What packings need to know of the model's keys and values is measured on the suite's training split.
 """
 
 import argparse
@@ -108,7 +108,9 @@ def fill(args: argparse.Namespace, plain: Path, packed: dict[str, Path]) -> None
         for name, place in packed.items()
     }
     manifests = {name: engine.manifest for name, engine in engines.items()}
-    tokens = {manifest.kv_packing.calibration_tokens for manifest in manifests.values() if manifest.kv_packing}
+    tokens = {
+        manifest.kv_packing.calibration_tokens for manifest in manifests.values() if manifest.kv_packing
+    }
     for suite in args.task:
         settings = PackedSettings(
             engine=agent.engine.manifest.name,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Asks a question with every packing at every budget, and grades the replies.
 
-A question is prefilled and evicted once, by the plain engine. The packed engines have the same weights, so the
-rows that it kept are packed into their caches as they are.
+A question is prefilled and evicted once, by the plain engine. The packed engines have the same weights, so
+the rows that it kept are packed into their caches as they are.
 """
 
 from collections.abc import Mapping, Sequence
@@ -107,7 +107,7 @@ class PackedAsker:
         return _Reference(tokens, self._agent.tokenizer.decode(tokens), logits)
 
     def _filled(self, asked: Prefilled, name: str, engine: Engine, kept: Sequence[KvBuffers]) -> Pool:
-        """The row's pool with these rows in its first slots; its memory is made anew only where prompts grow."""
+        """The row's pool with these rows in its first slots; memory is made anew only where prompts grow."""
         most = asked.prompt.length + self._most
         pool = self._pools.get(name)
         if pool is None or pool.kv.capacity < most:

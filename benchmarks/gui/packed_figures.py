@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From records of packed caches to figures: those of the table, divergences, equal replies, the Pareto front."""
+"""From records of packed caches to figures: the table's, divergences, equal replies, the Pareto front."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

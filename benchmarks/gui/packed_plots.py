@@ -66,7 +66,9 @@ def _draw(axes: Any, suite: str, figures: Sequence[PackedFigure]) -> None:
     lowest = min(100 * one.plain.accuracy for one in figures)
     highest = max(100 * one.plain.accuracy for one in figures)
     axes.set_ylim(lowest - 3, highest + 3)
-    axes.set_xlabel("KiB of the KV cache held per question; each line goes from all rows (right) to the smallest budget")
+    axes.set_xlabel(
+        "KiB of the KV cache held per question; each line goes from all rows (right) to the smallest budget"
+    )
     axes.set_ylabel("clicks inside the box, %")
     axes.set_title(
         f"{suite}, {whole.questions} questions (grey: 95 % interval of the whole float cache)",

@@ -95,14 +95,14 @@ def _heading(settings: PackedSettings) -> str:
     return (
         f"# Packed KV caches on synthetic GUI tasks: {settings.engine}\n\n"
         f"Split `{settings.split}`, seed {settings.seed}, engine `{settings.engine_hash[:12]}`, starkv "
-        f"{settings.starkv}, greedy decoding, {settings.calibration_tokens} tokens of calibration (training "
-        "split). All figures are in `table.csv` and `figures.json`.\n\n"
-        "Columns are shares of the prompt's rows that STaR-KV (native) keeps; all packings get the same rows. "
-        "A click is right inside the element's box; intervals are Wilson's, 95 %. Differences are to the whole "
-        "float cache, in points, with a 95 % bootstrap interval over whole screens or episodes, and the exact "
-        "McNemar test after Holm's adjustment over all cells (`*` p < 0.05, `**` p < 0.01, `***` p < 0.001), "
-        "which takes questions for independent. Bytes are those that the caches hold before the reply, the "
-        "newest 16 unpacked rows of low-rank caches, scales, padding and positions included. Divergences "
+        f"{settings.starkv}, greedy decoding, {settings.calibration_tokens} tokens of calibration "
+        "(training split). All figures are in `table.csv` and `figures.json`.\n\n"
+        "Columns are shares of the prompt's rows that STaR-KV (native) keeps; all packings get the same rows."
+        " A click is right inside the element's box; intervals are Wilson's, 95 %. Differences are to the "
+        "whole float cache, in points, with a 95 % bootstrap interval over whole screens or episodes, and "
+        "the exact McNemar test after Holm's adjustment over all cells (`*` p < 0.05, `**` p < 0.01, `***` p < "
+        "0.001), which takes questions for independent. Bytes are those that the caches hold before the "
+        "reply, the newest 16 unpacked rows of low-rank caches, scales, padding and positions included. Divergences "
         "compare the distribution behind each token of the whole float cache's reply, that reply forced.\n\n"
     )
 
@@ -118,7 +118,14 @@ def _section(suite: str, records: Sequence[PackedRecord], figures: Sequence[Pack
         f"![Accuracy by bytes held](plots/{suite}.png)\n",
         "### The Pareto front\n",
         markdown_table(
-            ("packing", "rows", "KiB held", "times less than the whole float cache", "accuracy", "difference"),
+            (
+                "packing",
+                "rows",
+                "KiB held",
+                "times less than the whole float cache",
+                "accuracy",
+                "difference",
+            ),
             [
                 (
                     LABELS[one.packing],
@@ -166,9 +173,8 @@ def _difference(figure: PackedFigure) -> str:
         return "0"
     stars = sum(against.p_adjusted < limit for limit in (0.05, 0.01, 0.001))
     # Markdown would take plain stars for emphasis.
-    return (
-        f"{100 * against.difference:+.1f}{stars * _STAR} ({100 * against.low:+.1f} to {100 * against.high:+.1f})"
-    )
+    bounds = f"{100 * against.low:+.1f} to {100 * against.high:+.1f}"
+    return f"{100 * against.difference:+.1f}{stars * _STAR} ({bounds})"
 
 
 def _kib(figure: PackedFigure) -> str:

@@ -63,13 +63,13 @@ class PackedCell(Cell):
     same: bool
     """Whether the reply is the whole float cache's."""
     divergences: tuple[float, ...]
-    """KL divergence in nats from the whole float cache's distribution behind each token of its reply. The first
-    token's own comes from the exact prefill and is not among them."""
+    """KL divergence in nats from the whole float cache's distribution behind each token of its reply. The
+    first token's own comes from the exact prefill and is not among them."""
 
 
 class PackedRecord(TableRecord):
-    """One question. ``bytes`` of a cell are what the packed rows and the newest, unpacked ones take before the
-    reply, positions and scales included."""
+    """One question. ``bytes`` of a cell are what the packed rows and the newest, unpacked ones take before
+    the reply, positions and scales included."""
 
     cells: dict[str, dict[str, PackedCell]]  # type: ignore[assignment]
 

@@ -36,9 +36,10 @@ class Cell:
 
     @property
     def policy(self) -> KvPolicy:
+        # What packing changes is judged apart from what the rows' choice changes.
         if self.mode == FULL:
-            return KvPolicy()
-        return KvPolicy(STAR_KV, Budget(self.budget), StarKVConfig.of_mode(self.mode))
+            return KvPolicy(packed=False)
+        return KvPolicy(STAR_KV, Budget(self.budget), StarKVConfig.of_mode(self.mode), packed=False)
 
 
 def cells(budgets: Sequence[float]) -> dict[str, Cell]:

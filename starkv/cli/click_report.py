@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from starkv.cli.click_checks import COMPRESSION, LATENCY, MEMORY, PARITY, QUANTIZATION
 from starkv.cli.click_engines import has_random_weights
+from starkv.cli.click_report_cells import number, share
+from starkv.cli.kv_combination_checks import HEADER, PACKING, TEXT, TITLE, combination_row
 from starkv.manifest import Manifest
 from starkv.validation.quant import SIGNIFICANCE
 from starkv.validation.report import Check, Report, markdown_table
@@ -81,19 +83,6 @@ def document(report: Report, manifest: Manifest, seed: int, skipped: int) -> Doc
     return Document(f"Clicks of {manifest.name}", report.passed, facts, tuple(notes), filled)
 
 
-def _share(measures: Mapping[str, float], name: str, signed: bool = False) -> str:
-    """A share with its interval, if it was measured."""
-    if name not in measures:
-        return ""
-    sign = "+" if signed else ""
-    low, high = (100 * measures[f"{name}_{end}"] for end in ("low", "high"))
-    return f"{100 * measures[name]:{sign}.1f} % [{low:{sign}.1f}, {high:{sign}.1f}]"
-
-
-def _number(measures: Mapping[str, float], name: str, form: str, scale: float = 1.0) -> str:
-    return format(measures[name] * scale, form) if name in measures else ""
-
-
 def _bounds(measures: Mapping[str, float]) -> str:
     """What would have failed, in words."""
     words = []
@@ -110,18 +99,18 @@ def _bounds(measures: Mapping[str, float]) -> str:
 
 def _pair(check: Check) -> tuple[str, ...]:
     found = check.measures
-    counts = " / ".join(_number(found, f"clicks_{name}", ".0f") for name in ("lost", "won")) if found else ""
+    counts = " / ".join(number(found, f"clicks_{name}", ".0f") for name in ("lost", "won")) if found else ""
     return (
         check.status,
         check.case,
         f"{check.implementation} against {check.reference}",
-        _share(found, "accuracy"),
-        _share(found, "reference_accuracy"),
-        _share(found, "difference", signed=True),
+        share(found, "accuracy"),
+        share(found, "reference_accuracy"),
+        share(found, "difference", signed=True),
         counts,
-        _number(found, "same_replies", ".1%"),
-        _number(found, "same_clicks", ".1%"),
-        _number(found, "distance", ".1f"),
+        number(found, "same_replies", ".1%"),
+        number(found, "same_clicks", ".1%"),
+        number(found, "distance", ".1f"),
         _bounds(found),
         check.reason,
     )
@@ -133,12 +122,12 @@ def _budget(check: Check) -> tuple[str, ...]:
         check.status,
         check.case,
         check.implementation,
-        _share(found, "accuracy"),
-        _share(found, "difference", signed=True),
-        _number(found, "same_replies", ".1%"),
-        _number(found, "distance", ".1f"),
-        _number(found, "kept_share", ".1%"),
-        _number(found, "compress_ms_median", ".2f"),
+        share(found, "accuracy"),
+        share(found, "difference", signed=True),
+        number(found, "same_replies", ".1%"),
+        number(found, "distance", ".1f"),
+        number(found, "kept_share", ".1%"),
+        number(found, "compress_ms_median", ".2f"),
         _bounds(found),
         check.reason,
     )
@@ -149,7 +138,7 @@ _STAGES = ("vision", "prefill", "compress", "decode_per_token")
 
 def _latency(check: Check) -> tuple[str, ...]:
     def cell(stage: str) -> str:
-        ends = [_number(check.measures, f"{stage}_ms_{end}", ".2f") for end in ("median", "p95")]
+        ends = [number(check.measures, f"{stage}_ms_{end}", ".2f") for end in ("median", "p95")]
         return " / ".join(ends) if all(ends) else ""
 
     return (check.status, check.case, *(cell(stage) for stage in _STAGES))
@@ -158,8 +147,8 @@ def _latency(check: Check) -> tuple[str, ...]:
 def _memory(check: Check) -> tuple[str, ...]:
     found = check.measures
     names = ("full", "kept", "held", "reserved")
-    cells = (_number(found, f"kv_bytes_{name}", ",.0f", 1 / _KIB) for name in names)
-    peak = _number(found, "peak_mib", ",.0f")
+    cells = (number(found, f"kv_bytes_{name}", ",.0f", 1 / _KIB) for name in names)
+    peak = number(found, "peak_mib", ",.0f")
     return (check.status, check.case, check.implementation, *cells, peak, check.reason)
 
 
@@ -214,6 +203,7 @@ _SECTIONS: Sequence[tuple[str, str, tuple[str, ...], tuple[str, ...], _Row]] = (
         ),
         _budget,
     ),
+    (TITLE, TEXT, (PACKING,), HEADER, combination_row),
     (
         "Latency",
         "Milliseconds with the whole cache, median / 95th percentile over the questions but the first.",

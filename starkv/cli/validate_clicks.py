@@ -21,8 +21,11 @@ ClickTask = Literal["click", "trajectory", "both"]
 REASON = "why"
 """Header of the last column, where a check says why it failed or was skipped."""
 _DEFAULT_BUDGETS = (0.2, 0.4, 0.8)
-_REPORT_ONLY = ("bound", REASON, "compared", "reference", "same clicks", "off by, px")
-_SHORT = {"same replies": "same", "compress, ms": "ms"}
+_REPORT_ONLY = (
+    *("bound", REASON, "compared", "reference", "same clicks", "off by, px"),
+    *("against full", "KL p95", "bytes"),
+)
+_SHORT = {"same replies": "same", "compress, ms": "ms", "decode, ms": "ms"}
 _FEW = 6
 """Columns of a table that has room for intervals."""
 _STYLES = {"passed": "[green]passed[/]", "failed": "[bold red]failed[/]", "skipped": "[yellow]skipped[/]"}
@@ -58,6 +61,25 @@ def clicks(
             show_default=False,
         ),
     ] = None,
+    kv_combinations: Annotated[
+        bool,
+        typer.Option(
+            "--kv-combinations",
+            help="Also pack the engine, in a temporary folder, and compare eviction (the first budget), "
+            "quantized rows and low rank, alone and together. An engine with a packed cache is compared "
+            "anyway.",
+        ),
+    ] = False,
+    kv_quant: Annotated[
+        str | None,
+        typer.Option("--kv-quant", help="Of --kv-combinations: int8 or int4. [int8]", show_default=False),
+    ] = None,
+    kv_rank: Annotated[
+        float | None,
+        typer.Option(
+            "--kv-rank", help="Of --kv-combinations: share of the channels. [0.5]", show_default=False
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest reply.", min=1)] = 128,
     threads: Threads = None,
     device: Device = "auto",
@@ -85,15 +107,22 @@ def clicks(
     from starkv.cli.click_runs import ClickRuns
     from starkv.cli.click_samples import click_samples
     from starkv.cli.engines import find_engine
+    from starkv.cli.kv_combination_checks import combination_checks
+    from starkv.cli.kv_combination_runs import CombinationRuns
+    from starkv.cli.kv_combinations import plan_combinations
     from starkv.evaluation.suites.synthetic import TASKS
+    from starkv.kv_packing.options import parse_kv_quant
     from starkv.manifest import read_manifest
     from starkv.methods.names import FULL
 
-    asked_cells = cells(_budgets(kv_budget))
+    budgets = _budgets(kv_budget)
+    asked_cells = cells(budgets)
     directory = find_engine(engine, device=device)
     manifest = read_manifest(directory)
     if reference:
         check_reference(reference, directory, manifest)
+    quant = None if kv_quant is None else parse_kv_quant(kv_quant)
+    plan = plan_combinations(directory, manifest, kv_combinations, quant, kv_rank, budgets[0])
     folder = out or directory.absolute().with_name(f"{directory.absolute().name}.clicks")
     # Refused before the work of minutes.
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,6 +136,10 @@ def clicks(
     rivals = (torch_rival(directory, manifest, checkpoint), float_rival(directory, manifest, reference))
     answers = runs.with_rivals(tested, rivals)
     checks = [check for run in answers for check in checks_of(run, asked_cells, manifest)]
+    if plan:
+        combined = CombinationRuns(questions, plan, max_new_tokens, threads).ask(directory)
+        for one, by_name in combined.items():
+            checks += combination_checks(one, by_name, plan, manifest)
     report = Report.of("validate clicks", checks, tested.device)
     shown = {str(run.task): list(pictures(questions[run.task], run.answers[FULL])) for run in answers}
     laid_out = document(report, manifest, seed, sum(problem.samples for problem in runs.problems))
