@@ -5,7 +5,8 @@
 
 Every question of the synthetic suite is prefilled once, evicted once per budget, and the kept rows are packed
 in every way, so that all combinations answer from the very same rows. A run that was interrupted goes on
-where it was. What packings need to know of the model's keys and values is measured on the suite's training split.
+where it was. What packings need to know of the model's keys and values is measured on the suite's training
+split.
 """
 
 import argparse

@@ -97,13 +97,14 @@ def _heading(settings: PackedSettings) -> str:
         f"Split `{settings.split}`, seed {settings.seed}, engine `{settings.engine_hash[:12]}`, starkv "
         f"{settings.starkv}, greedy decoding, {settings.calibration_tokens} tokens of calibration "
         "(training split). All figures are in `table.csv` and `figures.json`.\n\n"
-        "Columns are shares of the prompt's rows that STaR-KV (native) keeps; all packings get the same rows."
-        " A click is right inside the element's box; intervals are Wilson's, 95 %. Differences are to the "
-        "whole float cache, in points, with a 95 % bootstrap interval over whole screens or episodes, and "
-        "the exact McNemar test after Holm's adjustment over all cells (`*` p < 0.05, `**` p < 0.01, `***` p < "
-        "0.001), which takes questions for independent. Bytes are those that the caches hold before the "
-        "reply, the newest 16 unpacked rows of low-rank caches, scales, padding and positions included. Divergences "
-        "compare the distribution behind each token of the whole float cache's reply, that reply forced.\n\n"
+        "Columns are shares of the prompt's rows that STaR-KV (native) keeps; all packings get the same "
+        "rows. A click is right inside the element's box; intervals are Wilson's, 95 %. Differences are to "
+        "the whole float cache, in points, with a 95 % bootstrap interval over whole screens or episodes, "
+        "and the exact McNemar test after Holm's adjustment over all cells (`*` p < 0.05, `**` p < 0.01, "
+        "`***` p < 0.001), which takes questions for independent. Bytes are those that the caches hold "
+        "before the reply, the newest 16 unpacked rows of low-rank caches, scales, padding and positions "
+        "included. Divergences compare the distribution behind each token of the whole float cache's reply, "
+        "that reply forced.\n\n"
     )
 
 

@@ -38,8 +38,8 @@ TEXT = (
     "Alone and together, on the same questions, against the whole float cache of the same engine: clicks, "
     "equal replies, and the divergence of each token behind the first while the whole cache's reply is "
     "forced. KV KiB is what the cache held after the reply, measured, mean over the questions; bytes the "
-    "share of the whole cache's. Decode is the median per token. What packing adds is judged: the reference is the "
-    "same rows as floats."
+    "share of the whole cache's. Decode is the median per token. What packing adds is judged: the reference "
+    "is the same rows as floats."
 )
 
 
