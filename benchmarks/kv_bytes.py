@@ -3,11 +3,11 @@
 
     python benchmarks/kv_bytes.py --out kv-bytes.json
 
-Empty caches of a model's true sizes are told that they hold the rows of a prompt of five 1080p screenshots and
-a reply, and asked how many bytes that is. No weights are needed: bytes do not depend on what is in them.
+Empty caches of a model's true sizes are told that they hold the rows of a prompt of five 1080p screenshots
+and a reply, and asked how many bytes that is. No weights are needed: bytes do not depend on what is in them.
 
-* nominal: share of the rows x share of the rank x bits, as papers count. STAR-KV (arXiv 2606.08382) counts its
-  4-bit outliers and 3-bit inliers as 3.2 bits, although they lie in 4;
+* nominal: share of the rows x share of the rank x bits, as papers count. STAR-KV (arXiv 2606.08382) counts
+  its 4-bit outliers and 3-bit inliers as 3.2 bits, although they lie in 4;
 * packed rows: scales, padding and whole tiles of 16 ranks counted, positions not;
 * whole cache: as a store of the runtime holds it, positions included, and the newest rows and the reply as
   floats where the format leaves them so; compared with a cache of 16 bits per number, raw rows as well;
