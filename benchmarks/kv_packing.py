@@ -31,7 +31,7 @@ from running import SUITES, TRAJECTORY, run
 
 from starkv.cli.console import progress
 from starkv.cli.engines import find_engine
-from starkv.cli.kv_variants import pack_variants
+from starkv.cli.packing import pack_variants
 from starkv.errors import StarkvError, UsageError
 from starkv.evaluation.records import RecordFile
 from starkv.manifest import MANIFEST_NAME, read_manifest
@@ -91,7 +91,7 @@ def packed_engines(args: argparse.Namespace, plain: Path) -> dict[str, Path]:
         return found
     home.mkdir(parents=True, exist_ok=True)
     with progress() as stages:
-        pack_variants(plain, args.packings, home, stages)
+        pack_variants(plain, list(args.packings.values()), home, stages)
     stamp.write_text(engine_hash)
     return found
 

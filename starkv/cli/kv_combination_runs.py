@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from starkv.cli.console import progress
 from starkv.cli.forced_replies import RecordingEngine
 from starkv.cli.kv_combinations import Combination, Plan
-from starkv.cli.kv_variants import pack_variants
+from starkv.cli.packing import pack_variants
 from starkv.errors import StarkvError
 from starkv.evaluation.plan import default_dialect
 from starkv.evaluation.prompts import question_of
@@ -165,11 +165,10 @@ class CombinationRuns:
         # The plain engine first: its whole cache is what all are compared with.
         self._ask_engine(directory, self.plan.asked_of(None), said, found)
         with TemporaryDirectory(prefix=f".{directory.name}.packed.", dir=directory.absolute().parent) as home:
-            wanted = {str(options): options for options in self.plan.packings}
             with progress() as stages:
-                packed = pack_variants(directory, wanted, Path(home), stages)
-            for name, place in packed.items():
-                self._ask_engine(place, self.plan.asked_of(wanted[name]), said, found)
+                packed = pack_variants(directory, self.plan.packings, Path(home), stages)
+            for options, place in packed.items():
+                self._ask_engine(place, self.plan.asked_of(options), said, found)
         return found
 
     def _ask_engine(
