@@ -119,7 +119,7 @@ UNPACKED = {"kv_bytes": 100.0, "kl_mean": 0.0}
         (measures(packing_lost=9, packing_won=4), UNPACKED, "passed", ""),
         (measures(samples=1000.0, packing_lost=10), UNPACKED, "passed", ""),  # certain, but too few to matter
         (measures(kl_mean=0.06), UNPACKED, "failed", "divergence grows by 0.060 nats"),
-        (measures(kl_mean=0.06), UNPACKED | {"kl_mean": 0.02}, "passed", ""),  # eviction's share
+        (measures(kl_mean=0.06), UNPACKED | {"kl_mean": 0.04}, "passed", ""),  # eviction's share
         (measures(kl_mean=float("nan")), UNPACKED, "failed", "divergence grows by nan nats"),
         (measures(kv_bytes=100.0), UNPACKED, "failed", "no fewer bytes are held"),
         (
@@ -227,7 +227,7 @@ def test_the_command_compares_all(
     assert found["quant"]["kv_bytes_share"] == pytest.approx(0.125 + 12 / 1024, abs=0.001)
     markdown = (tmp_path / "report" / "report.md").read_text()
     assert "## Eviction, quantized rows and low rank" in markdown
-    assert "KL ≤ evict's + 0.05" in markdown
+    assert f"KL ≤ evict's + {MOST_KL:g}" in markdown
     assert ran.code == int(any(check["status"] == "failed" for check in report["checks"]))
 
 
