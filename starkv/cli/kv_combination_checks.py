@@ -56,11 +56,13 @@ def combination_checks(
     """
     case = f"{task}, {len(answers[FULL])} questions"
     blank = Check(PACKING, "", case, "passed", FULL, manifest.quantization.decoder)
-    measured = {name: _measures(some, answers[FULL]) for name, some in answers.items()}
+    measured = {name: _measures(some, answers[FULL]) for name, some in answers.items() if some}
     for name, combination in plan.combinations.items():
         unpacked = combination.unpacked.name
         check = replace(blank, implementation=name, reference=unpacked)
-        if combination.packing is None:
+        if name not in measured:
+            yield missing(check, "no question could be asked")
+        elif combination.packing is None:
             yield judge_eviction(check, measured[name], measured[FULL])
         else:
             pair = compare(

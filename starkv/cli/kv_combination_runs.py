@@ -60,13 +60,10 @@ class CombinationAsker:
         dialect: PromptDialect,
         said: dict[str, list[int]],
     ) -> None:
-        self._shared = cast(Engine, SharedPrefill(agent.engine))
-        self._tokenizer, self._parameters, self._dialect, self._said = (
-            agent.tokenizer,
-            parameters,
-            dialect,
-            said,
-        )
+        self._prefills = SharedPrefill(agent.engine)
+        self._shared = cast(Engine, self._prefills)
+        self._tokenizer, self._parameters = agent.tokenizer, parameters
+        self._dialect, self._said = dialect, said
 
     def ask(
         self,
@@ -87,13 +84,15 @@ class CombinationAsker:
             for each policy its answers, in the samples' order.
         """
         found: dict[str, list[KvAnswer]] = {name: [] for name in policies}
-        for _, group in groupby(samples, key=lambda sample: sample.group):
+        # Without the full cache's reply there is nothing to compare with.
+        comparable = [sample for sample in samples if FULL in policies or sample.id in self._said]
+        for _, group in groupby(comparable, key=lambda sample: sample.group):
             steps = list(group)
             sessions = {
                 name: Session(self._shared, self._tokenizer, policy) for name, policy in policies.items()
             }
             for number, sample in enumerate(steps):
-                cast(SharedPrefill, self._shared).forget_images()
+                self._prefills.forget_images()
                 try:
                     answers = self._ask_one(sample, sessions)
                 except StarkvError as error:
@@ -151,8 +150,12 @@ class CombinationRuns:
     max_new_tokens: int
     threads: int | None
 
-    def ask(self, directory: Path) -> dict[Task, dict[str, list[KvAnswer]]]:
-        """Ask an engine, and what is packed of it in a temporary folder beside it.
+    def ask(self, directory: Path, scratch: Path) -> dict[Task, dict[str, list[KvAnswer]]]:
+        """Ask an engine, and what is packed of it in a temporary folder.
+
+        Args:
+            directory: the engine.
+            scratch: where the temporary folder is made; files are shared with the engine where they can be.
 
         Raises:
             StarkvError: it can't be packed or opened.
@@ -164,7 +167,7 @@ class CombinationRuns:
             return found
         # The plain engine first: its whole cache is what all are compared with.
         self._ask_engine(directory, self.plan.asked_of(None), said, found)
-        with TemporaryDirectory(prefix=f".{directory.name}.packed.", dir=directory.absolute().parent) as home:
+        with TemporaryDirectory(prefix=".packed.", dir=scratch) as home:
             with progress() as stages:
                 packed = pack_variants(directory, self.plan.packings, Path(home), stages)
             for options, place in packed.items():

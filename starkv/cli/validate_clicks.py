@@ -137,7 +137,7 @@ def clicks(
     answers = runs.with_rivals(tested, rivals)
     checks = [check for run in answers for check in checks_of(run, asked_cells, manifest)]
     if plan:
-        combined = CombinationRuns(questions, plan, max_new_tokens, threads).ask(directory)
+        combined = CombinationRuns(questions, plan, max_new_tokens, threads).ask(directory, folder)
         for one, by_name in combined.items():
             checks += combination_checks(one, by_name, plan, manifest)
     report = Report.of("validate clicks", checks, tested.device)
