@@ -227,6 +227,10 @@ def test_figures_by_hand() -> None:
     assert quantized.against_full is not None
     assert quantized.against_full.difference == -0.5
     assert whole.against_full is None
+    assert whole.added is None
+    assert quantized.added is not None
+    assert quantized.added.difference == -0.5
+    assert (quantized.added.low, quantized.added.high) == (-1, 0)
 
 
 def test_unknown_packings_are_refused() -> None:

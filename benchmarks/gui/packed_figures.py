@@ -9,7 +9,19 @@ from cells import budget_key
 from figures import ALL, Comparison, Figure, figures_of
 from packings import EVICTED, PackedCell, PackedRecord
 
+from starkv.evaluation.paired import cluster_intervals
 from starkv.methods.names import FULL
+
+
+@dataclass(frozen=True)
+class Added:
+    """What packing adds to what eviction does: against the same rows as floats."""
+
+    difference: float
+    """Of the accuracies."""
+    low: float
+    """Bounds, 95 %, by a bootstrap over screens or episodes."""
+    high: float
 
 
 @dataclass(frozen=True)
@@ -23,6 +35,8 @@ class PackedFigure:
     kl_mean: float | None
     """Nats, over all tokens behind the first; None where replies have one token."""
     kl_p95: float | None
+    added: Added | None
+    """None for rows that are not packed."""
     on_front: bool
     """Whether nothing that holds as few bytes is more often right, nor as often with fewer bytes."""
 
@@ -40,14 +54,12 @@ class PackedFigure:
 def packed_figures(suite: str, records: Sequence[PackedRecord], task: str = ALL) -> list[PackedFigure]:
     """Figures of a suite or of one of its tasks."""
     figures = figures_of(suite, records, task)
+    asked = [record for record in records if task in (ALL, record.task)]
+    added = _added(asked, figures)
     front = pareto_front([(figure.bytes_mean, figure.accuracy) for figure in figures])
     found = []
     for number, figure in enumerate(figures):
-        cells: list[PackedCell] = [
-            record.cells[figure.row][budget_key(figure.budget)]
-            for record in records
-            if task in (ALL, record.task)
-        ]
+        cells: list[PackedCell] = [record.cells[figure.row][budget_key(figure.budget)] for record in asked]
         divergences = [value for cell in cells for value in cell.divergences]
         found.append(
             PackedFigure(
@@ -55,10 +67,36 @@ def packed_figures(suite: str, records: Sequence[PackedRecord], task: str = ALL)
                 same=sum(cell.same for cell in cells) / len(cells),
                 kl_mean=float(np.mean(divergences)) if divergences else None,
                 kl_p95=float(np.quantile(divergences, 0.95)) if divergences else None,
+                added=added.get((figure.row, figure.budget)),
                 on_front=number in front,
             )
         )
     return found
+
+
+def _added(records: Sequence[PackedRecord], figures: Sequence[Figure]) -> dict[tuple[str, float], Added]:
+    keys = [(one.row, one.budget) for one in figures if one.row not in (FULL, EVICTED)]
+    if not keys:
+        return {}
+
+    def right(record: PackedRecord, row: str, budget: float) -> float:
+        return float(record.cells[row][budget_key(budget)].hit)
+
+    differences = np.array(
+        [
+            [
+                right(record, row, budget) - right(record, FULL if budget == 1 else EVICTED, budget)
+                for record in records
+            ]
+            for row, budget in keys
+        ]
+    )
+    bounds = cluster_intervals(differences, [record.group for record in records])
+    means = differences.mean(-1)
+    return {
+        key: Added(float(mean), float(low), float(high))
+        for key, mean, (low, high) in zip(keys, means, bounds, strict=True)
+    }
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> set[int]:

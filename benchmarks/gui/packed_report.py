@@ -26,6 +26,7 @@ _STAR = "\\*"
 _COLUMNS = ("suite", "task", "packing", "budget", "questions", "hits", "accuracy", "low", "high")
 _COLUMNS += ("bytes_mean", "bytes_share", "rows_share", "same", "kl_mean", "kl_p95", "on_front", "distance")
 _COLUMNS += ("difference", "difference_low", "difference_high", "p_adjusted")
+_COLUMNS += ("added", "added_low", "added_high")
 
 
 def write_report(directory: Path) -> None:
@@ -77,6 +78,9 @@ def _line(figure: PackedFigure) -> dict[str, object]:
     if against is not None:
         line |= {"difference": against.difference, "p_adjusted": against.p_adjusted}
         line |= {"difference_low": against.low, "difference_high": against.high}
+    if figure.added is not None:
+        line |= {"added": figure.added.difference}
+        line |= {"added_low": figure.added.low, "added_high": figure.added.high}
     return line
 
 
@@ -118,6 +122,7 @@ def _section(suite: str, records: Sequence[PackedRecord], figures: Sequence[Pack
         f"{prompts[0]} to {prompts[-1]} rows.\n",
         f"![Accuracy by bytes held](plots/{suite}.png)\n",
         "### The Pareto front\n",
+        "By point estimates: neighbours on it may differ by chance, see the intervals.\n",
         markdown_table(
             (
                 "packing",
@@ -144,6 +149,7 @@ def _section(suite: str, records: Sequence[PackedRecord], figures: Sequence[Pack
     tables: Sequence[tuple[str, Callable[[PackedFigure], str]]] = (
         ("Accuracy, %", _accuracy),
         ("Difference to the whole float cache, points", _difference),
+        ("What packing adds: difference to the same rows as floats, points", _added),
         ("KiB held (share of the whole float cache's)", _held),
         ("KL divergence in nats, mean / 95th percentile", _divergence),
         ("Replies equal to the whole float cache's", lambda one: f"{one.same:.0%}"),
@@ -176,6 +182,13 @@ def _difference(figure: PackedFigure) -> str:
     # Markdown would take plain stars for emphasis.
     bounds = f"{100 * against.low:+.1f} to {100 * against.high:+.1f}"
     return f"{100 * against.difference:+.1f}{stars * _STAR} ({bounds})"
+
+
+def _added(figure: PackedFigure) -> str:
+    if figure.added is None:
+        return ""
+    bounds = f"{100 * figure.added.low:+.1f} to {100 * figure.added.high:+.1f}"
+    return f"{100 * figure.added.difference:+.1f} ({bounds})"
 
 
 def _kib(figure: PackedFigure) -> str:
