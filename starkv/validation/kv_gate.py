@@ -14,7 +14,7 @@ from starkv.validation.clicks import FEWEST_RIGHT
 from starkv.validation.quant import MOST_LOST, SIGNIFICANCE, sign_test
 from starkv.validation.report import Check
 
-MOST_KL = 0.03
+MOST_KL = 0.01
 """Largest mean divergence in nats that packing may add; docs/validation.md says why."""
 
 
