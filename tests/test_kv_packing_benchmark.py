@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from packed_asking import PackedAsker
-from packed_variants import pack_quickly
 from packed_figures import packed_figures, pareto_front
 from packed_report import write_report
+from packed_variants import pack_quickly
 from packings import EVICTED, PACKINGS, PackedCell, PackedRecord, PackedSettings, chosen_packings
 from PIL import Image
 from running import SUITES, run
