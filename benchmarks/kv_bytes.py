@@ -26,6 +26,7 @@ from common import report
 
 from starkv.export.models.qwen2_5_vl_config import parse_config
 from starkv.kv_packing.low_rank import LowRankPacking
+from starkv.kv_packing.positions import POSITION_BYTES
 from starkv.kv_packing.quantized import QuantizedPacking
 from starkv.lowrank.factor import Factor
 from starkv.lowrank.latent_format import FLOAT16, FLOAT32, INT8, NIBBLES, NIBBLES_4_3, LatentFormat
@@ -199,15 +200,16 @@ def _packed(text: TextShape, one: Format, rows: int) -> tuple[float, float, floa
     the processor holds it, with raw rows of 32."""
     codec = codec_of(text, one)
     store = codec.new_store(1, rows + REPLY_ROWS)
+    packing = codec.packing
+    row_bytes = sum(packing.bytes_per_row(layer) for layer in range(text.layers)) / text.layers
+    row_bytes -= POSITION_BYTES
     if one.rank is None:
         store.count_rows(rows + REPLY_ROWS)
-        row_bytes = sum(layer.bytes_per_row for layer in codec.packing.layers) / text.layers
         return row_bytes, store.bytes_held, store.bytes_held
     store.count_rows(rows)
     # The reply's rows are appended to the raw ones, as a decode step does it.
     store.lengths += REPLY_ROWS
     store.tail_lengths += REPLY_ROWS
-    row_bytes = sum(codec.packing.bytes_per_row(layer) for layer in range(text.layers)) / text.layers
     raw_rows = int(store.tail_lengths.sum())
     narrower = raw_rows * (dense_row_bytes(text, 4) - dense_row_bytes(text, 2))
     return row_bytes, store.bytes_held - narrower, store.bytes_held
