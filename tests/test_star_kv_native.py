@@ -262,13 +262,24 @@ def test_instruction_and_sinks_survive_a_budget_that_would_evict_them() -> None:
 
 
 @given(st.integers(2, 400), st.integers(1, 64), st.integers(0, 60))
-def test_protected_rows_take_half_of_what_competes_at_most(kept: int, window: int, wanted: int) -> None:
+def test_protected_rows_take_a_quarter_of_what_competes_at_most(kept: int, window: int, wanted: int) -> None:
     rows = layout([(20, 20)])
     rows = replace(rows, protect_order=tuple(range(wanted)))
     chosen = rows.protected(kept, window)
-    assert 2 * len(chosen) <= max(0, kept - window)
+    assert 4 * len(chosen) <= max(0, kept - window)
     assert all(row < rows.length - window for row in chosen)
     assert chosen == tuple(range(len(chosen)))
+
+
+# --- the window of a tiny budget ---
+
+
+@given(st.integers(2, 4000))
+def test_the_window_takes_a_quarter_of_the_kept_rows_at_most(kept: int) -> None:
+    assert OFFICIAL.window_for(kept) == max(1, min(8, kept - 2))
+    window = NATIVE.window_for(kept)
+    assert 4 * window <= max(4, kept)
+    assert window == 8 if kept >= 32 else window == max(1, kept // 4)
 
 
 # --- scores in float32 ---

@@ -200,7 +200,7 @@ def always_kept(prompt: PromptRows, policy: KvPolicy) -> NDArray[np.bool_]:
     if policy.method == FULL or policy.method in _NO_SCORES or policy.budget.spares(prompt.length):
         return always
     star_kv = policy.method == STAR_KV
-    window = window_rows(policy.star_kv.window if star_kv else WINDOW, kept)
+    window = policy.star_kv.window_for(kept) if star_kv else window_rows(WINDOW, kept)
     always[prompt.length - window :] = True
     if star_kv and policy.star_kv.protect_rows:
         always[list(prompt.protected(kept, window))] = True

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 from starkv.errors import UsageError
 from starkv.methods import star_kv
-from starkv.methods.budget import window_rows
 from starkv.methods.full import Full
 from starkv.methods.gui_kv import GuiKV
 from starkv.methods.h2o import H2O
@@ -40,7 +39,7 @@ class StarKV:
 
     def window_for(self, prompt: PromptRows, kept_rows: int) -> int:
         """See :meth:`KvMethod.window_for`."""
-        return window_rows(self.config.window, kept_rows)
+        return self.config.window_for(kept_rows)
 
     def queries_for(self, prompt: PromptRows, kept_rows: int) -> int:
         """See :meth:`KvMethod.queries_for`."""

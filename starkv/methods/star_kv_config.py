@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from starkv.errors import UsageError
+from starkv.methods.budget import window_rows
 
 Pooling = Literal["avgpool", "maxpool"]
 Mode = Literal["native", "official"]
@@ -21,6 +22,9 @@ class StarKVConfig:
 
     window: int = 8
     """Rows at the end of the prompt whose attention scores the others; always kept."""
+    window_share: float = 0.25
+    """Of the kept rows, the window has no more than this: half of a tiny budget would go to a template's last
+    marks."""
     kernel: int = 5
     """Width of the pooling over neighbouring tokens, odd."""
     pooling: Pooling = "avgpool"
@@ -80,6 +84,8 @@ class StarKVConfig:
     def __post_init__(self) -> None:
         if self.window < 1:
             raise UsageError(f"window must be at least 1, not {self.window}")
+        if not 0.0 < self.window_share <= 1.0:
+            raise UsageError(f"window_share must lie in (0, 1], not {self.window_share}")
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise UsageError(f"kernel must be odd (an even one has no centre), not {self.kernel}")
         if self.boost and self.boost_temperature <= 0:
@@ -91,6 +97,10 @@ class StarKVConfig:
                 f"entropy_min and entropy_max must be positive and in order, "
                 f"not {self.entropy_min} and {self.entropy_max}"
             )
+
+    def window_for(self, kept_rows: int) -> int:
+        """Rows of the window where so many are kept."""
+        return min(window_rows(self.window, kept_rows), max(1, int(kept_rows * self.window_share)))
 
     @classmethod
     def of_mode(cls, mode: str) -> "StarKVConfig":
@@ -109,6 +119,7 @@ class StarKVConfig:
     def official(cls, **changes: Any) -> "StarKVConfig":
         """The official code's behaviour with the values of its ``repro_ssp_kv.sh``."""
         paper = cls(
+            window_share=1.0,
             mi_profile_steps=5,
             mi_ramp_steps=10,
             mi_tau=1.0,

@@ -4,7 +4,6 @@
 from dataclasses import dataclass
 
 from starkv.errors import UsageError
-from starkv.methods.budget import window_rows
 from starkv.methods.rows import Frame, PromptRows, official_rows
 from starkv.methods.star_kv_config import StarKVConfig
 from starkv.methods.star_kv_plan import LayerLimits, StarKVPlan, StarKVProgress, layer_limits, plan_step
@@ -57,7 +56,7 @@ def request_star_kv(
             f"a window of {config.window} rows is asked for, but the engine was exported with an observation "
             f"window of {observation_window}; use a smaller one or export again"
         )
-    window = min(window_rows(config.window, kept_rows), prompt.newest_rows)
+    window = min(config.window_for(kept_rows), prompt.newest_rows)
     if config.is_official:
         if not isinstance(prompt, PromptRows):
             raise UsageError(
