@@ -116,7 +116,8 @@ class KvStore(ABC):
         """
         for layer, kept in enumerate(rows):
             count = kept.shape[1]
-            known = source.positions[layer, 0, kept[0]] if len(kept) == 1 else -1
+            # What stands behind a layer's last row is never read, and may be anything.
+            known = source.positions[layer, 0].take(kept[0], axis=0, mode="clip") if len(kept) == 1 else -1
             self.positions[layer, slot, :count] = known
 
     @property
