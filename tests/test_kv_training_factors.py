@@ -44,7 +44,9 @@ def options(rank: float, quant: str = "none") -> TrainingOptions:
     return TrainingOptions(PackingOptions(quant, rank))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("rank", "quant"), [(0.5, "none"), (0.7, "int4"), (0.4, "int8"), (1.0, "int4")])
+@pytest.mark.parametrize(
+    ("rank", "quant"), [(0.5, "none"), (0.7, "int4"), (0.4, "int8"), (1.0, "int4"), (0.17, "int8")]
+)
 def test_thresholds_at_their_pace_meet_the_budget_and_pinning_spends_it(rank: float, quant: str) -> None:
     soft, wanted = make_soft(), options(rank, quant)
     budget = budget_bytes(soft, wanted)

@@ -21,6 +21,7 @@ from kv_training_cases import (
 from starkv.calibration.kv_packing import make_packing
 from starkv.kv_packing.low_rank import LowRankPacking
 from starkv.kv_packing.options import KvQuant, PackingOptions
+from starkv.kv_packing.positions import POSITION_BYTES
 from starkv.kv_packing.retarget import LATENTS, packing_from_factors
 from starkv.kv_training import decoder as decoder_module
 from starkv.kv_training.decoder import (
@@ -120,7 +121,8 @@ def test_the_student_is_what_the_run_time_computes(
     assert isinstance(plain, LowRankPacking)
     student = PinnedFactors.of_packing(plain, LATENTS[quant])
     deployed = packing_from_factors(plain, quant)
-    assert student.row_bytes == sum(deployed.bytes_per_row(layer) for layer in range(decoder.shape.layers))
+    stored = [deployed.bytes_per_row(layer) - POSITION_BYTES for layer in range(decoder.shape.layers)]
+    assert student.row_bytes == sum(stored)
 
     sequence = make_sequence(decoder, 90)
     rows, start = sequence.rows, sequence.reply

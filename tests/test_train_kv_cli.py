@@ -25,7 +25,7 @@ def test_factors_of_the_embedded_model(
     done = starkv("train-kv", "gui-tiny", "--out", out, "--engine", gui_tiny_engine, *asked, "--threads", "1")
     assert done.code == 0, done.err
     assert done.out == f"{out}\n"
-    assert "bytes per token over all layers (budget" in done.err
+    assert "bytes of latents per token over all layers (budget" in done.err
     assert [path.name for path in out.parent.iterdir()] == ["r60.factors"]
 
     packing = load_packing(out)

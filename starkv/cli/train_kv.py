@@ -89,7 +89,7 @@ def train_kv(
 
     with made_parents(out), progress() as stages:
         size, budget = _train(model, out, options, prompts, calibration, checkpoint, engine, device, stages)
-    note(f"{size:,} bytes per token over all layers (budget {budget:,})")
+    note(f"{size:,} bytes of latents per token over all layers (budget {budget:,})")
     print(out)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Factors of full rank whose channels a soft threshold cuts off: what the first phase trains."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from starkv.lowrank.soft_threshold import soft_threshold
 
 OPEN_THRESHOLD = -0.2
 """Where thresholds begin: so far below every strength that no channel is damped."""
+CLEARANCE = 0.05
+"""So far above a threshold a strength passes nearly whole."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,10 @@ class SoftPart:
     def keep_floor(self) -> None:
         """Lower the threshold so far that the least rank is left."""
         with torch.no_grad():
-            least = self.strengths.topk(min(FLOOR, len(self.strengths))).values[-1]
-            self.threshold.clamp_(max=float(least) - 1e-3)
+            strongest = self.strengths.topk(min(FLOOR + 1, len(self.strengths))).values.tolist()
+            # Far enough below the last one that stays for it to pass, if the next one is not nearer.
+            least = strongest[min(FLOOR, len(strongest)) - 1] - CLEARANCE
+            self.threshold.clamp_(max=max(least, *strongest[FLOOR:], -math.inf))
 
 
 @dataclass(frozen=True)
