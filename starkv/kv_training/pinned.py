@@ -85,8 +85,7 @@ class PinnedFactors:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one token over all layers, with scales and padding, without its position, which ranks don't
-        change."""
+        """Bytes of one token's latents over all layers, scales and padding counted."""
         return sum(
             key_bytes([part.up.shape[1] for part in layer.keys], self.latent)
             + value_bytes(layer.values.up.shape[1], self.latent)
