@@ -23,6 +23,7 @@ from starkv.errors import CalibrationError, UsageError
 from starkv.kv_packing.low_rank import LowRankPacking
 from starkv.kv_packing.options import PackingOptions
 from starkv.kv_training import phases, training
+from starkv.kv_training.judge import Judge, divided
 from starkv.kv_training.measure import distance
 from starkv.kv_training.options import TrainingOptions
 from starkv.kv_training.phases import LessonPlan
@@ -160,6 +161,7 @@ def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(
     resumed = train(decoder, sequences, first, state=state, steps=steps)
     assert (len(steps.seen) < len(whole.history)) == (stopped_after > OPTIONS.save_every)
     assert resumed.history == whole.history
+    assert (resumed.budget, resumed.divergence) == (whole.budget, whole.divergence)
     for one, other in zip(resumed.factors.trained, whole.factors.trained, strict=True):
         assert torch.equal(one, other)
 
@@ -206,6 +208,46 @@ def test_losses_that_are_no_numbers_stop_the_training(
     run = Training(decoder, [broken], OPTIONS, RECENT, lambda: copied(first))
     with pytest.raises(CalibrationError, match=r"the loss of step 0 \(ranks\) is not a finite number"):
         run.run()
+
+
+def test_the_best_factors_are_kept(
+    decoder: TorchDecoder,
+    sequences: list[TrainingSequence],
+    first: SoftFactors,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With steps that are much too long recovery makes all worse; what it began with is left."""
+    wild = replace(OPTIONS, factor_rate=1.0, save_every=6)
+    seen: list[tuple[float, torch.Tensor]] = []
+    divergence = Judge.divergence
+
+    def noting(judge: Judge, factors: PinnedFactors) -> float:
+        found = divergence(judge, factors)
+        seen.append((found, factors.trained[0].detach().clone()))
+        return found
+
+    monkeypatch.setattr(Judge, "divergence", noting)
+    monkeypatch.setattr(phases.RankPhase, "step", rank_step_without_factors)
+    trained = train(decoder, sequences, first, wild)
+    assert len(seen) == 4
+    assert trained.divergence == seen[0][0] == min(found for found, _ in seen)
+    assert torch.equal(trained.factors.trained[0], seen[0][1])
+
+
+def rank_step_without_factors(phase: phases.RankPhase, step: int, distillation: phases.Distillation) -> float:
+    with torch.no_grad():
+        for part in phase.soft.parts:
+            part.threshold.add_(phase.optimizer.param_groups[-1]["lr"])
+            part.keep_floor()
+    return 0.0
+
+
+def test_every_tenth_run_is_held_out(sequences: list[TrainingSequence]) -> None:
+    many = sequences * 6
+    learned, held = divided(many)
+    assert len(held) == 6
+    assert len(learned) == 54
+    assert divided(sequences) == (sequences, sequences)
 
 
 def test_a_plan_of_lessons_sees_every_sequence_and_repeats_itself(

@@ -56,9 +56,9 @@ class LessonPlan:
 class Distillation:
     """The loss that both phases share."""
 
-    def __init__(self, decoder: TorchDecoder, plan: LessonPlan, recent: int) -> None:
+    def __init__(self, decoder: TorchDecoder, plan: LessonPlan, recent: int, exact: ExactCache) -> None:
         self._decoder, self._plan, self._recent = decoder, plan, recent
-        self._exact = ExactCache(decoder)
+        self._exact = exact
 
     def backward(self, phase: Phase, step: int, compression: Compression) -> float:
         """Add the gradient of a step's loss to what requires one; returns the loss in nats per token.

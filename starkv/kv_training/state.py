@@ -36,6 +36,10 @@ class Saved:
     optimizer: dict[str, Any]
     budget: int
     """Bytes per token over all layers."""
+    best: float
+    """Divergence in nats per token of the best factors so far; infinite in the first phase."""
+    best_parts: list[list[Tensor]]
+    """Of those; none in the first phase."""
     history: list[tuple[str, int, float, int]]
     """Phase, step, loss of distillation, bytes per token."""
 

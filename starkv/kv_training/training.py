@@ -8,6 +8,7 @@ count a model of 7B in bfloat16 fits a GPU of 24 GB; in float32 it would take 30
 processor. So far only small models were trained.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from starkv.errors import UsageError
 from starkv.export.progress import NoProgress, Progress
+from starkv.kv_training.decoder import ExactCache
+from starkv.kv_training.judge import Judge, divided
 from starkv.kv_training.options import TrainingOptions
 from starkv.kv_training.phases import Distillation, LessonPlan, RankPhase, RecoveryPhase
 from starkv.kv_training.pinned import PinnedFactors, pin
@@ -44,6 +47,8 @@ class Trained:
     factors: PinnedFactors
     budget: int
     """Bytes per token over all layers that were allowed; the factors take that or less."""
+    divergence: float
+    """Of the factors from the model in held-out replies, nats per token."""
     history: list[tuple[str, int, float, int]]
     """Phase, step, loss of distillation in nats per token, bytes per token."""
 
@@ -81,8 +86,13 @@ class Training:
         """
         saved = self.state.load(self.device) if self.state else None
         self._history = saved.history if saved else []
-        plan = LessonPlan(self.sequences, self.options.batch, self.options.seed)
-        self._distillation = Distillation(self.decoder, plan, self.recent)
+        self._best = saved.best if saved else math.inf
+        self._best_parts = saved.best_parts if saved else []
+        learned, held = divided(self.sequences)
+        batch, exact = self.options.batch, ExactCache(self.decoder)
+        plan = LessonPlan(learned, batch, self.options.seed)
+        self._distillation = Distillation(self.decoder, plan, self.recent, exact)
+        self._judge = Judge(self.decoder, held, self.recent, batch, exact)
         if saved and saved.phase == "recovery":
             pinned = pinned_factors(saved.groups, saved.parts, self.options.latent)
             self._budget = saved.budget
@@ -121,13 +131,23 @@ class Training:
         progress = self.progress or NoProgress()
         progress.start("recovery", steps)
         groups = [len(layer.keys) for layer in pinned.layers]
+        if not saved:
+            self._consider(pinned)
         for step in range(saved.step if saved else 0, steps):
             loss = phase.step(step, self._distillation)
             self._note("recovery", step + 1, loss, pinned.row_bytes, progress)
+            if (step + 1) % self.options.save_every == 0 or step + 1 == steps:
+                self._consider(pinned)
             self._save("recovery", step + 1, groups, pinned_parts(pinned), phase.optimizer)
-        for matrix in pinned.trained:
-            matrix.requires_grad_(False)
-        return Trained(pinned, self._budget, self._history)
+        best = pinned_factors(groups, self._best_parts, self.options.latent)
+        return Trained(best, self._budget, self._best, self._history)
+
+    def _consider(self, pinned: PinnedFactors) -> None:
+        """Keep the factors if they are the best so far."""
+        divergence = self._judge.divergence(pinned)
+        if divergence < self._best:
+            self._best = divergence
+            self._best_parts = [[tensor.clone() for tensor in part] for part in pinned_parts(pinned)]
 
     def _note(self, phase: str, step: int, loss: float, row_bytes: int, progress: Progress) -> None:
         self._history.append((phase, step, loss, row_bytes))
@@ -142,5 +162,15 @@ class Training:
         optimizer: torch.optim.Optimizer,
     ) -> None:
         if self.state and step % self.options.save_every == 0:
-            saved = Saved(phase, step, groups, parts, optimizer.state_dict(), self._budget, self._history)
+            saved = Saved(
+                phase,
+                step,
+                groups,
+                parts,
+                optimizer.state_dict(),
+                self._budget,
+                self._best,
+                self._best_parts,
+                self._history,
+            )
             self.state.save(saved)
