@@ -193,6 +193,7 @@ def compare(exact: Path, args: argparse.Namespace) -> dict[str, Any]:
         "budget_bytes": trained.budget,
         "options": {"steps": options.steps, "batch": options.batch, "prompts": len(sequences)},
         "training_cpu_seconds": seconds,
+        "held_out_divergence": trained.divergence,
         "judged_replies": len(judged),
         "loss": [[phase, step, round(loss, 5), size] for phase, step, loss, size in trained.history[::10]],
         "clicks_full": hits["full"],

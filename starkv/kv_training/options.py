@@ -23,7 +23,7 @@ class TrainingOptions:
     """Of both phases; the first plans with ``rank_steps`` of them."""
     batch: int = 8
     """Sequences per step."""
-    factor_rate: float = 3e-3
+    factor_rate: float = 1e-3
     """Adam's step for factors relative to their entries, in the second phase falling to zero along half a
     cosine."""
     gain_rate: float = 1e-3

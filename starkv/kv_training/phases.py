@@ -26,6 +26,9 @@ REPLY_SHARE = 0.8
 and the reply, as in the turns of a session that goes on from a packed cache."""
 PRESSURE_GROWTH = 4.0
 """By how much the weight of the budget grows in the planned number of steps, so that it wins in the end."""
+RANKS_RATE = 0.1
+"""Rates of factors and gains in the first phase as a share of the second's: while thresholds rise they need to
+follow only, and what is long trained at a full rate drifts from where it was good."""
 WARM_UP = 0.05
 """Share of the second phase in which the rate rises."""
 _BETAS = (0.9, 0.99)
@@ -113,8 +116,8 @@ class RankPhase:
         factors = [matrix for part in parts for matrix in (part.up, part.down)]
         self.optimizer = torch.optim.Adam(
             [
-                *_rates(factors, options.factor_rate),
-                {"params": [part.gains for part in parts], "lr": options.gain_rate},
+                *_rates(factors, RANKS_RATE * options.factor_rate),
+                {"params": [part.gains for part in parts], "lr": RANKS_RATE * options.gain_rate},
                 {"params": [part.threshold for part in parts], "lr": pace},
             ],
             betas=_BETAS,
