@@ -27,8 +27,8 @@ and the reply, as in the turns of a session that goes on from a packed cache."""
 PRESSURE_GROWTH = 4.0
 """By how much the weight of the budget grows in the planned number of steps, so that it wins in the end."""
 RANKS_RATE = 0.1
-"""Rates of factors and gains in the first phase as a share of the second's: while thresholds rise they need to
-follow only, and what is long trained at a full rate drifts from where it was good."""
+"""Rates of factors and gains in the first phase as a share of the second's: while thresholds rise they need
+only follow, and what is long trained at a full rate drifts from where it was good."""
 WARM_UP = 0.05
 """Share of the second phase in which the rate rises."""
 _BETAS = (0.9, 0.99)
