@@ -80,3 +80,10 @@ def test_a_missing_runtime_is_named(reciting: ChatModel, screenshot: Path, tmp_p
     done = run_without("onnxruntime", "starkv.cli", "run", *asking, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: ONNX Runtime is not installed; `pip install starkv[cpu]`\n"
+
+
+def test_training_of_factors_names_its_extra(tmp_path: Path) -> None:
+    done = run_without("torch", "starkv.cli", "train-kv", "gui-tiny", "--out", "a.factors", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    missing = "train-kv trains in PyTorch, which is missing; pip install 'starkv[cpu,export,train]'"
+    assert done.stderr == f"error: {missing}\n"

@@ -134,30 +134,40 @@ class TorchDecoder:
         with torch.no_grad():
             x = embeds.to(self.dtype)
             for layer in range(self.shape.layers):
-                h = self._rms_norm(x, f"layers.{layer}.input_layernorm")
+                h = self.rms_norm(x, f"layers.{layer}.input_layernorm")
                 norms.append(h.float().norm(dim=-1))
                 attended, q = self._attention(h, cos, sin, layer, cache)
                 queries.append(q)
                 x = x + attended
-                x = x + self._mlp(self._rms_norm(x, f"layers.{layer}.post_attention_layernorm"), layer)
+                x = x + self.mlp(self.rms_norm(x, f"layers.{layer}.post_attention_layernorm"), layer)
             cache.lengths.add_(embeds.shape[1])
-            last = self._rms_norm(x[:, -1], "norm")
-            head = _EMBEDDING if self.shape.tied_embedding else _HEAD
-            logits = F.linear(last, self._weights[head]).float()
+            logits = self.logits(x[:, -1])
         return DecoderStep(logits, torch.stack(queries), torch.stack(norms))
 
-    def _linear(self, x: Tensor, name: str) -> Tensor:
+    def weight(self, name: str) -> Tensor:
+        """A weight by its short name, such as ``layers.0.self_attn.k_proj.bias``."""
+        return self._weights[name]
+
+    def logits(self, x: Tensor) -> Tensor:
+        """``[..., vocab]`` f32 of what the last layer puts out, ``[..., hidden]``."""
+        head = _EMBEDDING if self.shape.tied_embedding else _HEAD
+        return F.linear(self.rms_norm(x, "norm"), self._weights[head]).float()
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        """Projection ``name``, with its bias if it has one."""
         return F.linear(x, self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias"))
 
-    def _rms_norm(self, x: Tensor, name: str) -> Tensor:
+    def rms_norm(self, x: Tensor, name: str) -> Tensor:
+        """Normalisation ``name`` along the last axis."""
         wide = x.float()
         scale = (wide.square().mean(-1, keepdim=True) + self._epsilon).rsqrt()
         return self._weights[f"{name}.weight"] * (wide * scale).to(x.dtype)
 
-    def _mlp(self, x: Tensor, layer: int) -> Tensor:
+    def mlp(self, x: Tensor, layer: int) -> Tensor:
+        """Feed-forward part of a layer."""
         name = f"layers.{layer}.mlp"
-        gate = F.silu(self._linear(x, f"{name}.gate_proj"))
-        return self._linear(gate * self._linear(x, f"{name}.up_proj"), f"{name}.down_proj")
+        gate = F.silu(self.linear(x, f"{name}.gate_proj"))
+        return self.linear(gate * self.linear(x, f"{name}.up_proj"), f"{name}.down_proj")
 
     def _attention(
         self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, cache: TorchCache
@@ -167,7 +177,7 @@ class TorchDecoder:
 
         def heads(projection: str) -> Tensor:
             return (
-                self._linear(x, f"{name}.{projection}")
+                self.linear(x, f"{name}.{projection}")
                 .unflatten(-1, (-1, self.shape.head_dim))
                 .transpose(1, 2)
             )
@@ -186,7 +196,7 @@ class TorchDecoder:
         attended = F.scaled_dot_product_attention(
             q, keys[:, :, :used], values[:, :, :used], attn_mask=visible, enable_gqa=True
         )
-        return self._linear(attended.transpose(1, 2).flatten(2), f"{name}.o_proj"), q
+        return self.linear(attended.transpose(1, 2).flatten(2), f"{name}.o_proj"), q
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

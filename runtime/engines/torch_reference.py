@@ -5,19 +5,16 @@ Images, embeddings and the manifest come from an engine directory, so that a dif
 and that one is the decoder's and the method's alone.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from starkv.errors import CheckpointError, EngineError, UsageError
+from starkv.errors import EngineError, UsageError
 from starkv.host import cpu_model
-from starkv.manifest import Manifest, TextShape
+from starkv.manifest import Manifest
 from starkv.methods.names import FULL
 from starkv.methods.stream_rows import CacheRows
 from starkv.runtime.engines.base import EngineInfo, Floats, PicksOnHost, Rope, check_kv_method
@@ -32,7 +29,8 @@ from starkv.runtime.engines.torch_compress import (
     most_kept_rows,
     most_rows_of,
 )
-from starkv.runtime.engines.torch_decoder import TorchCache, TorchDecoder, decoder_name, decoder_weights
+from starkv.runtime.engines.torch_decoder import TorchCache, TorchDecoder
+from starkv.runtime.engines.torch_weights import load_decoder
 from starkv.runtime.kv.buffers import Arena, KvBuffers, Pool
 from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
 from starkv.runtime.preprocess.image import ImageInputs
@@ -63,7 +61,7 @@ class TorchReferenceEngine(PicksOnHost):
         """
         engine = OrtEngine(directory, verify, threads)
         text = engine.manifest.text
-        return cls(engine, TorchDecoder(text, _norm_epsilon(checkpoint), _read_weights(checkpoint, text)))
+        return cls(engine, load_decoder(checkpoint, text))
 
     @property
     def manifest(self) -> Manifest:
@@ -184,29 +182,3 @@ def _cache(kv: KvBuffers, batch: int) -> TorchCache:
     """The first sequences of the buffers; the decoder writes into their memory."""
     buffers = (kv.keys[:, :batch], kv.values[:, :batch], kv.lengths[:, :batch])
     return TorchCache(*(torch.from_numpy(buffer) for buffer in buffers))
-
-
-def _norm_epsilon(checkpoint: Path) -> float:
-    path = checkpoint / "config.json"
-    try:
-        config = json.loads(path.read_text())
-        return float(config.get("text_config", config)["rms_norm_eps"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} gives no rms_norm_eps ({error!r}); is this the checkpoint?") from None
-
-
-def _read_weights(checkpoint: Path, text: TextShape) -> dict[str, Tensor]:
-    """The decoder's weights; those of the vision tower stay on the disk."""
-    paths = sorted(checkpoint.glob("*.safetensors"))
-    if not paths:
-        raise CheckpointError(f"{checkpoint} holds no safetensors; check the path or download the model")
-    needed, weights = decoder_weights(text), {}
-    for path in paths:
-        try:
-            with safe_open(path, "pt") as stored:
-                for name in stored.keys():  # noqa: SIM118 (not a mapping)
-                    if decoder_name(name) in needed:
-                        weights[name] = stored.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}); download it again") from None
-    return weights

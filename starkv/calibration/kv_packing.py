@@ -13,16 +13,14 @@ from starkv.kv_packing.file import Packing
 from starkv.kv_packing.low_rank import LowRankPacking
 from starkv.kv_packing.options import KvQuant, PackingOptions
 from starkv.kv_packing.quantized import QuantizedPacking
+from starkv.kv_packing.retarget import LATENTS, folded
 from starkv.lowrank.factor import key_metric, output_pca, value_metric
-from starkv.lowrank.hadamard import fold, random_rotation
-from starkv.lowrank.latent_format import FLOAT32, INT8, NIBBLES, LatentFormat
-from starkv.lowrank.layer import LowRankLayer
+from starkv.lowrank.latent_format import LatentFormat
 from starkv.lowrank.plan import FLOOR, LayerSpectra, RankPlan, flat_plan, plan_ranks
 from starkv.lowrank.quantized_rows import Bits, row_quantization
 
 RECENT_ROWS = 16
 """Newest rows of a prompt that stay as they are: those that a reply looks at most."""
-_LATENTS: dict[KvQuant, LatentFormat] = {"none": FLOAT32, "int8": INT8, "int4": NIBBLES}
 _BITS: dict[KvQuant, Bits] = {"int8": 8, "int4": 4}
 
 
@@ -47,14 +45,14 @@ def make_packing(
     """
     if options.rank is None:
         return _quantized(_BITS[options.quant], statistics, biases)
-    latent = _LATENTS[options.quant]
+    latent = LATENTS[options.quant]
     factors = layer_factors(statistics, biases, output_weights)
     plan = plan_of(factors, options.rank, latent, sensitivities)
     layers = []
     for layer, ranks in zip(factors, plan.layers, strict=True):
         assert ranks is not None
         truncated = layer.truncated(ranks.keys, ranks.values)
-        layers.append(_rotated(truncated) if latent.quantized else truncated)
+        layers.append(folded(truncated) if latent.quantized else truncated)
     return LowRankPacking(latent, tuple(layers), RECENT_ROWS)
 
 
@@ -89,13 +87,7 @@ def plan_of(
     """
     energies = [(tuple(key.energies for key in layer.keys), layer.values.energies) for layer in factors]
     dense = factors[0].key_bias.size * 2 * np.dtype(np.float32).itemsize
-    narrowest = min(len(channels) for keys, values in energies for channels in (*keys, values))
-    # Nearer to no rank at all than to the least one.
-    if share * narrowest < FLOOR / 2:
-        raise UsageError(
-            f"a KV rank of {share:g} can't be reached: the least rank is {FLOOR} of {narrowest} channels; "
-            f"give --kv-rank {FLOOR / narrowest:.2g} or more"
-        )
+    check_share(share, min(len(channels) for keys, values in energies for channels in (*keys, values)))
     flat = flat_plan(share, [LayerSpectra(*both) for both in energies], latent, dense)
     if sensitivities is None or share == 1:
         return flat
@@ -107,13 +99,21 @@ def plan_of(
     return plan_ranks(spectra, latent, dense, flat.total_bytes)
 
 
-def _rotated(layer: LowRankLayer) -> LowRankLayer:
-    """With latents that quantize well."""
-    keys, values = (
-        tuple(fold(factor, random_rotation(factor.rank)) for factor in part)
-        for part in (layer.keys, (layer.values,))
-    )
-    return LowRankLayer(keys, values[0], layer.key_bias, layer.value_bias)
+def check_share(share: float, narrowest: int) -> None:
+    """Refuse a share of rank that is nearer to no rank at all than to the least one.
+
+    Args:
+        share: of full rank.
+        narrowest: channels of the narrowest group of keys, or of a layer's values.
+
+    Raises:
+        UsageError: it is.
+    """
+    if share * narrowest < FLOOR / 2:
+        raise UsageError(
+            f"a KV rank of {share:g} can't be reached: the least rank is {FLOOR} of {narrowest} channels; "
+            f"give --kv-rank {FLOOR / narrowest:.2g} or more"
+        )
 
 
 def _quantized(bits: Bits, statistics: KvStatistics, biases: Sequence[Biases]) -> QuantizedPacking:

@@ -130,14 +130,15 @@ def lay_out(engine: Engine, tokenizer: ChatTokenizer, prompt: GuiPrompt) -> Laid
     image = prepare(prompt.image, manifest.vision, manifest.image)
     messages = opening(prompt.instruction, 1, manifest.prompt)
     asked = plan_prompt(manifest, tokenizer, messages, [image]).ids
-    ids = (*asked, *tokenizer.encode(_reply(engine, prompt, image.facts)))
+    ids = (*asked, *tokenizer.encode(reply_of(engine, prompt, image.facts)))
     pad = manifest.tokens.image_pad
     positions = prompt_positions(ids, pad, [image.facts.merged_grid], manifest.text)
     embeds = prefill_embeddings(ids, engine.embed(ids), [engine.encode_image(image.inputs())], pad)
     return LaidOut(ids, len(asked), embeds, Rope.at(positions.values, manifest.text))
 
 
-def _reply(engine: Engine, prompt: GuiPrompt, image: ImageFacts) -> str:
+def reply_of(engine: Engine, prompt: GuiPrompt, image: ImageFacts) -> str:
+    """The right reply: the prompt's own, or a click on its box's middle; empty where neither is known."""
     if prompt.reply is not None or prompt.box is None:
         return prompt.reply or ""
     x0, y0, x1, y1 = prompt.box

@@ -20,6 +20,7 @@ from starkv.cli.inspect import inspect
 from starkv.cli.pack import pack
 from starkv.cli.run import run
 from starkv.cli.serve import serve
+from starkv.cli.train_kv import train_kv
 from starkv.cli.validate import app as validate_app
 from starkv.errors import StarkvError
 
@@ -33,6 +34,7 @@ app = typer.Typer(
 for command in (export, build, pack, run, chat, agent, serve, inspect, doctor, bench):
     app.command()(command)
 app.command("eval")(evaluate)
+app.command("train-kv")(train_kv)
 app.add_typer(validate_app, name="validate")
 
 
