@@ -108,11 +108,13 @@ class KvPacking(_Strict):
     bytes_per_row: int
     """Of one token over all layers, with scales, padding and the row's position in every layer."""
     calibration_tokens: int
-    """That scales and factors were worked out from."""
+    """That scales and factors were worked out from; 0 where factors were trained."""
+    trained: bool = False
+    """Factors come from `starkv train-kv`."""
 
     def describe(self) -> str:
         """Such as ``int8`` or ``rank 0.5 int4``."""
-        rank = [] if self.rank is None else [f"rank {self.rank:g}"]
+        rank = [] if self.rank is None else [f"{'trained ' * self.trained}rank {self.rank:.3g}"]
         return " ".join([*rank, *([] if self.quant == "none" else [self.quant])])
 
 

@@ -6,11 +6,13 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command import Command
 from packed_engines import PackedEngines, calibration_prompts
 
-from starkv.kv_packing.file import PACKING_NAME
+from starkv.kv_packing.file import PACKING_NAME, load_packing, save_packing
+from starkv.kv_packing.low_rank import LowRankPacking
 from starkv.manifest import read_manifest
 
 ASK = ("--prompt", "click the red star", "--max-new-tokens", "6")
@@ -65,6 +67,25 @@ def test_an_engine_is_packed_and_runs(
     budget = asked(starkv, name, screenshot, "--kv-budget", "0.5")["timings"]
     assert isinstance(budget, dict)
     assert budget["kv_bytes_kept"] < own["kv_bytes_kept"]
+
+
+def test_factors_of_a_file_take_the_place_of_calibration(
+    starkv: Command, packed: PackedEngines, plain: Path
+) -> None:
+    factors = Path("r50.factors")
+    save_packing(packed.packing("rank 0.5"), factors)
+    outcome = starkv("pack", plain, "--factors", factors, "--kv-quant", "int8")
+    assert (outcome.code, outcome.out) == (0, "engine-kv-trained-int8\n"), outcome.err
+    own, calibrated = (
+        load_packing(folder / PACKING_NAME)
+        for folder in (Path("engine-kv-trained-int8"), packed.directory("rank 0.5 int8"))
+    )
+    assert isinstance(own, LowRankPacking)
+    assert isinstance(calibrated, LowRankPacking)
+    assert own.latent == calibrated.latent
+    for layer, other in zip(own.layers, calibrated.layers, strict=True):
+        for factor, expected in zip((*layer.keys, layer.values), (*other.keys, other.values), strict=True):
+            np.testing.assert_allclose(factor.up, expected.up, atol=1e-6)
 
 
 def test_inspect_tells_of_the_packed_cache(starkv: Command, packed: PackedEngines) -> None:

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from command import Command
 
-from starkv.export.build.pack import attention_weights, describe_packing, pack_ort_engine
+from starkv.export.build.pack import attention_weights
 from starkv.kv_packing.file import load_packing
 from starkv.kv_packing.low_rank import LowRankPacking
-from starkv.kv_packing.options import PackingOptions
 from starkv.kv_packing.retarget import check_factors, packing_from_factors
 from starkv.manifest import read_manifest
 from starkv.runtime.agent import Agent
@@ -40,7 +39,14 @@ def test_factors_of_the_embedded_model(
         map(full.bytes_per_row, range(text.layers))
     )
     engine = tmp_path / "engine"
-    pack_ort_engine(gui_tiny_engine, engine, folded, describe_packing(folded, PackingOptions("int4", 0.6), 0))
+    done = starkv("pack", gui_tiny_engine, "--factors", out, "--kv-quant", "int4", "--out", engine)
+    assert (done.code, done.out) == (0, f"{engine}\n"), done.err
+    described = read_manifest(engine).kv_packing
+    assert described is not None
+    assert described.trained
+    assert described.rank == packing.rank_share
+    assert described.describe() == f"trained rank {packing.rank_share:.3g} int4"
+    assert "trained" in starkv("inspect", engine).out
     reply = Agent.load(engine, threads=1).act(screenshot, "Click the red star.")
     assert reply.text
 

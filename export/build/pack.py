@@ -65,17 +65,24 @@ def check_packable_engine(engine: Path, manifest: Manifest) -> None:
         raise UsageError(f"{engine} has a packed cache already; pack the engine that it was made from")
 
 
-def describe_packing(packing: Packing, options: PackingOptions, tokens: int) -> KvPacking:
+def describe_packing(
+    packing: Packing, options: PackingOptions, tokens: int, trained: bool = False
+) -> KvPacking:
     """A packing as the manifest tells of it.
 
     Args:
         packing: what rows are packed with.
         options: what it was made for.
         tokens: of its calibration.
+        trained: factors were trained, not calibrated.
     """
     row_bytes = sum(packing.bytes_per_row(layer) for layer in range(len(packing.layers)))
     return KvPacking(
-        quant=options.quant, rank=options.rank, bytes_per_row=row_bytes, calibration_tokens=tokens
+        quant=options.quant,
+        rank=options.rank,
+        bytes_per_row=row_bytes,
+        calibration_tokens=tokens,
+        trained=trained,
     )
 
 

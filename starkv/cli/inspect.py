@@ -162,8 +162,12 @@ def _facts(manifest: Manifest) -> Table:
                 (
                     "packed cache",
                     f"{packing.describe()}: {packing.bytes_per_row:,} bytes per token, "
-                    f"{kv_bytes_per_row(manifest) / packing.bytes_per_row:.1f} times fewer; calibrated on "
-                    f"{packing.calibration_tokens:,} tokens",
+                    f"{kv_bytes_per_row(manifest) / packing.bytes_per_row:.1f} times fewer; "
+                    + (
+                        "trained"
+                        if packing.trained
+                        else f"calibrated on {packing.calibration_tokens:,} tokens"
+                    ),
                 )
             ]
             if (packing := manifest.kv_packing)

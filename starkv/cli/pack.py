@@ -23,6 +23,13 @@ def pack(
             help="Folder with prompts.jsonl and its images. Drawn screens by default.", show_default=False
         ),
     ] = None,
+    factors: Annotated[
+        Path | None,
+        typer.Option(
+            help="Low-rank factors that `starkv train-kv` wrote, instead of a --kv-rank without training.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Give an engine a packed KV cache: kept rows as int8 or int4, as low-rank latents, or both.
 
@@ -31,16 +38,29 @@ def pack(
     Example: [bold]starkv pack gui-tiny --kv-quant int8[/]
 
     Example: [bold]starkv pack engines/gui-tiny-ort-int4 --kv-rank 0.5 --kv-quant int4 --out small[/]
+
+    Example: [bold]starkv pack gui-tiny --factors gui-tiny-r25.factors --kv-quant int8[/]
     """
     from starkv.cli.engines import find_engine, made_parents
-    from starkv.cli.packing import pack_engine
+    from starkv.cli.packing import pack_engine, pack_trained
     from starkv.kv_packing.options import PackingOptions, parse_kv_quant
 
-    wanted = packing_options(kv_quant, kv_rank) or PackingOptions(parse_kv_quant(kv_quant or "none"))
+    quant = parse_kv_quant(kv_quant or "none")
+    if factors is not None and (kv_rank is not None or calibration is not None):
+        raise UsageError(
+            "--factors says which ranks rows have, and needs no prompts; leave --kv-rank and --calibration "
+            "out"
+        )
+    wanted = None if factors else packing_options(kv_quant, kv_rank) or PackingOptions(quant)
     plain = find_engine(engine, device="cpu")
-    target = out or plain.with_name(f"{plain.name}-{wanted.directory_suffix}")
+    suffix = f"kv-trained-{quant}" if wanted is None else wanted.directory_suffix
+    target = out or plain.with_name(f"{plain.name}-{suffix}")
     if target.absolute() == plain.absolute():
         raise UsageError(f"{target} is the engine that is to be packed; choose another --out")
-    with made_parents(target), progress() as stages:
-        pack_engine(plain, target, wanted, stages, calibration)
+    with made_parents(target):
+        if factors is not None:
+            pack_trained(plain, target, factors, quant)
+        elif wanted is not None:
+            with progress() as stages:
+                pack_engine(plain, target, wanted, stages, calibration)
     print(target)

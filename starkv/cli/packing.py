@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from starkv.kv_packing.options import PackingOptions
+from starkv.errors import EngineError, UsageError
+from starkv.kv_packing.options import KvQuant, PackingOptions
 
 if TYPE_CHECKING:
     from starkv.calibration.kv_sensitivity import LayerFactors, Sensitivity
@@ -123,3 +124,39 @@ def pack_variants(
     for options, out in found.items():
         packer.pack(options, out, link=True)
     return found
+
+
+def pack_trained(engine: Path, out: Path, factors: Path, quant: KvQuant) -> "Manifest":
+    """Make of an engine one that packs its cache with trained factors.
+
+    Args:
+        engine: for ONNX Runtime on processors, without a packed cache.
+        out: where to; an engine there is replaced.
+        factors: file that ``starkv train-kv`` wrote.
+        quant: of the latents.
+
+    Raises:
+        StarkvError: the engine can't be packed, or the file holds no factors of its model.
+    """
+    from starkv.export.build.pack import check_packable_engine, describe_packing, pack_ort_engine
+    from starkv.export.staging import check_replaceable
+    from starkv.kv_packing.file import load_packing
+    from starkv.kv_packing.low_rank import LowRankPacking
+    from starkv.kv_packing.retarget import check_factors, packing_from_factors
+    from starkv.manifest import MANIFEST_NAME, read_manifest, verify_files
+
+    check_replaceable(out, MANIFEST_NAME)
+    manifest = read_manifest(engine)
+    check_packable_engine(engine, manifest)
+    verify_files(engine, manifest)
+    try:
+        trained = load_packing(factors)
+    except EngineError:
+        trained = None
+    if not isinstance(trained, LowRankPacking):
+        raise UsageError(f"{factors} holds no low-rank factors; `starkv train-kv` writes such a file")
+    check_factors(trained, manifest.text, str(factors))
+    options = PackingOptions(quant, trained.rank_share)
+    packing = packing_from_factors(trained, quant)
+    description = describe_packing(packing, options, tokens=0, trained=True)
+    return pack_ort_engine(engine, out, packing, description)

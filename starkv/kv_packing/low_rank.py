@@ -17,6 +17,12 @@ class LowRankPacking:
     recent_rows: int
     """Newest rows of a prompt that stay as they are, with those of the reply."""
 
+    @property
+    def rank_share(self) -> float:
+        """Share of all channels that latents have."""
+        ranks = sum(sum(factor.rank for factor in layer.keys) + layer.values.rank for layer in self.layers)
+        return ranks / sum(2 * layer.key_bias.size for layer in self.layers)
+
     def lanes(self, layer: int) -> KeyLanes:
         """Where each group's latent lies in a row of keys."""
         return KeyLanes(tuple(factor.rank for factor in self.layers[layer].keys))
