@@ -127,6 +127,7 @@ def pack_ort_engine(
 
 
 def _lowering(model: ir.Model, packing: Packing, text: TextShape) -> PackedAttention:
+    sections = text.mrope_section or [text.head_dim // 2]
     if isinstance(packing, QuantizedPacking):
-        return QuantizedKvLowering(model, packing)
-    return LowRankKvLowering(model, packing, text.mrope_section or [text.head_dim // 2])
+        return QuantizedKvLowering(model, packing, sections)
+    return LowRankKvLowering(model, packing, sections)

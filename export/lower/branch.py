@@ -53,7 +53,7 @@ class Branch:
         known = self._graph.initializers.get(name)
         if known is not None:
             return known
-        tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+        tensor = ir.tensor(np.asarray(array, order="C"), name=name)
         value = ir.Value(
             name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape)
         )

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention to an int8 or int4 cache in ONNX Runtime.
 
-Codes of keys are those of rotated keys without the bias's share, which in Qwen2 is many times larger than the
-rest. Its part of the logits, q · R(position) bias, enters as an attention bias. It is a sum over position
-components of functions of one number, so a table over positions and three lookups per row give it.
+Codes of keys are those of rotated keys without the bias's share, which in Qwen2 is many times larger than
+the rest. Its part of the logits, q · R(position) bias, enters as an attention bias. It depends on a row's
+position alone: the row's cosines and sines times what query and bias make of each rotary pair.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -19,27 +19,32 @@ from starkv.kv_packing.quantized import QuantizedPacking
 from starkv.lowrank.quantized_rows import RowQuantization
 
 ROPE_TABLE = "rope_table"
-"""Input: [3 * P, D] f32; row ``3 * position + component`` has the cosines and sines of the rotary pairs that
-read that component, divided by √D, and zeros for the others."""
+"""Inputs, one per component of a position: [P, 2 n] f32; cosines, then sines of the n rotary pairs that read
+that component, divided by √D."""
 ROW_POSITIONS = "row_positions"
 """Inputs, one per layer: [B, C, 3] i32; t, h and w of each row of the packed cache."""
 
 _COMPONENTS = 3
+"""Of a stored position; one-dimensional RoPE reads the first."""
 
 
 class QuantizedKvLowering:
     """Writes the quantized branch of each layer."""
 
-    def __init__(self, model: ir.Model, packing: QuantizedPacking) -> None:
+    def __init__(self, model: ir.Model, packing: QuantizedPacking, mrope_section: Sequence[int]) -> None:
         """Add the inputs that all layers share.
 
         Args:
             model: the decoder.
             packing: scales and biases.
+            mrope_section: rotary pairs that turn with t, h and w; one number for one-dimensional RoPE.
         """
-        self._graph, self._packing = model.graph, packing
+        self._graph, self._packing, self._sections = model.graph, packing, tuple(mrope_section)
         self._dtype = ir.DataType.INT8 if packing.bits == 8 else ir.DataType.UINT8
-        self._table = self._new_input(ROPE_TABLE, ir.DataType.FLOAT, ["T", "D"])
+        self._tables = [
+            self._new_input(f"{ROPE_TABLE}.{component}", ir.DataType.FLOAT, ["P", 2 * pairs])
+            for component, pairs in enumerate(self._sections)
+        ]
 
     def _new_input(self, name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:
         value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
@@ -132,20 +137,26 @@ class QuantizedKvLowering:
         q_first, q_second = branch.node("Split", [by_head], 2, axis=-1, num_outputs=2)
         with_cos = branch.op("Add", branch.op("Mul", q_first, first), branch.op("Mul", q_second, second))
         with_sin = branch.op("Sub", branch.op("Mul", q_second, first), branch.op("Mul", q_first, second))
-        both = branch.op("Concat", with_cos, with_sin, axis=-1)
-        columns = branch.op(
-            "Transpose",
-            branch.op("Reshape", both, branch.ints(-1, heads, bias.shape[-1] * 2)),
-            perm=[0, 2, 1],
-        )
-        by_position = branch.op("MatMul", self._table, columns)
+        by_component = [
+            value
+            for pair in zip(*map(self._split(branch), (with_cos, with_sin)), strict=True)
+            for value in pair
+        ]
+        both = branch.op("Concat", *by_component, axis=-1)
+        columns = branch.op("Reshape", both, branch.ints(-1, heads, bias.shape[-1] * 2))
         rows = branch.op("Cast", inputs.longest, to=ir.DataType.INT64)
         used = branch.op("Slice", positions, branch.ints(0), rows, branch.ints(1))
-        scaled = branch.op("Mul", branch.op("Cast", used, to=ir.DataType.INT64), branch.ints(_COMPONENTS))
-        index = branch.op("Add", scaled, branch.ints(*range(_COMPONENTS)))
-        flat = branch.op("Reshape", index, branch.ints(0, -1, 1))
-        looked_up = branch.op("GatherND", by_position, flat, batch_dims=1)
-        by_row = branch.op("Reshape", looked_up, branch.ints(0, -1, _COMPONENTS, heads))
-        summed = branch.op("ReduceSum", by_row, branch.ints(2), keepdims=0)
-        turned = branch.op("Transpose", summed, perm=[0, 2, 1])
-        return branch.op("Unsqueeze", turned, branch.ints(2))
+        turns = []
+        for component, table in enumerate(self._tables):
+            index = branch.constant(f"scalar_{component}", np.array(component, np.int64))
+            turns.append(branch.op("Gather", table, branch.op("Gather", used, index, axis=2), axis=0))
+        angles = turns[0] if len(turns) == 1 else branch.op("Concat", *turns, axis=-1)
+        logits = branch.op("MatMul", columns, branch.op("Transpose", angles, perm=[0, 2, 1]))
+        return branch.op("Unsqueeze", logits, branch.ints(2))
+
+    def _split(self, branch: Branch) -> Callable[[ir.Value], Sequence[ir.Value]]:
+        """Divides the last axis, one entry per rotary pair, by the component that a pair reads."""
+        if len(self._sections) == 1:
+            return lambda value: [value]
+        sizes = branch.ints(*self._sections)
+        return lambda value: branch.node("Split", [value, sizes], len(self._sections), axis=-1)

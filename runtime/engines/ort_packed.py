@@ -88,27 +88,34 @@ class QuantizedCache(PackedCache):
 
     def __init__(self, codec: QuantizedCodec) -> None:
         super().__init__(codec)
-        self._table = np.zeros((COMPONENTS, codec.text.head_dim), np.float32)
+        self._make_tables(np.zeros((1, codec.text.head_dim // 2)))
         self._no_positions = np.zeros((1, 1, COMPONENTS), np.int32)
         self._no_codes = codec.new_store(1, 1)
 
     def _make_tables(self, angles: NDArray[np.float64]) -> None:
-        """Row ``3 * position + component`` serves the pairs that read that component."""
-        reads = self._codec.rotary.component_of_pair == np.arange(COMPONENTS)[:, None]
-        halves = [np.where(reads, function(angles[:, None]), 0) for function in (np.cos, np.sin)]
-        table = np.concatenate(halves, -1).reshape(-1, self._text.head_dim)
-        self._table = np.ascontiguousarray(table / np.sqrt(self._text.head_dim), np.float32)
+        """One per component of a position, for the pairs that read it."""
+        ends = np.cumsum(self._codec.rotary.sections)[:-1]
+        self._tables = [
+            (np.concatenate([np.cos(part), np.sin(part)], -1) / np.sqrt(self._text.head_dim)).astype(
+                np.float32
+            )
+            for part in np.split(angles, ends, axis=-1)
+        ]
+
+    def _bind_tables(self, binding: Any) -> None:
+        for component, table in enumerate(self._tables):
+            bind_array(binding.bind_input, f"rope_table.{component}", table)
 
     def _bind_rows(self, binding: Any, kv: KvStore, batch: int) -> None:
         assert isinstance(kv, QuantizedKv)
-        bind_array(binding.bind_input, "rope_table", self._table)
+        self._bind_tables(binding)
         for layer in range(self._text.layers):
             bind_array(binding.bind_input, f"row_positions.{layer}", kv.positions[layer, :batch])
         bind_cache(binding, kv, batch, "_codes")
         self._bind_no_float_rows(binding)
 
     def _bind_no_packed_rows(self, binding: Any) -> None:
-        bind_array(binding.bind_input, "rope_table", self._table)
+        self._bind_tables(binding)
         for layer in range(self._text.layers):
             bind_array(binding.bind_input, f"row_positions.{layer}", self._no_positions)
         bind_cache(binding, self._no_codes, 1, "_codes")
