@@ -143,7 +143,9 @@ class QuantizedKvLowering:
             for value in pair
         ]
         both = branch.op("Concat", *by_component, axis=-1)
-        columns = branch.op("Reshape", both, branch.ints(-1, heads, bias.shape[-1] * 2))
+        by_query = branch.op("Reshape", both, branch.ints(-1, heads, bias.shape[-1] * 2))
+        # What is turned is the small one.
+        columns = branch.op("Transpose", by_query, perm=[0, 2, 1])
         rows = branch.op("Cast", inputs.longest, to=ir.DataType.INT64)
         used = branch.op("Slice", positions, branch.ints(0), rows, branch.ints(1))
         turns = []
@@ -151,8 +153,8 @@ class QuantizedKvLowering:
             index = branch.constant(f"scalar_{component}", np.array(component, np.int64))
             turns.append(branch.op("Gather", table, branch.op("Gather", used, index, axis=2), axis=0))
         angles = turns[0] if len(turns) == 1 else branch.op("Concat", *turns, axis=-1)
-        logits = branch.op("MatMul", columns, branch.op("Transpose", angles, perm=[0, 2, 1]))
-        return branch.op("Unsqueeze", logits, branch.ints(2))
+        by_row = branch.op("MatMul", angles, columns)
+        return branch.op("Unsqueeze", branch.op("Transpose", by_row, perm=[0, 2, 1]), branch.ints(2))
 
     def _split(self, branch: Branch) -> Callable[[ir.Value], Sequence[ir.Value]]:
         """Divides the last axis, one entry per rotary pair, by the component that a pair reads."""
