@@ -11,34 +11,22 @@ split.
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 import common  # noqa: F401  (lets the modules of benchmarks/gui be found)
 from packed_asking import PackedAsker
 from packed_report import write_report
 from packings import PackedRecord, PackedSettings, chosen_packings
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from running import SUITES, TRAJECTORY, run
+from suite_run import ask_suite, check_numbers, run_command, suite_parser
 
 from starkv.cli.console import progress
 from starkv.cli.engines import find_engine
 from starkv.cli.packing import pack_variants
-from starkv.errors import StarkvError, UsageError
 from starkv.evaluation.records import RecordFile
 from starkv.manifest import MANIFEST_NAME, read_manifest
 from starkv.methods.budget import Budget
 from starkv.runtime.agent import Agent
 from starkv.runtime.engines.opening import open_engine
-from starkv.synthetic.suite import SPLITS
 
 BUDGETS = [0.4, 0.2, 0.1]
 _PACKED = "packed"
@@ -51,31 +39,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     Raises:
         UsageError: a budget or a number makes no sense, or a packing is unknown.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--engine", required=True, help="directory, or name of a model")
-    parser.add_argument("--quant", default="fp32", help="preset of a model's engine (default: %(default)s)")
-    parser.add_argument("--task", nargs="+", choices=list(SUITES), default=list(SUITES))
-    parser.add_argument("--split", choices=SPLITS, default="test")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--count", type=int, default=100, help="questions of each task (default: %(default)s)"
-    )
-    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
+    parser = suite_parser(__doc__, 100, BUDGETS, "records, packed engines, report and plots")
     parser.add_argument("--packings", nargs="+", metavar="PACKING", help="only these, such as int8 r50-int4")
-    parser.add_argument("--max-new-tokens", type=int, default=48)
-    parser.add_argument("--threads", type=int, help="default: all processors that may be used")
-    parser.add_argument(
-        "--out", type=Path, required=True, help="directory of records, packed engines, report and plots"
-    )
     args = parser.parse_args(arguments)
     args.budgets = sorted({Budget(budget).ratio for budget in args.budgets} - {1.0}, reverse=True)
-    for name in ("count", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    if args.seed < 0:
-        raise UsageError(f"--seed must be at least 0, not {args.seed}")
+    args.split = args.split or "test"
+    check_numbers(args)
     args.packings = chosen_packings(args.packings)
     return args
 
@@ -125,24 +94,8 @@ def fill(args: argparse.Namespace, plain: Path, packed: dict[str, Path]) -> None
             calibration_tokens=max(tokens, default=0),
         )
         records = RecordFile(args.out / suite, settings, PackedRecord)
-        # Drops a line that was cut off, behind which nothing could be written.
-        records.keep(list(records.records))
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True)) as bars:
-            bar = bars.add_task(suite, total=args.count)
-            run(
-                SUITES[suite](args.split, args.seed, args.count),
-                suite == TRAJECTORY,
-                PackedAsker(agent, engines, args.budgets, args.max_new_tokens),
-                records,
-                partial(bars.advance, bar),
-            )
+        asker = PackedAsker(agent, engines, args.budgets, args.max_new_tokens)
+        ask_suite(args, suite, args.count, asker, records)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -159,8 +112,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except StarkvError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_command(main)

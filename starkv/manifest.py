@@ -99,6 +99,12 @@ class Quantization(_Strict):
     """Rows of the reduction axis that share one scale, or None without quantized weights."""
 
 
+def packing_words(quant: str, rank: float | None) -> str:
+    """A packing of the KV cache in words, such as ``int8`` or ``rank 0.5 int4``."""
+    parts = ["" if rank is None else f"rank {rank:.3g}", "" if quant == "none" else quant]
+    return " ".join(filter(None, parts))
+
+
 class KvPacking(_Strict):
     """How kept rows of the KV cache are packed; what with is in ``kv_packing.safetensors``."""
 
@@ -114,8 +120,8 @@ class KvPacking(_Strict):
 
     def describe(self) -> str:
         """Such as ``int8`` or ``rank 0.5 int4``."""
-        rank = [] if self.rank is None else [f"{'trained ' * self.trained}rank {self.rank:.3g}"]
-        return " ".join([*rank, *([] if self.quant == "none" else [self.quant])])
+        words = packing_words(self.quant, self.rank)
+        return f"trained {words}" if self.trained else words
 
 
 HardwareCompatibility = Literal["none", "same_compute_capability", "ampere_plus"]

@@ -4,11 +4,9 @@
 python benchmarks/gui/packed_report.py runs/kv-packing
 """
 
-import argparse
 import csv
 import io
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,8 +15,9 @@ from packed_plots import draw_front
 from packings import LABELS, PackedRecord, PackedSettings
 from pydantic import ValidationError
 from running import SUITES
+from suite_run import plain_parser, run_command
 
-from starkv.errors import StarkvError, UsageError
+from starkv.errors import UsageError
 from starkv.evaluation.records import RECORDS_FILE, SETTINGS_FILE, read_records
 from starkv.validation.report import installed_versions, markdown_table, write_text
 
@@ -206,16 +205,10 @@ def _divergence(figure: PackedFigure) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = plain_parser(__doc__)
     parser.add_argument("directory", type=Path, help="--out of kv_packing.py")
     write_report(parser.parse_args().directory)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except StarkvError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_command(main)

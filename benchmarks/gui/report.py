@@ -4,10 +4,8 @@
 python benchmarks/gui/report.py runs/gui-table
 """
 
-import argparse
 import csv
 import io
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +17,9 @@ from plots import draw
 from pydantic import ValidationError
 from report_text import suite_sections
 from running import SUITES
+from suite_run import plain_parser, run_command
 
-from starkv.errors import StarkvError, UsageError
+from starkv.errors import UsageError
 from starkv.evaluation.records import RECORDS_FILE, SETTINGS_FILE, read_records
 from starkv.synthetic.suite import CLICK_TASKS, TRAJECTORY_TASKS
 from starkv.validation.report import write_text
@@ -148,16 +147,10 @@ def _value(value: object) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = plain_parser(__doc__)
     parser.add_argument("directory", type=Path, help="--out of table.py")
     write_report(parser.parse_args().directory)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except StarkvError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_command(main)

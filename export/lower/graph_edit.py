@@ -1,11 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every dialect does to graphs: nodes in the place of others, and what is left over."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 
 from starkv.export.tensor_file import TensorFile
+
+
+def new_input(graph: ir.Graph, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+    """Append an input to a graph."""
+    value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+    graph.inputs.append(value)
+    return value
 
 
 def replace_node(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:

@@ -2,12 +2,14 @@
 """Attention to a low-rank cache in ONNX Runtime, see ``starkv/onnx_low_rank.py``."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from starkv.export.lower.branch import Branch
+from starkv.export.lower.graph_edit import new_input
 from starkv.export.lower.low_rank_attention import low_rank_node, stacked_key_factors
 from starkv.export.lower.ort_packed_attention import AttentionInputs
 from starkv.kv_packing.low_rank import LowRankPacking
@@ -31,15 +33,11 @@ class LowRankKvLowering:
             mrope_section: rotary pairs that turn with t, h and w; one number for one-dimensional RoPE.
         """
         self._model, self._packing, self._sections = model, packing, tuple(mrope_section)
+        self._input = partial(new_input, model.graph)
         half = sum(self._sections)
         self._tables = {
-            name: self._new_input(name, ir.DataType.FLOAT, ["P", half]) for name in ("cos_table", "sin_table")
+            name: self._input(name, ir.DataType.FLOAT, ["P", half]) for name in ("cos_table", "sin_table")
         }
-
-    def _new_input(self, name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:
-        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
-        self._model.graph.inputs.append(value)
-        return value
 
     def updated_inputs(self, layer: int, inputs: AttentionInputs) -> dict[str, ir.Value]:
         """None: packed rows are only read."""
@@ -72,8 +70,8 @@ class LowRankKvLowering:
             "tail_v": inputs.past_v,
             # A decode step has one new row: it comes behind the tail's.
             "tail_len": inputs.last_rows,
-            PACKED_LENGTHS: self._new_input(f"{PACKED_LENGTHS}.{layer}", ir.DataType.INT32, ["B"]),
-            "positions": self._new_input(f"row_positions.{layer}", ir.DataType.INT32, ["B", "Q", 3]),
+            PACKED_LENGTHS: self._input(f"{PACKED_LENGTHS}.{layer}", ir.DataType.INT32, ["B"]),
+            "positions": self._input(f"row_positions.{layer}", ir.DataType.INT32, ["B", "Q", 3]),
             **self._tables,
             **self._rows(layer, shape),
             **{
@@ -90,7 +88,7 @@ class LowRankKvLowering:
         if not latent.quantized:
             widths = {"k_latent": shape.key_lanes.lanes, "v_latent": shape.value_rank}
             return {
-                name: self._new_input(f"{name}.{layer}", ir.DataType.FLOAT, [*rows, width])
+                name: self._input(f"{name}.{layer}", ir.DataType.FLOAT, [*rows, width])
                 for name, width in widths.items()
             }
         codes = ir.DataType.UINT8 if latent.lane_bits == 4 else ir.DataType.INT8
@@ -100,4 +98,4 @@ class LowRankKvLowering:
             "v_codes": (codes, [*rows, value_code_bytes(shape.value_rank, latent)]),
             "v_scales": (ir.DataType.BFLOAT16, [*rows, 2]),
         }
-        return {name: self._new_input(f"{name}.{layer}", *size) for name, size in sizes.items()}
+        return {name: self._input(f"{name}.{layer}", *size) for name, size in sizes.items()}

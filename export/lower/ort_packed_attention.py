@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from starkv.errors import UsageError
 from starkv.export.lower.branch import Branch
-from starkv.export.lower.graph_edit import replace_node
+from starkv.export.lower.graph_edit import new_input, replace_node
 from starkv.export.lower.ort_attention import MICROSOFT
 from starkv.export.tensor_file import stored_values
 
@@ -96,8 +96,7 @@ def add_packed_attention(model: ir.Model, packed: Callable[[ir.Model], PackedAtt
     """
     graph = model.graph
     attention = packed(model)
-    flag = ir.Value(name=PACKED, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([1]))
-    graph.inputs.append(flag)
+    flag = new_input(graph, PACKED, ir.DataType.BOOL, [1])
     for layer, node in enumerate(_attention_nodes(graph)):
         inputs = _inputs_of(node)
         updated = attention.updated_inputs(layer, inputs)

@@ -7,12 +7,14 @@ position alone: the row's cosines and sines times what query and bias make of ea
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from starkv.export.lower.branch import Branch
+from starkv.export.lower.graph_edit import new_input
 from starkv.export.lower.ort_attention import MICROSOFT
 from starkv.export.lower.ort_packed_attention import AttentionInputs
 from starkv.kv_packing.quantized import QuantizedPacking
@@ -39,24 +41,20 @@ class QuantizedKvLowering:
             packing: scales and biases.
             mrope_section: rotary pairs that turn with t, h and w; one number for one-dimensional RoPE.
         """
-        self._graph, self._packing, self._sections = model.graph, packing, tuple(mrope_section)
+        self._packing, self._sections = packing, tuple(mrope_section)
+        self._input = partial(new_input, model.graph)
         self._dtype = ir.DataType.INT8 if packing.bits == 8 else ir.DataType.UINT8
         self._tables = [
-            self._new_input(f"{ROPE_TABLE}.{component}", ir.DataType.FLOAT, ["P", 2 * pairs])
+            self._input(f"{ROPE_TABLE}.{component}", ir.DataType.FLOAT, ["P", 2 * pairs])
             for component, pairs in enumerate(self._sections)
         ]
-
-    def _new_input(self, name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:
-        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
-        self._graph.inputs.append(value)
-        return value
 
     def updated_inputs(self, layer: int, inputs: AttentionInputs) -> dict[str, ir.Value]:
         """Inputs for the codes of a layer's keys and values, by the outputs that they become."""
         width = self._packing.code_width(inputs.head_dim)
         shape: list[int | str] = ["B", inputs.kv_heads, "Q", width]
         return {
-            f"present_{kind}_codes.{layer}": self._new_input(f"past_{kind}_codes.{layer}", self._dtype, shape)
+            f"present_{kind}_codes.{layer}": self._input(f"past_{kind}_codes.{layer}", self._dtype, shape)
             for kind in "kv"
         }
 
@@ -65,7 +63,7 @@ class QuantizedKvLowering:
     ) -> list[ir.Value]:
         constants = self._packing.layers[layer]
         name = f"layers.{layer}/kv"
-        positions = self._new_input(f"{ROW_POSITIONS}.{layer}", ir.DataType.INT32, ["B", "Q", _COMPONENTS])
+        positions = self._input(f"{ROW_POSITIONS}.{layer}", ir.DataType.INT32, ["B", "Q", _COMPONENTS])
         arrays: tuple[NDArray[np.floating], ...] = (
             constants.key_bias,
             constants.value_bias,

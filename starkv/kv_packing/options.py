@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from starkv.errors import UsageError
+from starkv.manifest import packing_words
 
 KvQuant = Literal["none", "int8", "int4"]
 
@@ -52,5 +53,4 @@ class PackingOptions:
         return "-".join(["kv", *rank, *([] if self.quant == "none" else [self.quant])])
 
     def __str__(self) -> str:
-        rank = [] if self.rank is None else [f"rank {self.rank:g}"]
-        return " ".join([*rank, *([] if self.quant == "none" else [self.quant])])
+        return packing_words(self.quant, self.rank)
