@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kv_cases import Shape, layout, random_prefill
 
@@ -225,6 +225,7 @@ def test_effective_rows_count_what_scores_are_spread_over() -> None:
     st.floats(0.0, 1.0),
     st.floats(1.0, 3.0),
 )
+@example([1.0, 205.0, 496.0, 205.0, 496.0], 8, 0.0, 1.5)
 @settings(deadline=None)
 def test_layer_budgets_keep_the_total_and_the_limits(
     needed: list[float], mean: int, least: float, most: float

@@ -61,7 +61,7 @@ __device__ inline bool give_rows(const CompressView& view, int sequence, double 
         const int index = layer * view.shape.sequences + sequence;
         running +=
             share_at(factor, weights[layer], static_cast<double>(limits[1]), static_cast<double>(limits[2]));
-        const double up_to_here = floor(running + 0.5), rows = up_to_here - given;
+        const double up_to_here = floor(running + 0.50000095367431640625), rows = up_to_here - given;
         const int past = view.buffers.kv_len[index] - view.shape.window;
         fits = fits && rows >= 0.0 && rows <= past && rows + view.shape.window <= view.shape.slot_capacity;
         view.competing[index] = fits ? static_cast<int>(rows) : 0;

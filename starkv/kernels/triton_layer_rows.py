@@ -149,7 +149,7 @@ def layer_rows_kernel(
     for other in range(layers):
         weight = layer_weight(tl.load(needed_ptr + other * batch + sequence))
         running += layer_share(factor, weight, floor, ceiling)
-        up_to_here = tl.floor(running + 0.5)
+        up_to_here = tl.floor(running + 0.50000095367431640625)
         kept = tl.where(layer == other, (up_to_here - given).to(tl.int32) + WINDOW, kept)
         given = up_to_here
 

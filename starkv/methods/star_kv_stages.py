@@ -206,5 +206,7 @@ def layer_rows(needed: Tensor, mean: int, floor: int, ceiling: int) -> Tensor:
     high_total = torch.where(above, totals, torch.inf).amin(0)
     way = ((wanted - low_total) / (high_total - low_total).clamp(min=1e-9)).clamp(0.0, 1.0)
     shares = ((low + way * (high - low)) * weights).clamp(floor, ceiling)
-    running = (shares.cumsum(0) + 0.5).floor()
+    # A half and 2⁻²⁰, the same in every implementation: totals of exactly a half are common
+    # where layers share a limit, and the last bit of a sum would give one of them a row above its ceiling.
+    running = (shares.cumsum(0) + 0.50000095367431640625).floor()
     return torch.diff(running, dim=0, prepend=torch.zeros_like(running[:1])).long()
