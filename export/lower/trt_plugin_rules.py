@@ -29,6 +29,12 @@ class _Signature:
 _SIGNATURES = {
     "KVAttention": _Signature((*[_CACHE] * 5, "INT32", "INT32"), 3, frozenset(("num_heads", "kv_num_heads"))),
     "FullAttention": _Signature((_CACHE,) * 3, 1, frozenset(("num_heads",))),
+    "PackableKVAttention": _Signature(
+        # Codes lie in words of four bytes.
+        (*[_CACHE] * 5, *["INT32"] * 5, *["FLOAT"] * 6),
+        5,
+        frozenset(("num_heads", "kv_num_heads", "bits", "mrope_section")),
+    ),
     "KVCompress": _Signature(
         (
             *[_CACHE] * 3,

@@ -7,8 +7,8 @@ from starkv.errors import EngineError
 from starkv.trt_compat.module import TensorRT
 
 NAMESPACE, VERSION = "ai.starkv", "1"
-OPERATORS = ("KVAttention", "FullAttention", "KVCompress")
-"""Plugins of the library."""
+OPERATORS = ("KVAttention", "FullAttention", "KVCompress", "PackableKVAttention")
+"""Plugins of the library that engines need."""
 LIBRARY_NAME = "libstarkv_trt.so"
 
 

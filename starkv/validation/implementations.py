@@ -15,6 +15,7 @@ from starkv.kernels.compress_call import CompressCall, CompressResult
 from starkv.kernels.cuda_library import KernelLibrary, find_library
 from starkv.kernels.full_attention_call import FullAttentionCall
 from starkv.kernels.library_paths import KERNELS, PLUGINS, plugin_libraries
+from starkv.kernels.packable_attention_call import PackableAttentionCall
 from starkv.kernels.plugin_driver import PluginDriver
 from starkv.kernels.quantized_attention_call import QuantizedAttentionCall
 
@@ -22,6 +23,7 @@ Compress = Callable[[CompressCall], CompressResult]
 Attention = Callable[[AttentionCall], tuple[Tensor, Tensor, Tensor]]
 FullAttention = Callable[[FullAttentionCall], Tensor]
 QuantizedAttention = Callable[[QuantizedAttentionCall], tuple[Tensor, Tensor, Tensor]]
+PackableAttention = Callable[[PackableAttentionCall], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
 _BUILD = "`make plugin` builds it"
 
 
@@ -34,6 +36,7 @@ class Implementation:
     attention: Attention | None = None
     full_attention: FullAttention | None = None
     quantized_attention: QuantizedAttention | None = None
+    packable_attention: PackableAttention | None = None
     timed: bool = True
     """Its time means something: it runs on the hardware that it was made for."""
     missing: str = ""

@@ -13,10 +13,12 @@ from runtime_cases import Engines
 from small_engines import (
     ATTENDING_SHAPES,
     CHAINED_SHAPES,
+    PACKING_SHAPES,
     SCALED_SHAPES,
     Small,
     attending,
     chained,
+    packing,
     scaled,
     trt,
 )
@@ -65,6 +67,12 @@ def times(state: State, tmp_path: Path) -> Small:
 def attention(state: State, tmp_path: Path) -> Small:
     """One KVAttention."""
     return Small(attending(tmp_path / "a.onnx"), ATTENDING_SHAPES, state.cuda.new_stream(), state.cuda)
+
+
+@pytest.fixture
+def packable(state: State, tmp_path: Path) -> Small:
+    """One PackableKVAttention."""
+    return Small(packing(tmp_path / "p.onnx"), PACKING_SHAPES, state.cuda.new_stream(), state.cuda)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from starkv.kernels.compress_call import CompressCall, CompressResult
 from starkv.kernels.library_paths import plugin_libraries
-from starkv.kernels.plugin_driver import COMPRESS_INPUTS, PluginDriver
+from starkv.kernels.plugin_driver import COMPRESS_INPUTS, FieldValue, PluginDriver
 
 DEVICE_VARIABLE = "STARKV_TRT_PLUGINS"
 """``cpu``: the plugins' sources built for the processor (the default). ``cuda``: ``libstarkv_trt.so``, on a
@@ -78,11 +78,13 @@ def _array(tensor: Tensor) -> Array:
     return array_of(tensor, tensor.numpy().dtype if numpy_has_it else ml_dtypes.bfloat16)
 
 
-def _attributes(node: onnx.NodeProto) -> Iterator[tuple[str, int | str]]:
+def _attributes(node: onnx.NodeProto) -> Iterator[tuple[str, FieldValue]]:
     for attribute in node.attribute:
         if attribute.name not in _FOR_TENSORRT:
             value = onnx.helper.get_attribute_value(attribute)
-            yield attribute.name, value.decode() if isinstance(value, bytes) else value
+            if isinstance(value, bytes):
+                value = value.decode()
+            yield attribute.name, tuple(value) if isinstance(value, list) else value
 
 
 def _outputs(operator: str, inputs: list[Tensor]) -> list[Tensor]:
@@ -91,6 +93,8 @@ def _outputs(operator: str, inputs: list[Tensor]) -> list[Tensor]:
         return [torch.empty_like(inputs[0])]
     if operator == "KVAttention":
         return [torch.empty_like(inputs[index]) for index in (0, 3, 4)]
+    if operator == "PackableKVAttention":
+        return [torch.empty_like(inputs[index]) for index in (0, 3, 4, 7, 8)]
     call = CompressCall(**dict(zip(COMPRESS_INPUTS, inputs, strict=True)))
     made = CompressResult.empty_for(call)
     scores = [made.new_len, made.rows, made.scores, made.stages]

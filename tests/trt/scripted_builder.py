@@ -18,7 +18,7 @@ import pytest
 from starkv.gpu import Gpu
 
 H100 = Gpu("NVIDIA H100", (9, 0), 80 << 30, (13, 0))
-OPERATORS = ("KVAttention", "FullAttention", "KVCompress")
+OPERATORS = ("KVAttention", "FullAttention", "KVCompress", "PackableKVAttention")
 
 
 @dataclass

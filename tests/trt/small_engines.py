@@ -61,6 +61,35 @@ def attending(path: Path, **attributes: Any) -> Path:
     return save(path, [node], inputs, outputs)
 
 
+def packing(path: Path) -> Path:
+    """One PackableKVAttention over codes of 4 bits: 2 query heads, 1 KV head of 64."""
+    names = ["q", "k", "v", "past_k", "past_v", "kv_len", "kv_len", "past_k_codes", "past_v_codes"]
+    parameters = ["k_scale", "v_scale", "k_bias", "v_bias"]
+    names += ["positions", *parameters, "cos_table", "sin_table"]
+    heads = {"num_heads": 2, "kv_num_heads": 1, "bits": 4, "mrope_section": [8, 12, 12]}
+    presents = ["present_k", "present_v", "present_k_codes", "present_v_codes"]
+    node = helper.make_node(
+        "PackableKVAttention", names, ["out", *presents], name="attend", domain="ai.starkv", **PLUGIN, **heads
+    )
+    cache, codes = ("B", 1, "C", 64), ("B", 1, "K", 8)
+    inputs = [
+        value("q", BF16, "B", "S", 128),
+        *(value(name, BF16, "B", "S", 64) for name in "kv"),
+        *(value(f"past_{name}", BF16, *cache) for name in "kv"),
+        value("kv_len", INT32, "B"),
+        *(value(f"past_{name}_codes", INT32, *codes) for name in "kv"),
+        value("positions", INT32, "B", "K", 3),
+    ]
+    outputs = [
+        value("out", BF16, "B", "S", 128),
+        *(value(f"present_{name}", BF16, *cache) for name in "kv"),
+        *(value(f"present_{name}_codes", INT32, *codes) for name in "kv"),
+    ]
+    tables = {"cos_table": np.ones((16, 32), np.float32), "sin_table": np.zeros((16, 32), np.float32)}
+    ones = dict.fromkeys(parameters, np.ones(64, np.float32))
+    return save(path, [node], inputs, outputs, ones | tables)
+
+
 def chained(path: Path) -> Path:
     """``y = sqrt(x * 4) + 1`` for x [N], in steps ``a`` and ``b``."""
     nodes = [
@@ -77,6 +106,11 @@ ATTENDING_SHAPES = {
     **dict.fromkeys("kv", ((1, 1, 64), (1, 4, 64), (1, 8, 64))),
     **{f"past_{name}": ((1, 1, 64, 64), (1, 1, 64, 64), (1, 1, 128, 64)) for name in "kv"},
     "kv_len": ((1,), (1,), (1,)),
+}
+PACKING_SHAPES = {
+    **ATTENDING_SHAPES,
+    **{f"past_{name}_codes": ((1, 1, 1, 8), (1, 1, 1, 8), (1, 1, 16, 8)) for name in "kv"},
+    "positions": ((1, 1, 3), (1, 1, 3), (1, 16, 3)),
 }
 SCALED_SHAPES = {"x": ((1, 4), (2, 4), (8, 4))}
 CHAINED_SHAPES = {"x": ((1,), (3,), (64,))}

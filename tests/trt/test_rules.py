@@ -27,6 +27,7 @@ from graph_changes import (
 )
 from lowered_graphs import TARGETS
 from onnx import TensorProto, helper
+from small_engines import packing
 
 from starkv.export.lower.trt import lower_to_trt
 from starkv.export.lower.trt_rules import RULES, LoweringError, check_trt_graph, require_valid
@@ -233,6 +234,23 @@ def test_every_rule_is_broken_by_some_test() -> None:
 @pytest.mark.parametrize("name", ["vision", "decoder", "compress"])
 def test_lowered_graphs_break_no_rule(graphs: Path, name: str, target: TensorRTVersion) -> None:
     assert check_trt_graph(graphs / f"{name}.onnx", target) == []
+
+
+def test_rules_know_the_packable_cache(tmp_path: Path) -> None:
+    path = packing(tmp_path / "p.onnx")
+
+    def broken_plugin_rules() -> list[str]:
+        return [str(found) for found in check_trt_graph(path, OLDEST) if found.rule.startswith("plugin-")]
+
+    assert broken_plugin_rules() == []
+    model = onnx.load(path)
+    for name in ("past_v_codes", "present_v_codes"):
+        other_type(model, name, TensorProto.INT8)
+    drop_attribute(model, "PackableKVAttention", "bits")
+    onnx.save(model, path)
+    missing, kind = broken_plugin_rules()
+    assert missing.startswith("attend: without the attribute bits")
+    assert kind.startswith("attend: past_v_codes is INT8, not INT32")
 
 
 def test_the_error_is_one_line_that_names_node_rule_source_and_version(graphs: Path) -> None:

@@ -14,7 +14,7 @@ from fake_tensorrt.plugin_nodes import ALIASES, DOMAIN
 from numpy.typing import NDArray
 
 Shape = tuple[int, ...]
-_LIKE_FIRST = {"KVAttention": 1, "FullAttention": 1, "KVCompress": 0}
+_LIKE_FIRST = {"KVAttention": 1, "FullAttention": 1, "KVCompress": 0, "PackableKVAttention": 1}
 """Plugin → how many of its outputs, from the first, are shaped like its first input."""
 _SMALL = 64
 """Most elements of a constant whose content may decide a shape."""
