@@ -47,6 +47,12 @@ class TextShape(_Strict):
     max_positions: int
     tied_embedding: bool
 
+    @property
+    def rotary_sections(self) -> tuple[int, int, int]:
+        """Rotary pairs that turn with t, h and w; all with t where positions have one component."""
+        t, h, w = self.mrope_section or (self.head_dim // 2, 0, 0)
+        return t, h, w
+
 
 class VisionShape(_Strict):
     """Sizes of the vision tower."""
@@ -159,6 +165,10 @@ class TensorRTBuild(_Strict):
     """Device memory for activations: ``vision``, ``decoder.prefill``, ``decoder.decode``, ``compress``."""
     weight_bytes: dict[str, int]
     """Weights of each plan's graph."""
+    kv_bits: Literal[4, 8] | None = None
+    """Of the codes that the decoder can attend to; None where it knows caches of floats only."""
+    position_rows: int = 0
+    """Positions that attention to codes can tell apart, from 0 on."""
 
 
 class ModelDescription(_Strict):

@@ -11,13 +11,9 @@ from numpy.typing import NDArray
 from starkv.errors import UsageError
 from starkv.export.build.files import enough_space, link_or_copy
 from starkv.export.build.ort import PREPACKED_CPU, PREPACKED_RUNTIME
+from starkv.export.lower.attention_weights import output_weights, projection_biases
 from starkv.export.lower.ort_low_rank_kv import LowRankKvLowering
-from starkv.export.lower.ort_packed_attention import (
-    PackedAttention,
-    add_packed_attention,
-    output_weights,
-    projection_biases,
-)
+from starkv.export.lower.ort_packed_attention import PackedAttention, add_packed_attention
 from starkv.export.lower.ort_quantized_kv import QuantizedKvLowering
 from starkv.export.staging import staged_directory
 from starkv.kv_packing.file import PACKING_NAME, Packing, save_packing
@@ -51,15 +47,15 @@ def attention_weights(engine: Path) -> AttentionWeights:
 
 
 def check_packable_engine(engine: Path, manifest: Manifest) -> None:
-    """Refuse an engine whose cache can't be packed.
+    """Refuse an engine for ONNX Runtime whose cache can't be packed.
 
     Raises:
         UsageError: it is for a GPU, or packed already.
     """
     if manifest.backend != "ort" or manifest.compute_dtype != "float32":
         raise UsageError(
-            f"{engine} is for a GPU; packed caches run in ONNX Runtime on processors so far: build with "
-            "--backend ort --device cpu"
+            f"{engine} is for a GPU; packed caches run in TensorRT (`starkv build MODEL --backend trt "
+            "--kv-quant int8`), and in ONNX Runtime on processors (--backend ort --device cpu)"
         )
     if manifest.kv_packing is not None:
         raise UsageError(f"{engine} has a packed cache already; pack the engine that it was made from")
@@ -118,11 +114,49 @@ def pack_ort_engine(
         model = ir.load(engine / _DECODER)
         add_packed_attention(model, lambda model: _lowering(model, packing, manifest.text))
         ir.save(model, staging / _DECODER)
-        save_packing(packing, staging / PACKING_NAME)
         hashes = {path.name: sha256_of(path) for path in sorted(staging.iterdir())}
-        changes = {"kv_packing": description, "files": hashes, "tool_versions": versions}
-        packed = manifest.model_copy(update=changes)
-        (staging / MANIFEST_NAME).write_text(seal(packed))
+        manifest = manifest.model_copy(update={"files": hashes, "tool_versions": versions})
+        return write_packing(staging, manifest, packing, description)
+
+
+def replace_packing(
+    engine: Path, out: Path, packing: Packing, description: KvPacking, link: bool = False
+) -> Manifest:
+    """Write the engine directory ``out``: ``engine`` with another packing; complete or not at all.
+
+    Args:
+        engine: packed.
+        out: an engine there is replaced; anything else is not.
+        packing: what rows are packed with.
+        description: of it.
+        link: share files with ``engine`` by hard links where the file system can.
+
+    Raises:
+        UsageError: ``out`` holds something else, or the disk has no room.
+    """
+    manifest = read_manifest(engine)
+    names = [name for name in manifest.files if name != PACKING_NAME]
+    needed = 0 if link else sum((engine / name).stat().st_size for name in names)
+    with staged_directory(out, MANIFEST_NAME) as staging, enough_space(staging, needed):
+        for name in names:
+            link_or_copy(engine / name, staging / name, link)
+        return write_packing(staging, manifest, packing, description)
+
+
+def write_packing(directory: Path, manifest: Manifest, packing: Packing, description: KvPacking) -> Manifest:
+    """Put a packing into an engine directory, with a manifest that tells of it.
+
+    Args:
+        directory: all other files are there.
+        manifest: of them.
+        packing: what rows are packed with.
+        description: of it.
+    """
+    path = directory / PACKING_NAME
+    save_packing(packing, path)
+    files = {**manifest.files, path.name: sha256_of(path)}
+    packed = manifest.model_copy(update={"kv_packing": description, "files": files})
+    (directory / MANIFEST_NAME).write_text(seal(packed))
     return packed
 
 

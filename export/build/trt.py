@@ -2,6 +2,7 @@
 """Exported model → engine directory for TensorRT."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from starkv.errors import EngineError
@@ -34,6 +35,7 @@ def build_trt_engine(
     options: TrtBuildOptions,
     progress: Progress | None = None,
     link: bool = False,
+    finish: Callable[[Path, Manifest], Manifest] | None = None,
 ) -> Manifest:
     """Build the engine directory ``out``; it appears complete or not at all, also after Ctrl-C.
 
@@ -45,6 +47,8 @@ def build_trt_engine(
         options: what the user decides.
         progress: told about each step.
         link: share files with the export by hard links where the file system can, instead of copying them.
+        finish: called with the engine that is complete but not in its place yet, and its manifest; puts
+            something in, and returns the manifest that it wrote.
 
     Raises:
         EngineError: no GPU, no TensorRT, no plugins here, or TensorRT can't build; the message says what it
@@ -83,6 +87,8 @@ def build_trt_engine(
             _described(plan, machine, scratch),
         )
         progress.advance(MANIFEST_NAME)
+        if finish is not None:
+            manifest = finish(staging, manifest)
     return manifest
 
 
@@ -153,4 +159,6 @@ def _described(plan: BuildPlan, machine: BuildMachine, scratch: dict[str, int]) 
         weight_streaming=options.weight_streaming,
         scratch_bytes=scratch,
         weight_bytes={engine.graph.name: engine.graph.weight_bytes for engine in plan.engines},
+        kv_bits=options.kv_bits,
+        position_rows=plan.position_rows,
     )

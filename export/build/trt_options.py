@@ -6,6 +6,7 @@ from pathlib import Path
 
 from starkv.errors import UsageError
 from starkv.export.record import ExportRecord
+from starkv.lowrank.quantized_rows import Bits
 from starkv.manifest import ComputeDtype, HardwareCompatibility
 from starkv.trt_compat.building import PlanSettings
 from starkv.trt_compat.version import TensorRTVersion
@@ -13,6 +14,9 @@ from starkv.trt_compat.version import TensorRTVersion
 ROW_STEP = 64
 """Capacities of caches are multiples of this."""
 MOST_LEVEL = 5
+POSITION_ROWS = 32768
+"""Positions of an engine with codes, at least: some 120 turns with a 1080p screenshot each, since an image of
+thousands of tokens takes as many positions as its longer side has. Scratch memory grows with them."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class TrtBuildOptions:
     """``libstarkv_trt.so``; where ``make plugin`` builds it if None."""
     debug_layers: tuple[str, ...] = ()
     """Patterns of tensor names that can be looked at while the engine runs."""
+    kv_bits: Bits | None = None
+    """Of the codes that kept rows become; None for an engine that keeps them as they are."""
 
     def __post_init__(self) -> None:
         if self.compute_dtype == "float32":
@@ -112,6 +118,11 @@ def with_options(record: ExportRecord, options: TrtBuildOptions) -> ExportRecord
 def cache_rows(record: ExportRecord) -> int:
     """Largest capacity of a cache: the longest context, rounded up."""
     return -(-record.max_context // ROW_STEP) * ROW_STEP
+
+
+def position_rows(record: ExportRecord) -> int:
+    """Positions that attention to codes is built for."""
+    return max(POSITION_ROWS, cache_rows(record))
 
 
 def at_most_context(record: ExportRecord, options: TrtBuildOptions) -> TrtBuildOptions:

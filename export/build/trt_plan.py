@@ -15,18 +15,20 @@ from starkv.export.build.trt_options import (
     TrtBuildOptions,
     at_most_context,
     cache_rows,
+    position_rows,
     with_options,
 )
 from starkv.export.build.trt_profiles import Sizes, graph_profiles, graph_sizes
 from starkv.export.build.trt_vision_bounds import most_sizes
 from starkv.export.lower.trt import LoweredGraph, lower_to_trt
+from starkv.export.lower.trt_packed_caches import PACKABLE_KV_ATTENTION
 from starkv.export.progress import Progress
 from starkv.export.record import ExportRecord, read_record
 from starkv.manifest import ComputeDtype
 from starkv.trt_compat.building import PlanSettings, Profile
 from starkv.trt_compat.version import TensorRTVersion
 
-ALIASING_PLUGINS = frozenset(("KVAttention", "KVCompress"))
+ALIASING_PLUGINS = frozenset(("KVAttention", PACKABLE_KV_ATTENTION, "KVCompress"))
 """Plugins that write into their inputs' memory."""
 _FLOATS = frozenset((onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16))
 _BYTES = 2
@@ -73,6 +75,11 @@ class BuildPlan:
         return cache_rows(self.record)
 
     @property
+    def position_rows(self) -> int:
+        """Positions that attention to codes is built for; 0 without it."""
+        return position_rows(self.record) if self.options.kv_bits else 0
+
+    @property
     def image_patches(self) -> int:
         return most_sizes(self.record.image, self.record.vision).patches
 
@@ -107,7 +114,7 @@ def plan_trt_build(
     """
     record = with_options(read_record(export_dir), options)
     options = at_most_context(record, options)
-    graphs = lower_to_trt(export_dir, out, target, compute_dtype, progress)
+    graphs = lower_to_trt(export_dir, out, target, compute_dtype, progress, options.kv_bits)
     protos = {graph.name: onnx.load(graph.path, load_external_data=False).graph for graph in graphs}
     debug = {name: _debug_tensors(proto, options.debug_layers) for name, proto in protos.items()}
     if options.debug_layers and not any(debug.values()):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx
 
-from starkv.export.build.trt_options import ROW_STEP, TrtBuildOptions, cache_rows
+from starkv.export.build.trt_options import ROW_STEP, TrtBuildOptions, cache_rows, position_rows
 from starkv.export.build.trt_vision_bounds import least_sizes, most_sizes, usual_sizes
 from starkv.export.lower.trt import COMPRESSION, DECODER, VISION
 from starkv.export.record import ExportRecord
@@ -67,9 +67,17 @@ def _vision(record: ExportRecord, options: TrtBuildOptions) -> tuple[Sizes, ...]
 
 def _decoder(record: ExportRecord, options: TrtBuildOptions) -> tuple[Sizes, ...]:
     one, rows = SizeRange(1, 1, 1), _rows(record)
-    prefill = {"B": one, "S": SizeRange.up_to(options.prefill_rows), "C": rows}
+    positions = SizeRange.up_to(position_rows(record), usual=_USUAL_ROWS)
+    # A prefill is over floats: its cache of codes has the one row that stands for none.
+    prefill = {"B": one, "S": SizeRange.up_to(options.prefill_rows), "C": rows, "K": one, "P": one}
     # One session is the usual case, whatever the limit.
-    decode = {"B": SizeRange(1, 1, options.sessions), "S": one, "C": rows}
+    decode = {
+        "B": SizeRange(1, 1, options.sessions),
+        "S": one,
+        "C": rows,
+        "K": SizeRange.up_to(cache_rows(record), usual=_USUAL_ROWS),
+        "P": positions,
+    }
     return prefill, decode
 
 

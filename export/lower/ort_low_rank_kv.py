@@ -8,10 +8,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from starkv.export.lower.attention_weights import AttentionInputs
 from starkv.export.lower.branch import Branch
 from starkv.export.lower.graph_edit import new_input
 from starkv.export.lower.low_rank_attention import low_rank_node, stacked_key_factors
-from starkv.export.lower.ort_packed_attention import AttentionInputs
 from starkv.kv_packing.low_rank import LowRankPacking
 from starkv.lowrank.latent_format import key_code_bytes, value_code_bytes
 from starkv.onnx_low_rank_shape import LaneStorage, LowRankShape

@@ -13,10 +13,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from starkv.export.lower.attention_weights import AttentionInputs
 from starkv.export.lower.branch import Branch
 from starkv.export.lower.graph_edit import new_input
 from starkv.export.lower.ort_attention import MICROSOFT
-from starkv.export.lower.ort_packed_attention import AttentionInputs
 from starkv.kv_packing.quantized import QuantizedPacking
 from starkv.lowrank.quantized_rows import RowQuantization
 

@@ -17,13 +17,15 @@ import onnx_ir as ir
 
 from starkv.export.lower.compute_dtype import narrow_activations
 from starkv.export.lower.graph_edit import copy_others, remove_unused
+from starkv.export.lower.trt_packed_caches import add_packed_caches
 from starkv.export.lower.trt_plugins import POOLING, POOLING_KERNEL, lower_plugins
 from starkv.export.lower.trt_primitives import lower_to_primitives
 from starkv.export.lower.trt_rules import require_valid
 from starkv.export.lower.trt_weights import expand_foreign_weights, round_scales
 from starkv.export.progress import NoProgress, Progress
-from starkv.export.record import read_record
+from starkv.export.record import ExportRecord, read_record
 from starkv.export.tensor_file import TensorFile
+from starkv.lowrank.quantized_rows import Bits
 from starkv.manifest import ComputeDtype
 from starkv.onnx_compress import COMPRESS, compress_model
 from starkv.trt_compat.version import TensorRTVersion
@@ -66,6 +68,7 @@ def lower_to_trt(
     target: TensorRTVersion,
     compute_dtype: ComputeDtype,
     progress: Progress | None = None,
+    kv_bits: Bits | None = None,
 ) -> tuple[LoweredGraph, ...]:
     """Write ``vision``, ``decoder`` and ``compress`` in the TensorRT dialect.
 
@@ -78,6 +81,7 @@ def lower_to_trt(
         target: TensorRT that will parse them.
         compute_dtype: ``bfloat16`` or ``float16``.
         progress: told about each graph.
+        kv_bits: the decoder can also attend to codes of so many bits; see :mod:`trt_packed_caches`.
 
     Raises:
         UsageError: the export is none, its weights have a form that TensorRT can't take, or the disk is full.
@@ -90,7 +94,8 @@ def lower_to_trt(
     for name in (VISION, DECODER):
         path = out / f"{name}.onnx"
         model = ir.load(export_dir / path.name)
-        lowered.append(_lower(model, path, target, dtype, record.vision.head_dim))
+        codes = kv_bits if name == DECODER else None
+        lowered.append(_lower(model, path, target, dtype, record, codes))
         progress.advance(path.name)
     text = record.text
     sizes = {"G": text.kv_heads, "H": text.heads, "D": text.head_dim, "B": 1, "L": text.layers}
@@ -100,7 +105,12 @@ def lower_to_trt(
 
 
 def _lower(
-    model: ir.Model, path: Path, target: TensorRTVersion, dtype: ir.DataType, vision_head_dim: int
+    model: ir.Model,
+    path: Path,
+    target: TensorRTVersion,
+    dtype: ir.DataType,
+    record: ExportRecord,
+    kv_bits: Bits | None,
 ) -> LoweredGraph:
     graph = model.graph
     data = TensorFile(path.with_suffix(".data"))
@@ -108,7 +118,9 @@ def _lower(
     expanded = expand_foreign_weights(graph, dtype, data)
     round_scales(graph, dtype, data)
     narrow_activations(model, dtype, data)
-    lower_to_primitives(graph, vision_head_dim)
+    if kv_bits is not None:
+        add_packed_caches(graph, kv_bits, record.text.rotary_sections)
+    lower_to_primitives(graph, record.vision.head_dim)
     remove_unused(graph)
     copy_others(graph, data)
     graph.opset_imports[""] = OPSET

@@ -12,8 +12,11 @@ INT64: int = onnx.TensorProto.INT64
 FLOAT: int = onnx.TensorProto.FLOAT
 BOOL: int = onnx.TensorProto.BOOL
 _COMPARISONS = frozenset(("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "And", "Or"))
-_COMPRESS_OUTPUTS = (None, None, INT32, INT32, INT64, FLOAT, FLOAT, FLOAT, FLOAT, FLOAT)
-"""Of KVCompress; None is the cache's type, which is that of the first input."""
+_PLUGIN_OUTPUTS = {
+    "KVCompress": (None, None, INT32, INT32, INT64, FLOAT, FLOAT, FLOAT, FLOAT, FLOAT),
+    "PackableKVAttention": (None, None, None, INT32, INT32),
+}
+"""Of plugins that put out several types; None is the cache's type, which is that of the first input."""
 
 
 def value_types(graph: onnx.GraphProto) -> dict[str, int]:
@@ -32,7 +35,8 @@ def _output_type(node: onnx.NodeProto, index: int, types: Mapping[str, int]) -> 
     inputs = [types.get(name) for name in node.input]
     attributes = {attribute.name: attribute for attribute in node.attribute}
     if node.domain == NAMESPACE:
-        chosen = _COMPRESS_OUTPUTS[index] if node.op_type == "KVCompress" else None
+        kinds = _PLUGIN_OUTPUTS.get(node.op_type)
+        chosen = None if kinds is None else kinds[index]
         return inputs[0] if chosen is None else chosen
     if node.op_type == "Cast":
         return int(attributes["to"].i)

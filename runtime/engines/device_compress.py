@@ -65,7 +65,9 @@ class DeviceCompressor(OrtCompressor):
         return () if method == STAR_KV and self.on_device else super()._graphs_of(method)
 
     def _copy_rows(self, arena: Arena, pool: Pool, slot: int, rows: int) -> None:
-        copy_rows(device_kv(arena.kv), 0, device_kv(pool.kv), slot, rows)
+        # What is packed next stays where it is.
+        if pool.kv is not arena.kv:
+            copy_rows(device_kv(arena.kv), 0, device_kv(pool.kv), slot, rows)
 
     def _star_kv(
         self, arena: Arena, pool: Pool, slot: int, prompt: CacheRows, policy: KvPolicy, memory: StarKVMemory

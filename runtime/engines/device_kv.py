@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """KV memory on a device: caches whose rows lie there and whose lengths lie on the host."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from starkv.errors import UsageError
 from starkv.manifest import TextShape
 from starkv.runtime.engines.device_tensor import DeviceMemory, DeviceTensor
 from starkv.runtime.kv.buffers import Arena, KvBuffers, KvStore, cache_shape, empty_rows
+from starkv.runtime.kv.parked import ParkedRows
 
 
 @dataclass
@@ -23,6 +25,8 @@ class DeviceKv(KvStore):
     """``[L, N, Hkv, C, D]``."""
     steps: dict[int, Any] = field(default_factory=dict)
     """Batch size → decode step that is bound to this memory."""
+    unpack: Callable[["DeviceKv", ParkedRows], None] | None = None
+    """Fills slot 0 with rows that were parked packed; None where the engine packs none."""
 
     @classmethod
     def allocate(
@@ -38,6 +42,17 @@ class DeviceKv(KvStore):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.keys.shape
+
+    @property
+    def tensors(self) -> tuple[DeviceTensor, ...]:
+        """The memory that the cache lies in."""
+        return self.keys, self.values
+
+    def load(self, slot: int, parked: ParkedRows) -> None:
+        if self.unpack is None or not parked.packed:
+            super().load(slot, parked)
+            return
+        self.unpack(self, parked)
 
     @property
     def itemsize(self) -> int:

@@ -21,7 +21,7 @@ from starkv.manifest import ComputeDtype, Manifest
 from starkv.runtime.engines.device_compress import DeviceCompressor, Operands
 from starkv.runtime.engines.device_tensor import DeviceMemory
 
-_DTYPES: dict[ComputeDtype, int] = {"float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16}
+KERNEL_DTYPES: dict[ComputeDtype, int] = {"float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16}
 _POOLING, _POOLING_KERNEL = POOLINGS["avgpool"], 5
 """As in ``compress.onnx``."""
 
@@ -57,7 +57,7 @@ class KernelCompressor(DeviceCompressor):
             kernels: the library for that device, if there is one.
         """
         super().__init__(manifest, open_graph, memory)
-        self._kernels, self._dtype = kernels, _DTYPES[manifest.compute_dtype]
+        self._kernels, self._dtype = kernels, KERNEL_DTYPES[manifest.compute_dtype]
 
     @property
     def on_device(self) -> bool:

@@ -5,7 +5,6 @@ Keys and values are numpy buffers bound by address as past *and* present: the at
 rows in place and nothing of the cache is ever copied between steps.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ from numpy.typing import NDArray
 from starkv.errors import EngineError, UsageError
 from starkv.host import cpu_model
 from starkv.methods.names import ENGINE_METHODS, FULL
-from starkv.methods.stream_rows import CacheRows
-from starkv.runtime.engines.base import EngineInfo, Floats, Rope, check_kv_method, kv_bytes_per_row, packs
+from starkv.runtime.engines.base import EngineInfo, Floats, Rope, check_kv_method, kv_bytes_per_row
 from starkv.runtime.engines.ort_base import CPU_PROVIDER, OrtBase
 from starkv.runtime.engines.ort_binding import CacheBinding, FloatCache, bind_array
 from starkv.runtime.engines.ort_compress import OrtCompressor
@@ -26,7 +24,6 @@ from starkv.runtime.engines.stepping import store_norms
 from starkv.runtime.kv.buffers import Arena, KvBuffers, Pool
 from starkv.runtime.kv.codecs import open_codec, packing_info, require_codec
 from starkv.runtime.kv.packed import NO_POSITIONS, PackedKv
-from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
 
 PREFILL_CHUNK = 512
 """Rows per prefill call: bounds the activations' memory; larger chunks are no faster on the CPU."""
@@ -136,26 +133,6 @@ class OrtEngine(OrtBase):
         if packed:
             return Pool(require_codec(self._codec).new_store(slots, rows))
         return Pool(KvBuffers.allocate(self._manifest.text, slots, rows))
-
-    def compress(
-        self,
-        arena: Arena,
-        pool: Pool,
-        handle: int,
-        prompt: CacheRows,
-        policy: KvPolicy,
-        memory: StarKVMemory | None = None,
-    ) -> Compressed:
-        if not isinstance(pool.kv, PackedKv):
-            return super().compress(arena, pool, handle, prompt, policy, memory)
-        packs(self.info, replace(policy, packed=True))
-        # Where all rows are kept, the arena's rows are packed where they are.
-        rows = 0 if policy.keeps_all_of(prompt) else self.most_rows_of(prompt, policy)
-        kept = Pool(KvBuffers.allocate(self._manifest.text, 1, rows) if rows else arena.kv)
-        kept.handles.append(handle)
-        compressed = super().compress(arena, kept, handle, prompt, policy, memory)
-        pool.kv.pack(pool.slot_of(handle), kept.host_kv)
-        return compressed
 
     def _prefill_chunk(self, arena: Arena, embeds: Floats, rope: Rope, logits: Floats, last: bool) -> None:
         lengths, rows = arena.kv.lengths, embeds.shape[1]

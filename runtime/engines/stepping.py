@@ -3,6 +3,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,10 +12,11 @@ import numpy as np
 from starkv.errors import EngineError, UsageError
 from starkv.manifest import Manifest, read_manifest, verify_files
 from starkv.methods.stream_rows import CacheRows
-from starkv.runtime.engines.base import EngineInfo, Floats, PicksOnHost, Rope, check_kv_method
+from starkv.runtime.engines.base import EngineInfo, Floats, PicksOnHost, Rope, check_kv_method, packs
 from starkv.runtime.engines.embedding import EmbeddingTable
 from starkv.runtime.engines.ort_compress import OrtCompressor
 from starkv.runtime.kv.buffers import Arena, KvStore, Pool
+from starkv.runtime.kv.packed import PackedKv
 from starkv.runtime.kv.policy import Compressed, KvPolicy, StarKVMemory
 
 _RUNTIMES = {"ort": "ONNX Runtime", "trt": "TensorRT"}
@@ -69,6 +71,9 @@ class SteppingEngine(PicksOnHost):
     @property
     @abstractmethod
     def _compressor(self) -> OrtCompressor: ...
+
+    @abstractmethod
+    def new_arena(self, rows: int) -> Arena: ...
 
     @abstractmethod
     def _prefill_chunk(self, arena: Arena, embeds: Floats, rope: Rope, logits: Floats, last: bool) -> None:
@@ -132,6 +137,26 @@ class SteppingEngine(PicksOnHost):
         memory: StarKVMemory | None = None,
     ) -> Compressed:
         check_kv_method(self.info, policy.method)
+        if not isinstance(pool.kv, PackedKv):
+            return self._compress_floats(arena, pool, handle, prompt, policy, memory)
+        packs(self.info, replace(policy, packed=True))
+        # Where all rows are kept, the arena's rows are packed where they are.
+        rows = 0 if policy.keeps_all_of(prompt) else self.most_rows_of(prompt, policy)
+        kept = Pool(self.new_arena(rows).kv if rows else arena.kv)
+        kept.handles.append(handle)
+        compressed = self._compress_floats(arena, kept, handle, prompt, policy, memory)
+        pool.kv.pack(pool.slot_of(handle), kept.kv)
+        return compressed
+
+    def _compress_floats(
+        self,
+        arena: Arena,
+        pool: Pool,
+        handle: int,
+        prompt: CacheRows,
+        policy: KvPolicy,
+        memory: StarKVMemory | None,
+    ) -> Compressed:
         slot = pool.slot_of(handle)
         compressed = self._compressor.compress(arena, pool, slot, prompt, policy, memory)
         pool.kv.take_positions(slot, arena.kv, compressed.rows)

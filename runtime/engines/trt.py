@@ -24,12 +24,15 @@ from starkv.runtime.engines.base import EngineInfo, Floats, Rope, check_kv_metho
 from starkv.runtime.engines.cuda import Cuda
 from starkv.runtime.engines.cuda_memory import CudaMemory
 from starkv.runtime.engines.cuda_python import CudaPython
-from starkv.runtime.engines.device_kv import DeviceArena, DeviceKv, device_arena, device_kv
+from starkv.runtime.engines.device_codes import DeviceCodes
+from starkv.runtime.engines.device_kv import device_arena, device_kv
 from starkv.runtime.engines.device_tensor import DeviceTensor, numpy_dtype, on_device
 from starkv.runtime.engines.ort_compress import OrtCompressor
 from starkv.runtime.engines.stepping import SteppingEngine, store_norms
+from starkv.runtime.engines.trt_caches import DecoderCaches
 from starkv.runtime.engines.trt_compress import TrtCompressor
-from starkv.runtime.engines.trt_decode import DecodeParts, TrtDecodeStep, bind_cache
+from starkv.runtime.engines.trt_decode import DecodeParts, TrtDecodeStep
+from starkv.runtime.engines.trt_kv import POOL_STEP, TrtKv
 from starkv.runtime.engines.trt_looking import layer_times, layer_values
 from starkv.runtime.engines.trt_memory import (
     budget_of_environment,
@@ -37,11 +40,19 @@ from starkv.runtime.engines.trt_memory import (
     largest_scratch,
     room_for,
 )
-from starkv.runtime.engines.trt_opening import find_machine, kernels_beside, open_host_graph, open_plans
+from starkv.runtime.engines.trt_opening import (
+    find_machine,
+    kernels_beside,
+    open_host_graph,
+    open_packing,
+    open_plans,
+)
 from starkv.runtime.engines.trt_pools import DecodeSteps, SparePools
 from starkv.runtime.engines.trt_tensors import COMPRESS, COMPRESS_ALIASES, DECODER, VISION, cache_aliases
 from starkv.runtime.generation import Sampler
-from starkv.runtime.kv.buffers import Arena, Pool, cache_shape
+from starkv.runtime.kv.buffers import Arena, Pool
+from starkv.runtime.kv.codecs import packing_info
+from starkv.runtime.kv.packed import NO_POSITIONS
 from starkv.runtime.preprocess.image import ImageInputs
 from starkv.runtime.preprocess.vision_plan import plan_vision
 from starkv.trt_compat.execution import Execution
@@ -49,8 +60,6 @@ from starkv.trt_compat.running import Plan
 
 PREFILL, DECODE = 0, 1
 """The decoder's profiles."""
-POOL_STEP = 512
-"""Capacities of pools are multiples of this, so that their memory, and CUDA graphs on it, are used again."""
 
 
 class TrtEngine(SteppingEngine):
@@ -88,8 +97,8 @@ class TrtEngine(SteppingEngine):
         budget = budget_of_environment() if weight_budget is None else weight_budget
         room = check_memory(self._manifest, self._build, self._cuda, budget)
         self._plans = open_plans(directory, self._manifest, machine, room)
-        self._spare = SparePools()
-        self._memory = CudaMemory(self._cuda, self._cuda.new_stream(), self._spare.way_to_give_up())
+        spare = SparePools()
+        self._memory = CudaMemory(self._cuda, self._cuda.new_stream(), spare.way_to_give_up())
         self._dtype = numpy_dtype(self._manifest.compute_dtype)
         size = largest_scratch(self._plans)
         with room_for("activations", size, "build the engine with smaller --max-pixels or --prefill-rows"):
@@ -99,16 +108,21 @@ class TrtEngine(SteppingEngine):
         def execution(name: str, profile: int, aliases: Mapping[str, str]) -> Execution:
             return Execution(plans[name], profile, *scratch, stream, aliases)
 
-        plans, caches = self._plans, cache_aliases(self._manifest.text.layers)
+        plans, caches = self._plans, cache_aliases(self._manifest)
         self._vision = execution(VISION, 0, {})
         self._prefill_run = execution(DECODER, PREFILL, caches)
         self._compress_run = execution(COMPRESS, 0, COMPRESS_ALIASES)
+        kernels = kernels or kernels_beside(directory)
+        self._packing = open_packing(directory, self._manifest, self._memory, kernels)
+        self._kv = TrtKv(self._manifest, self._memory, spare, self._packing)
+        self._caches = DecoderCaches(self._manifest, self._memory, self._packing)
         self._decode_parts = DecodeParts(
             new_execution=partial(execution, DECODER, DECODE, caches),
             plain=execution(DECODER, DECODE, caches),
             memory=self._memory,
-            kernels=kernels or kernels_beside(directory),
+            kernels=kernels,
             manifest=self._manifest,
+            caches=self._caches,
             graphs=not (self._build.weight_streaming and plans[DECODER].streams),
         )
         self._steps = DecodeSteps(self._decode_parts)
@@ -131,6 +145,7 @@ class TrtEngine(SteppingEngine):
             kv_methods=ENGINE_METHODS if find_spec("onnxruntime") else (FULL, STAR_KV),
             threads=self._threads,
             loaded_form="portable",
+            kv_packing=packing_info(self._packing.codec if self._packing else None),
         )
 
     @property
@@ -211,10 +226,7 @@ class TrtEngine(SteppingEngine):
 
     def new_arena(self, rows: int) -> Arena:
         self._check_rows(rows)
-        remedy = "use a shorter prompt, or fewer or smaller images"
-        return DeviceArena.around(
-            self._allocate(1, rows, "the prompt's KV rows", remedy), self._manifest.text
-        )
+        return self._kv.new_arena(rows)
 
     def new_pool(self, slots: int, rows: int, method: str = FULL, packed: bool = False) -> Pool:
         check_kv_method(self.info, method, packed)
@@ -225,17 +237,7 @@ class TrtEngine(SteppingEngine):
                 "sessions; build it with more --sessions"
             )
         rows = min(-(-rows // POOL_STEP) * POOL_STEP, self._build.cache_rows)
-        kv = self._spare.take(slots, rows)
-        if kv is None:
-            remedy = "keep fewer rows (--kv-budget, --kv-capacity), or allow fewer new tokens or sessions"
-            kv = self._allocate(slots, rows, "the sessions' KV rows", remedy)
-        return self._spare.lend(kv)
-
-    def _allocate(self, slots: int, rows: int, what: str, remedy: str) -> DeviceKv:
-        text = self._manifest.text
-        size = 2 * prod(cache_shape(text, slots, rows)) * self._dtype.itemsize
-        with room_for(what, size, remedy):
-            return DeviceKv.allocate(self._memory, text, slots, rows, self._dtype)
+        return self._kv.new_pool(slots, rows, packed)
 
     def _prefill_chunk(self, arena: Arena, embeds: Floats, rope: Rope, logits: Floats, last: bool) -> None:
         own, text, run = device_arena(arena), self._manifest.text, self._prefill_run
@@ -257,7 +259,7 @@ class TrtEngine(SteppingEngine):
         }
         for name, tensor in (tensors | outputs).items():
             run.bind(name, tensor.address, tensor.shape)
-        bind_cache(run, own.device_kv.keys, own.device_kv.values, 1)
+        self._caches.bind(run, own.device_kv, 1)
         run.enqueue()
         logits[:] = outputs["logits"].read()
         store_norms(arena, outputs["hidden_norm"].read(), rows)
@@ -280,6 +282,12 @@ class TrtEngine(SteppingEngine):
 
     def _step(self, pool: Pool, embeds: Floats, rope: Rope) -> tuple[TrtDecodeStep, NDArray[np.int32]]:
         """The step of a pool's sequences, and their lengths ``[L, B]``, which are written to."""
-        self._start_decode(pool, embeds, rope)
         kv = device_kv(pool.kv)
+        if isinstance(kv, DeviceCodes) and self._packing is not None:
+            if rope.positions is None:
+                raise UsageError(NO_POSITIONS)
+            self._packing.check_positions(rope.positions)
+        self._start_decode(pool, embeds, rope)
+        if isinstance(kv, DeviceCodes):
+            kv.row_positions.follow(kv, pool.active)
         return self._steps.get(kv, pool.active), kv.lengths[:, : pool.active]

@@ -24,7 +24,8 @@ from starkv.runtime.engines.cuda import Cuda
 from starkv.runtime.engines.cuda_memory import CudaMemory
 from starkv.runtime.engines.cuda_upload import UploadBlock
 from starkv.runtime.engines.device_kv import DeviceKv
-from starkv.runtime.engines.device_tensor import DeviceTensor
+from starkv.runtime.engines.device_tensor import DeviceTensor, numpy_dtype
+from starkv.runtime.engines.trt_caches import DecoderCaches
 from starkv.runtime.generation import Draw
 from starkv.trt_compat.execution import Execution
 
@@ -43,6 +44,7 @@ class DecodeParts:
     kernels: KernelAbi | None
     """Picks tokens on the card; without it logits come to the host."""
     manifest: Manifest
+    caches: DecoderCaches
     graphs: bool
     """Whether steps become CUDA graphs."""
 
@@ -60,7 +62,8 @@ class TrtDecodeStep:
         """
         text, memory = parts.manifest.text, parts.memory
         self._parts, self._batch, self._kv = parts, batch, weakref.ref(kv)
-        self._keys, self._values = kv.keys, kv.values
+        # A graph's addresses must stay what they are.
+        self._cache_memory = kv.tensors
         half = text.head_dim // 2
         layout: dict[str, tuple[tuple[int, ...], Any]] = {
             "inputs_embeds": ((batch, 1, text.hidden), np.float32),
@@ -76,8 +79,9 @@ class TrtDecodeStep:
         self._host_ids: NDArray[np.int32] = memory.cuda.allocate_pinned((batch,), np.int32)
         self._host_logits: NDArray[np.float32] | None = None
         # Nobody reads these after a decode step, but they must go somewhere.
+        compute = numpy_dtype(parts.manifest.compute_dtype)
         self._unread: dict[str, DeviceTensor] = {
-            "q_window": memory.empty((text.layers, batch, text.heads, 1, text.head_dim), kv.keys.dtype),
+            "q_window": memory.empty((text.layers, batch, text.heads, 1, text.head_dim), compute),
             "hidden_norm": memory.empty((text.layers, batch, 1), np.float32),
         }
         self._execution: Execution | None = None
@@ -161,7 +165,9 @@ class TrtDecodeStep:
         execution.bind("logits", self._logits.address, self._logits.shape)
         for name, tensor in self._unread.items():
             execution.bind(name, tensor.address, tensor.shape)
-        bind_cache(execution, self._keys, self._values, self._batch)
+        kv = self._kv()
+        assert kv is not None, "a step does not outlive its cache"
+        self._parts.caches.bind(execution, kv, self._batch)
 
     def _capture(self, execution: Execution) -> None:
         """Record the plan's run.
@@ -188,14 +194,3 @@ def _end(cuda: Cuda, stream: int, graphs: list[Any]) -> None:
         cuda.synchronize(stream)
         while graphs:
             cuda.destroy_graph(graphs.pop())
-
-
-def bind_cache(execution: Execution, keys: DeviceTensor, values: DeviceTensor, batch: int) -> None:
-    """Bind the first slots of a cache ``[L, N, Hkv, C, D]`` as past and present."""
-    layers, _, *rest = keys.shape
-    shape = (batch, *rest)
-    for layer in range(layers):
-        for kind, tensor in (("k", keys), ("v", values)):
-            address = tensor.at(layer)
-            execution.bind(f"past_{kind}.{layer}", address, shape)
-            execution.bind(f"present_{kind}.{layer}", address, shape)

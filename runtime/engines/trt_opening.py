@@ -10,7 +10,11 @@ from starkv.gpu import Gpu, require_gpu
 from starkv.kernels.c_abi import KernelAbi, KernelError
 from starkv.kernels.library_paths import KERNELS
 from starkv.manifest import Manifest, TensorRTBuild, sha256_of
+from starkv.runtime.engines.cuda_memory import CudaMemory
+from starkv.runtime.engines.device_packing import DevicePacking
 from starkv.runtime.engines.trt_tensors import COMPRESS, DECODER, VISION, check_tensors, expected_tensors
+from starkv.runtime.kv.codecs import open_codec
+from starkv.runtime.kv.quantized import QuantizedCodec
 from starkv.trt_compat.module import TensorRT, load_tensorrt
 from starkv.trt_compat.plugin_file import check_plugins
 from starkv.trt_compat.plugins import LIBRARY_NAME, load_plugins
@@ -164,6 +168,30 @@ def kernels_beside(directory: Path) -> KernelAbi | None:
     except KernelError:
         return None
     return library if library and library.device == "cuda" else None
+
+
+def open_packing(
+    directory: Path, manifest: Manifest, memory: CudaMemory, kernels: KernelAbi | None
+) -> DevicePacking | None:
+    """Put an engine's packing on its card; None where it has none.
+
+    Raises:
+        EngineError: its file is damaged, or another than the plan was built for, or there are no kernels.
+    """
+    build, codec = build_of(directory, manifest), open_codec(directory, manifest)
+    if codec is None:
+        return None
+    if not isinstance(codec, QuantizedCodec) or codec.packing.bits != build.kv_bits:
+        raise EngineError(
+            f"{directory} packs its cache as {codec.name}, but its plan was built for codes of "
+            f"{build.kv_bits or 'no'} bits; build it again"
+        )
+    if kernels is None:
+        raise EngineError(
+            f"{directory / KERNELS['cuda']} is missing or does not load here, and packs the cache; build the "
+            "kernels (`make plugin`) and the engine again"
+        )
+    return DevicePacking(memory, codec, kernels, build.position_rows)
 
 
 def open_host_graph(directory: Path, threads: int, graph: str) -> Any:

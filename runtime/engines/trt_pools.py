@@ -26,10 +26,10 @@ class SparePools:
     def __init__(self) -> None:
         self._caches: list[DeviceKv] = []
 
-    def take(self, slots: int, rows: int) -> DeviceKv | None:
-        """A cache of that size, if one is kept."""
+    def take(self, kind: type[DeviceKv], slots: int, rows: int) -> DeviceKv | None:
+        """A cache of that kind and size, if one is kept."""
         for kv in self._caches:
-            if (kv.slots, kv.capacity) == (slots, rows):
+            if (type(kv), kv.slots, kv.capacity) == (kind, slots, rows):
                 self._caches = [other for other in self._caches if other is not kv]
                 return kv
         return None

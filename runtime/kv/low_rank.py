@@ -19,7 +19,14 @@ from starkv.lowrank.latent_format import key_code_bytes, value_code_bytes
 from starkv.lowrank.pack import PackedRows, pack_keys, pack_values, unpack_keys, unpack_values
 from starkv.lowrank.rotary import Rotary
 from starkv.manifest import TextShape
-from starkv.runtime.kv.buffers import ROW_STEP, KvBuffers, cache_shape, empty_rows, round_up_rows
+from starkv.runtime.kv.buffers import (
+    ROW_STEP,
+    KvStore,
+    cache_shape,
+    empty_rows,
+    host_buffers,
+    round_up_rows,
+)
 from starkv.runtime.kv.packed import KvCodec, PackedKv, check_numbers, head_major
 from starkv.runtime.kv.parked import ParkedRows
 
@@ -188,12 +195,13 @@ class LowRankKv(PackedKv):
         more = ((0, 0), (0, 0), (0, 0), (0, ROW_STEP), (0, 0))
         self.tail_keys, self.tail_values = np.pad(self.tail_keys, more), np.pad(self.tail_values, more)
 
-    def pack(self, slot: int, source: KvBuffers) -> None:
+    def pack(self, slot: int, source: KvStore) -> None:
         self._check_packable(source)
+        floats = host_buffers(source)
         for layer, rows in enumerate(source.lengths[:, 0]):
             recent = min(int(rows), self.codec.packing.recent_rows)
             older = int(rows) - recent
-            keys, values = source.keys[layer, 0, :, :rows], source.values[layer, 0, :, :rows]
+            keys, values = floats.keys[layer, 0, :, :rows], floats.values[layer, 0, :, :rows]
             positions = source.positions[layer, 0, :older]
             packed = self.codec.encode(layer, keys[:, :older], values[:, :older], positions)
             for name, array in packed.items():

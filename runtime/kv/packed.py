@@ -14,7 +14,7 @@ from starkv.errors import EngineError, UsageError
 from starkv.lowrank.rotary import Rotary
 from starkv.manifest import TextShape
 from starkv.methods.names import FULL, RANDOM, STAR_KV, STREAMING_LLM
-from starkv.runtime.kv.buffers import OTHER_ROWS, KvBuffers, KvStore
+from starkv.runtime.kv.buffers import OTHER_ROWS, KvStore
 from starkv.runtime.kv.parked import ParkedRows
 
 PACKABLE_METHODS = (FULL, STAR_KV, STREAMING_LLM, RANDOM)
@@ -24,7 +24,7 @@ position."""
 
 NO_PACKING = (
     "this engine was built without a packed cache; make one with `starkv pack ENGINE --kv-quant int8`, "
-    "`--kv-rank 0.5` or both, for ONNX Runtime on processors"
+    "`--kv-rank 0.5` or both, for ONNX Runtime on processors; for TensorRT build it with `--kv-quant int8`"
 )
 NO_POSITIONS = (
     "rows without a position can't be packed; make their tables with Rope.at, and choose a method that keeps "
@@ -36,15 +36,19 @@ class PackedKv(KvStore):
     """A cache of packed rows."""
 
     @abstractmethod
-    def pack(self, slot: int, source: KvBuffers) -> None:
+    def pack(self, slot: int, source: KvStore) -> None:
         """Pack the rows of ``source``'s slot 0 into a slot, in place of what it holds.
+
+        Args:
+            slot: of this cache.
+            source: floats, in the same memory as this cache.
 
         Raises:
             UsageError: there is no room, or a row's position is unknown.
             EngineError: a row is not made of numbers.
         """
 
-    def _check_packable(self, source: KvBuffers) -> None:
+    def _check_packable(self, source: KvStore) -> None:
         most = int(source.lengths.max())
         if most > self.capacity:
             raise UsageError(f"{most} kept rows do not fit a slot of {self.capacity}")
@@ -52,7 +56,7 @@ class PackedKv(KvStore):
             if (source.positions[layer, 0, :rows] < 0).any():
                 raise UsageError(NO_POSITIONS)
 
-    def _note_packed(self, slot: int, source: KvBuffers) -> None:
+    def _note_packed(self, slot: int, source: KvStore) -> None:
         """Take over what is known of the rows."""
         rows = int(source.lengths.max())
         self.lengths[:, slot] = source.lengths[:, 0]

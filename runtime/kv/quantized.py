@@ -10,7 +10,7 @@ from starkv.kv_packing.quantized import QuantizedPacking
 from starkv.lowrank.quantized_rows import QuantizedRows
 from starkv.lowrank.rotary import Rotary, rotate
 from starkv.manifest import TextShape
-from starkv.runtime.kv.buffers import HostKv, KvBuffers, cache_shape, empty_rows
+from starkv.runtime.kv.buffers import HostKv, KvStore, cache_shape, empty_rows, host_buffers
 from starkv.runtime.kv.packed import KvCodec, PackedKv, check_numbers, head_major
 from starkv.runtime.kv.parked import ParkedRows
 
@@ -66,11 +66,12 @@ class QuantizedKv(HostKv, PackedKv):
     def _is_of_this_cache(self, parked: ParkedRows) -> bool:
         return self.codec.is_of_this_packing(parked)
 
-    def pack(self, slot: int, source: KvBuffers) -> None:
+    def pack(self, slot: int, source: KvStore) -> None:
         self._check_packable(source)
+        floats = host_buffers(source)
         for layer, rows in enumerate(source.lengths[:, 0]):
             keys, values = (
-                array[layer, 0, :, :rows].transpose(1, 0, 2) for array in (source.keys, source.values)
+                array[layer, 0, :, :rows].transpose(1, 0, 2) for array in (floats.keys, floats.values)
             )
             check_numbers(layer, keys, values)
             codes = self.codec.packing.layers[layer].quantize(

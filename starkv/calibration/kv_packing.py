@@ -11,7 +11,7 @@ from starkv.calibration.kv_statistics import Biases, KvStatistics
 from starkv.errors import UsageError
 from starkv.kv_packing.file import Packing
 from starkv.kv_packing.low_rank import LowRankPacking
-from starkv.kv_packing.options import KvQuant, PackingOptions
+from starkv.kv_packing.options import PackingOptions, code_bits
 from starkv.kv_packing.quantized import QuantizedPacking
 from starkv.kv_packing.retarget import LATENTS, folded
 from starkv.lowrank.factor import key_metric, output_pca, value_metric
@@ -21,7 +21,6 @@ from starkv.lowrank.quantized_rows import Bits, row_quantization
 
 RECENT_ROWS = 16
 """Newest rows of a prompt that stay as they are: those that a reply looks at most."""
-_BITS: dict[KvQuant, Bits] = {"int8": 8, "int4": 4}
 
 
 def make_packing(
@@ -44,7 +43,9 @@ def make_packing(
         UsageError: no ranks reach the share that is asked for.
     """
     if options.rank is None:
-        return _quantized(_BITS[options.quant], statistics, biases)
+        bits = code_bits(options.quant)
+        assert bits is not None, "options ask for codes or a rank"
+        return quantized_packing(bits, statistics, biases)
     latent = LATENTS[options.quant]
     factors = layer_factors(statistics, biases, output_weights)
     plan = plan_of(factors, options.rank, latent, sensitivities)
@@ -116,7 +117,14 @@ def check_share(share: float, narrowest: int) -> None:
         )
 
 
-def _quantized(bits: Bits, statistics: KvStatistics, biases: Sequence[Biases]) -> QuantizedPacking:
+def quantized_packing(bits: Bits, statistics: KvStatistics, biases: Sequence[Biases]) -> QuantizedPacking:
+    """Static scales of every layer.
+
+    Args:
+        bits: of a code.
+        statistics: of the model's keys and values.
+        biases: of each layer.
+    """
     # By the largest magnitude, also with four bits: clicks hang on the few large numbers, and scales with a
     # smaller squared error, which cut them off, change the logits more.
     layers = tuple(

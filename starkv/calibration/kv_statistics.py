@@ -55,7 +55,7 @@ def gather_statistics(
     """Prefill prompts with their replies and measure what is cached.
 
     Args:
-        engine: exact, with keys and values in host memory.
+        engine: exact.
         tokenizer: the engine's.
         biases: of each layer.
         prompts: until ``VISUAL_TOKENS`` image tokens are reached.
@@ -86,16 +86,17 @@ def gather_statistics(
         visual = np.asarray(sequence.ids) == engine.manifest.tokens.image_pad
         assert sequence.rope.positions is not None
         cosines, sines = rotary.tables(sequence.rope.positions[0])
+        on_host = arena.on_host(text)
         for layer, (key_bias, value_bias) in enumerate(biases):
             cached = (
-                array[layer, 0, :, : len(visual)] for array in (arena.host_kv.keys, arena.host_kv.values)
+                array[layer, 0, :, : len(visual)] for array in (on_host.host_kv.keys, on_host.host_kv.values)
             )
             rotated, values = (rows.transpose(1, 0, 2).astype(np.float64) for rows in cached)
             # What is no number is refused when it is counted, without a warning before that.
             with np.errstate(invalid="ignore"):
                 keys = unrotate(rotated, cosines[:, None], sines[:, None]) - key_bias
             values -= value_bias
-            queries = arena.q_window[layer, 0].transpose(1, 0, 2)
+            queries = on_host.q_window[layer, 0].transpose(1, 0, 2)
             for kind, wanted in zip(kinds, (visual, ~visual), strict=True):
                 rows = np.flatnonzero(wanted)
                 rows = rows[rows >= fresh]

@@ -92,7 +92,7 @@ def build(
     """
     sources = SourceOptions(checkpoint, random_weights, random_dtype, layers, calibration)
     packing = packing_options(kv_quant, kv_rank)
-    for_ort = _given({"--prepack": prepack, "--device": device, "--kv-quant": kv_quant, "--kv-rank": kv_rank})
+    for_ort = _given({"--prepack": prepack, "--device": device, "--kv-rank": kv_rank})
     for_trt = _given(
         {
             "--dry-run": dry_run,
@@ -121,6 +121,8 @@ def build(
         dtype = settle_dtype(device or "cpu", compute_dtype)
         print(build_engine(model, quant, out, prepack, sources, dtype, packing)[0])
         return
+    if kv_quant is not None:
+        for_trt["--kv-quant"] = kv_quant
     options = trt.parse_trt_options(for_trt, compute_dtype)
     from starkv.cli.build_report import plan_as_json, print_plan
     from starkv.cli.trt_build import build_trt, plan_build

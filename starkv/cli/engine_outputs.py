@@ -12,7 +12,6 @@ from starkv.methods.budget import Budget
 from starkv.methods.names import STAR_KV
 from starkv.methods.rows import PromptRows
 from starkv.runtime.engines.base import Engine, Floats, Rope
-from starkv.runtime.engines.device_kv import DeviceArena
 from starkv.runtime.kv.buffers import Arena, Pool
 from starkv.runtime.kv.policy import KvPolicy
 from starkv.runtime.kv.prompt import describe_prompt
@@ -147,7 +146,7 @@ def _decode(engine: Engine, pool: Pool, token: int, position: int) -> Floats:
 
 def _cache(arena: Arena, engine: Engine) -> Outputs:
     text, rows = engine.manifest.text, int(arena.kv.lengths.max())
-    on_host = arena.on_host(text) if isinstance(arena, DeviceArena) else arena
+    on_host = arena.on_host(text)
     found: Outputs = {
         "q_window": np.asarray(on_host.q_window, np.float32).copy(),
         "hidden_norm": on_host.hidden_norm[..., :rows].copy(),

@@ -263,8 +263,22 @@ def find_engine(
 
 def _find_packed(name: str, quantization: str | None, device: str, packing: "PackingOptions") -> Path:
     """The engine of a model that packs its cache; made from the plain one if there is none."""
+    if device != "cpu":
+        from starkv.export.cards import load_card
+
+        preset = quantization or load_card(name).quantization
+        compiled = engine_directory(name, "trt", preset)
+        compiled = compiled.with_name(f"{compiled.name}-{packing.directory_suffix}")
+        if (compiled / MANIFEST_NAME).is_file():
+            misfit = reason_not_to_run(compiled)
+            if misfit is None:
+                return compiled
+            note(f"not taking {compiled}: {misfit}")
     if device == "cuda":
-        raise UsageError("packed caches run in ONNX Runtime on processors so far; leave --device cuda out")
+        raise UsageError(
+            "on GPUs packed caches run in TensorRT: `starkv build MODEL --backend trt --kv-quant int8`; in "
+            "ONNX Runtime they run on processors, leave --device cuda out"
+        )
     plain = find_engine(name, quantization, "cpu")
     target = plain.with_name(f"{plain.name}-{packing.directory_suffix}")
     if not (target / MANIFEST_NAME).is_file():

@@ -2,7 +2,7 @@
 """``starkv pack``: an engine → the same engine with a packed KV cache."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,6 +10,9 @@ from starkv.cli.console import progress
 from starkv.cli.kv import KvQuant, KvRank, packing_options
 from starkv.cli.options import Output
 from starkv.errors import UsageError
+
+if TYPE_CHECKING:
+    from starkv.kv_packing.options import PackingOptions
 
 
 def pack(
@@ -44,6 +47,7 @@ def pack(
     from starkv.cli.engines import find_engine, made_parents
     from starkv.cli.packing import pack_engine, pack_trained
     from starkv.kv_packing.options import PackingOptions, parse_kv_quant
+    from starkv.manifest import read_manifest
 
     quant = parse_kv_quant(kv_quant or "none")
     if factors is not None and (kv_rank is not None or calibration is not None):
@@ -53,6 +57,9 @@ def pack(
         )
     wanted = None if factors else packing_options(kv_quant, kv_rank) or PackingOptions(quant)
     plain = find_engine(engine, device="cpu")
+    if read_manifest(plain).backend == "trt":
+        _measure_again(plain, out, wanted, calibration)
+        return
     suffix = f"kv-trained-{quant}" if wanted is None else wanted.directory_suffix
     target = out or plain.with_name(f"{plain.name}-{suffix}")
     if target.absolute() == plain.absolute():
@@ -64,3 +71,25 @@ def pack(
             with progress() as stages:
                 pack_engine(plain, target, wanted, stages, calibration)
     print(target)
+
+
+def _measure_again(
+    engine: Path, out: Path | None, wanted: "PackingOptions | None", calibration: Path | None
+) -> None:
+    """Another set of scales for an engine of TensorRT, which was built for the packing that is wanted."""
+    from starkv.cli.trt_packing import measure_again
+    from starkv.manifest import read_manifest
+
+    packing = read_manifest(engine).kv_packing
+    built = "rows as they are" if packing is None else packing.describe()
+    if wanted is None or packing is None or (wanted.quant, wanted.rank) != (packing.quant, packing.rank):
+        asked = "trained factors" if wanted is None else str(wanted)
+        raise UsageError(
+            f"{engine} was built for {built}, not for {asked}; what a TensorRT engine keeps is settled when "
+            "it is built: `starkv build MODEL --backend trt --kv-quant int8` or int4"
+        )
+    if out is None:
+        raise UsageError(f"{engine} packs already; give --out for one with other scales")
+    with progress() as stages:
+        measure_again(engine, out, calibration, stages)
+    print(out)

@@ -4,20 +4,25 @@
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from starkv.cli.console import note
 from starkv.cli.engines import engine_directory, engines_home, exported_model
 from starkv.cli.sources import SourceOptions
+from starkv.cli.trt_packing import with_scales
 
 if TYPE_CHECKING:
     from starkv.export.build.trt_options import TrtBuildOptions
     from starkv.export.build.trt_plan import BuildPlan
+    from starkv.manifest import Manifest
 
 
-def _place(name: str, preset: str) -> Path:
-    return engine_directory(name, "trt", preset)
+def _place(options: "TrtBuildOptions", name: str, preset: str) -> Path:
+    plain = engine_directory(name, "trt", preset)
+    return plain if options.kv_bits is None else plain.with_name(f"{plain.name}-kv-int{options.kv_bits}")
 
 
 def build_trt(
@@ -37,9 +42,22 @@ def build_trt(
         f"TensorRT {machine.tensorrt.full_version} on {machine.gpu.name}, {machine.compute_dtype}, plugins "
         f"{machine.plugins}"
     )
-    with exported_model(model, quantization, out, sources, _place) as job:
+    calibration = sources.calibration
+    if options.kv_bits is not None and calibration is not None:
+        from starkv.calibration.prompts import read_prompts
+
+        # They are needed last, which is minutes later for a large model.
+        read_prompts(calibration)
+        sources = replace(sources, calibrates_cache=True)
+    with exported_model(model, quantization, out, sources, partial(_place, options)) as job:
         _note_storage(job.exported)
-        build_trt_engine(job.exported, job.target, options, job.stages, link=job.temporary)
+
+        def finish(engine: Path, manifest: "Manifest") -> "Manifest":
+            if options.kv_bits is None:
+                return manifest
+            return with_scales(job.exported, engine, manifest, calibration, job.stages)
+
+        build_trt_engine(job.exported, job.target, options, job.stages, job.temporary, finish)
     return job.target
 
 
@@ -59,7 +77,7 @@ def plan_build(
     target, dtype = planned_target(options), options.compute_dtype or "bfloat16"
     with (
         _kept_or_temporary(out) as place,
-        exported_model(model, quantization, place, sources, _place, SCRIPT_NAME) as job,
+        exported_model(model, quantization, place, sources, partial(_place, options), SCRIPT_NAME) as job,
     ):
         _note_storage(job.exported)
         with staged_directory(place, SCRIPT_NAME) as staging:

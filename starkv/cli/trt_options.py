@@ -129,6 +129,7 @@ def parse_trt_options(given: dict[str, Any], compute_dtype: str | None) -> "TrtB
         UsageError: a value is wrong.
     """
     from starkv.export.build.trt_options import TrtBuildOptions
+    from starkv.kv_packing.options import code_bits
     from starkv.trt_compat.version import parse_target
 
     if compute_dtype is not None and compute_dtype not in DTYPES:
@@ -151,6 +152,7 @@ def parse_trt_options(given: dict[str, Any], compute_dtype: str | None) -> "TrtB
         "timing_directory": given.get("--timing-cache"),
         "plugins": given.get("--plugin"),
         "debug_layers": _applied(given, "--debug-layers", tuple),
+        "kv_bits": _applied(given, "--kv-quant", code_bits),
     }
     return TrtBuildOptions(**{name: value for name, value in fields.items() if value is not None})
 

@@ -29,3 +29,28 @@ class QuantizedAttentionBuffers(Structure):
     """``starkv_quantized_attention_buffers``: its pointers."""
 
     _fields_ = [(name, c_void_p) for name in (*QUANTIZED_INPUTS, *QUANTIZED_OUTPUTS)]
+
+
+class CodeRowsShape(Structure):
+    """``starkv_code_rows_shape``."""
+
+    _fields_ = [
+        *(
+            (name, c_int32)
+            for name in ("layers", "kv_heads", "head_dim", "capacity", "slots", "slot_capacity", "slot")
+        ),
+        *((name, c_int32) for name in ("table_rows", "bits", "dtype")),
+        ("mrope_section", c_int32 * 3),
+    ]
+
+
+class CodeRowsBuffers(Structure):
+    """``starkv_code_rows_buffers``."""
+
+    _fields_ = [
+        (name, c_void_p)
+        for name in (
+            *("k", "v", "lengths", "positions", "k_scale", "v_scale", "k_bias", "v_bias"),
+            *("cos_table", "sin_table", "k_codes", "v_codes", "wrong_rows"),
+        )
+    ]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from starkv.errors import UsageError
+from starkv.lowrank.quantized_rows import Bits
 from starkv.manifest import packing_words
 
 KvQuant = Literal["none", "int8", "int4"]
@@ -23,6 +24,16 @@ def parse_kv_quant(name: str) -> KvQuant:
     if name == "none":
         return "none"
     raise UsageError(f"unknown KV quantization {name!r}; known: none, int8, int4")
+
+
+def code_bits(name: str) -> Bits | None:
+    """Bits of a code of that quantization; None where rows stay floats.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    known: dict[KvQuant, Bits] = {"int8": 8, "int4": 4}
+    return known.get(parse_kv_quant(name))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from starkv.methods.rows import PromptRows
 from starkv.methods.star_kv_config import StarKVConfig
 from starkv.methods.star_kv_plan import StarKVProgress
 from starkv.methods.star_kv_request import request_star_kv
-from starkv.runtime.engines.trt import POOL_STEP
+from starkv.runtime.engines.trt_kv import POOL_STEP
 from starkv.runtime.kv.buffers import cache_shape
 from starkv.runtime.preprocess.image import smart_resize
 

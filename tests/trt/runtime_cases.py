@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from code_rows import submit_code_rows
 from fake_cuda import FakeCuda
 from fake_tensorrt import H100, install
 from fake_tensorrt.context import view
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from trt_engines import Exports, build_tensorrt_engine
 
 from starkv.gpu import Gpu
+from starkv.kernels.c_abi_quantized import CodeRowsBuffers, CodeRowsShape
 from starkv.kernels.sampling_reference import argmax_token, sample_token
 from starkv.methods.rows import prompt_rows
 from starkv.runtime.engines.base import Engine, Rope
@@ -71,6 +73,12 @@ class Kernels:
     """The kernels' library on the fake card: its reference, on a stream."""
 
     cuda: FakeCuda
+
+    def quantize_rows(self, shape: CodeRowsShape, buffers: CodeRowsBuffers, stream: int) -> None:
+        submit_code_rows(self.cuda, True, shape, buffers, stream)
+
+    def dequantize_rows(self, shape: CodeRowsShape, buffers: CodeRowsBuffers, stream: int) -> None:
+        submit_code_rows(self.cuda, False, shape, buffers, stream)
 
     def call(self, function: str, *arguments: Any) -> None:
         logits, *draws, ids, sequences, vocabulary, stream = arguments
