@@ -15,7 +15,8 @@ from starkv.runtime.engines import trt_pools
 from starkv.runtime.engines.base import Engine
 from starkv.runtime.engines.device_kv import device_kv
 from starkv.runtime.engines.ort import OrtEngine
-from starkv.runtime.engines.trt_kv import POOL_STEP, TrtEngine
+from starkv.runtime.engines.trt import TrtEngine
+from starkv.runtime.engines.trt_kv import POOL_STEP
 from starkv.runtime.generation import Sampler, SamplingParameters
 from starkv.runtime.kv.buffers import Pool
 from starkv.runtime.kv.policy import KvPolicy
