@@ -15,11 +15,11 @@ from starkv.onnx_quantized_kv import QUANTIZED_KV_ATTENTION, quantized_kv_functi
 PACKABLE_KV_ATTENTION = "PackableKVAttention"
 
 # B sequences, S new tokens, Hq query heads, Hkv KV heads, D head dim, C rows of capacity of the floats, K of
-# the codes, P positions in the tables: q, k, v, past_k, past_v and past_extent as KVAttention has them; kv_len
-# [B] i32, which counts rows of the cache that the call is about; past_k_codes and past_v_codes [B,Hkv,K,D] i8
-# for 8 bits, [B,Hkv,K,D/2] u8 for 4; positions [B,K,3] i32; scales, biases and tables as QuantizedKVAttention
-# has them -> out [B,S,Hq*D], present_k, present_v, present_k_codes and present_v_codes, of which two are a
-# past unchanged. K > 1 with S > 1 is an error: codes take one token at a time.
+# the codes, P positions in the tables: q, k, v, past_k, past_v and past_extent as KVAttention has them;
+# kv_len [B] i32, which counts rows of the cache that the call is about; past_k_codes and past_v_codes
+# [B,Hkv,K,D] i8 for 8 bits, [B,Hkv,K,D/2] u8 for 4; positions [B,K,3] i32; scales, biases and tables as
+# QuantizedKVAttention has them -> out [B,S,Hq*D], present_k, present_v, present_k_codes, present_v_codes, of
+# which two are a past unchanged. K > 1 with S > 1 is an error: codes take one token at a time.
 _BODY = """
 <domain: "ai.starkv", opset_import: ["" : 23, "ai.starkv" : 1]>
 PackableKVAttention <num_heads, kv_num_heads, bits, mrope_section>
