@@ -4,12 +4,15 @@
 set(STARKV_TRT_DIR ${CMAKE_CURRENT_SOURCE_DIR}/trt)
 set(STARKV_TRT_EXPORTS ${STARKV_TRT_DIR}/exports.map)
 set(STARKV_TRT_SOURCES
+  ${STARKV_TRT_DIR}/coded_attention.cpp
   ${STARKV_TRT_DIR}/compress_plugin.cpp
   ${STARKV_TRT_DIR}/creators.cpp
+  ${STARKV_TRT_DIR}/float_attention.cpp
   ${STARKV_TRT_DIR}/full_attention_plugin.cpp
   ${STARKV_TRT_DIR}/kv_attention_plugin.cpp
   ${STARKV_TRT_DIR}/logging.cpp
   ${STARKV_TRT_DIR}/operator_plugin.cpp
+  ${STARKV_TRT_DIR}/packable_attention_plugin.cpp
   ${STARKV_TRT_DIR}/plugin_fields.cpp
   ${STARKV_TRT_DIR}/quantized_attention_plugin.cpp
   ${STARKV_TRT_DIR}/signature.cpp)

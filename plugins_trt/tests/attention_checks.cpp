@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "attention_cases.h"
 #include "check.h"
 #include "enqueue_checks.h"
 
@@ -19,6 +20,15 @@ constexpr std::int64_t kRowsHeld[] = {5, 0, 14};
 constexpr std::int64_t kPointedRow = 2;
 // Keys and queries of this size, along one dimension, leave other rows no attention: exp(-16 * 16 / 8).
 constexpr double kLoud = 16.0;
+
+// What a query head should see.
+double expected(const AttentionSizes& sizes, std::int64_t b, std::int64_t token, std::int64_t head) {
+    if (kRowsHeld[b] + sizes.new_tokens > sizes.capacity) return 0.0;
+    const bool points = b == 0 && head >= sizes.query_heads / sizes.kv_heads;
+    return points ? static_cast<double>(kPointedRow) : static_cast<double>(kRowsHeld[b] + token) / 2;
+}
+
+}  // namespace
 
 // The value of row r is r everywhere, and keys are 0: a query sees the average of its rows. Only in the first
 // sequence's second KV head one row has a key, which takes all attention.
@@ -39,17 +49,16 @@ OperatorRun attention_case(const AttentionSizes& sizes, DataType type) {
         }
     }
     run.inputs[kPastK].set({0, 1, kPointedRow, 0}, kLoud);
+    // Rows that are not held yet: whatever they hold is never seen.
+    for (std::int64_t head = 0; head < sizes.kv_heads; ++head) {
+        for (std::int64_t row = kRowsHeld[0]; row < sizes.capacity; ++row) {
+            run.inputs[kPastV].fill({0, head, row}, 240.0);
+        }
+    }
     return run;
 }
 
-// What a query head should see.
-double expected(const AttentionSizes& sizes, std::int64_t b, std::int64_t token, std::int64_t head) {
-    if (kRowsHeld[b] + sizes.new_tokens > sizes.capacity) return 0.0;
-    const bool points = b == 0 && head >= sizes.query_heads / sizes.kv_heads;
-    return points ? static_cast<double>(kPointedRow) : static_cast<double>(kRowsHeld[b] + token) / 2;
-}
-
-void check_result(const AttentionSizes& sizes, const OperatorRun& run, const HostTensor& past_v) {
+void check_attention_result(const AttentionSizes& sizes, const OperatorRun& run, const HostTensor& past_v) {
     constexpr double kTolerance = 0.02;
     for (std::int64_t b = 0; b < sizes.sequences; ++b) {
         for (std::int64_t token = 0; token < sizes.new_tokens; ++token) {
@@ -74,8 +83,6 @@ void check_result(const AttentionSizes& sizes, const OperatorRun& run, const Hos
     CHECK_EQUAL(run.outputs[kPresentK].get({0, 1, kPointedRow, 0}), kLoud);
 }
 
-}  // namespace
-
 void check_attention_runs(PluginLibrary& library, Memory& memory) {
     AttentionSizes sizes;
     Fields fields = attention_fields(sizes);
@@ -88,16 +95,10 @@ void check_attention_runs(PluginLibrary& library, Memory& memory) {
             // As an engine has it, which passes the lengths a second time.
             sizes.past_extent_type = aliasing == Aliasing::kShared ? DataType::kINT32 : DataType::kINT8;
             OperatorRun run = attention_case(sizes, type);
-            // Rows that are not held yet: whatever they hold is never seen.
-            for (std::int64_t head = 0; head < sizes.kv_heads; ++head) {
-                for (std::int64_t row = kRowsHeld[0]; row < sizes.capacity; ++row) {
-                    run.inputs[kPastV].fill({0, head, row}, 240.0);
-                }
-            }
             const HostTensor past_v = run.inputs[kPastV];
             CHECK_EQUAL(run.run(plugin, memory, aliasing), 0);
             CHECK_EQUAL(library.log().take(), "");
-            check_result(sizes, run, past_v);
+            check_attention_result(sizes, run, past_v);
             if (aliasing == Aliasing::kApart) {
                 CHECK_EQUAL(run.inputs[kPastV].get({0, 0, kRowsHeld[0], 0}), 240.0);
             }

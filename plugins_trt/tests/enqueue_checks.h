@@ -10,6 +10,7 @@ namespace starkv::tests {
 void check_attention_runs(PluginLibrary& library, Memory& memory);
 void check_full_attention_runs(PluginLibrary& library, Memory& memory);
 void check_quantized_attention_runs(PluginLibrary& library, Memory& memory);
+void check_packable_attention_runs(PluginLibrary& library, Memory& memory);
 void check_compress_runs(PluginLibrary& library, Memory& memory);
 
 }  // namespace starkv::tests

@@ -67,6 +67,7 @@ int main(int argument_count, char** arguments) {
         check_attention_runs(library, memory);
         check_full_attention_runs(library, memory);
         check_quantized_attention_runs(library, memory);
+        check_packable_attention_runs(library, memory);
         check_compress_runs(library, memory);
     } catch (const std::exception& error) {
         std::fprintf(stderr, "gpu_driver: %s\n", error.what());

@@ -28,15 +28,18 @@ void check(const std::string& path, bool enqueue) {
     REQUIRE(library.creator("KVAttention") != nullptr);
     REQUIRE(library.creator("FullAttention") != nullptr);
     REQUIRE(library.creator("QuantizedKVAttention") != nullptr);
+    REQUIRE(library.creator("PackableKVAttention") != nullptr);
     check_fields(library);
     check_build({*library.creator("KVCompress"), *library.creator("KVAttention"),
-                 *library.creator("FullAttention"), *library.creator("QuantizedKVAttention")});
+                 *library.creator("FullAttention"), *library.creator("QuantizedKVAttention"),
+                 *library.creator("PackableKVAttention")});
     check_errors(library);
     if (!enqueue) return;
     HostMemory memory;
     check_attention_runs(library, memory);
     check_full_attention_runs(library, memory);
     check_quantized_attention_runs(library, memory);
+    check_packable_attention_runs(library, memory);
     check_compress_runs(library, memory);
 }
 

@@ -12,7 +12,8 @@ void check_fields(PluginLibrary& library);
 
 // A creator of each operator.
 struct Creators {
-    nvinfer1::IPluginCreatorV3One &compress, &kv_attention, &full_attention, &quantized_attention;
+    nvinfer1::IPluginCreatorV3One &compress, &kv_attention, &full_attention, &quantized_attention,
+        &packable_attention;
 };
 
 // What TensorRT asks while it builds an engine.

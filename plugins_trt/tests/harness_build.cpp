@@ -206,6 +206,33 @@ void check_quantized_attention(nvinfer1::IPluginCreatorV3One& creator) {
     }
 }
 
+void check_packable_attention(nvinfer1::IPluginCreatorV3One& creator) {
+    PackableSizes sizes;
+    Fields fields = quantized_fields(sizes.codes);
+    const PluginHandle plugin(
+        creator.createPlugin("layer", fields.collection(), nvinfer1::TensorRTPhase::kBUILD));
+    REQUIRE(plugin);
+    check_interfaces(plugin);
+    for (const DataType type : kCacheTypes) {
+        for (const DataType codes : {DataType::kINT8, DataType::kINT32}) {
+            const bool supported = type != DataType::kFLOAT;
+            sizes.codes.codes = codes;
+            // A profile's largest sizes may be those of no call: several new tokens, and rows of codes.
+            const OperatorSpec spec = packable_spec(sizes, type);
+            check_outputs(plugin, spec);
+            if (codes == DataType::kINT8) check_formats(plugin, spec, supported);
+            CHECK_EQUAL(configures(plugin, spec), supported);
+        }
+    }
+    PackableSizes other;
+    other.codes.bits = 4;
+    CHECK(!configures(plugin, packable_spec(other, DataType::kHALF)));
+    other = PackableSizes();
+    other.floats.kv_heads = 4;
+    CHECK(!configures(plugin, packable_spec(other, DataType::kHALF)));
+    check_packable_workspace(plugin);
+}
+
 }  // namespace
 
 void check_build(const Creators& creators) {
@@ -213,6 +240,7 @@ void check_build(const Creators& creators) {
     check_attention(creators.kv_attention);
     check_full_attention(creators.full_attention);
     check_quantized_attention(creators.quantized_attention);
+    check_packable_attention(creators.packable_attention);
 }
 
 }  // namespace starkv::tests

@@ -160,6 +160,48 @@ void check_quantized_attention_errors(PluginLibrary& library) {
     check_refused(library, plugin, misaligned, "STARKV_ERROR_MISALIGNED");
 }
 
+void check_packable_attention_errors(PluginLibrary& library) {
+    PackableSizes sizes;
+    sizes.codes.capacity = 1;
+    Fields fields = quantized_fields(sizes.codes);
+    const PluginHandle plugin(
+        library.creator("PackableKVAttention")
+            ->createPlugin("layer", fields.collection(), nvinfer1::TensorRTPhase::kRUNTIME));
+    REQUIRE(plugin);
+    const OperatorSpec spec = packable_spec(sizes, DataType::kBF16);
+    const auto refused = [&](const std::function<void(OperatorSpec&)>& change, const char* reason) {
+        check_refused(library, plugin, changed(spec, change), reason);
+    };
+    PackableSizes other;
+    check_refused(library, plugin, OperatorRun(packable_spec(other, DataType::kBF16)),
+                  "a cache of codes takes one new token, not 3; a prompt goes to the cache of floats, with a "
+                  "cache of codes of one row, not 16");
+    refused([](OperatorSpec& s) { s.inputs[9].shape[1] = 2; }, "positions must be [B K 3]");
+    refused([](OperatorSpec& s) { s.inputs[8].type = s.outputs[4].type = DataType::kHALF; },
+            "past_v_codes must be int8, not float16");
+    refused([](OperatorSpec& s) { s.outputs[3].type = DataType::kINT32; },
+            "present_k_codes must be int8, not int32");
+    refused([](OperatorSpec& s) { s.outputs[1].shape[2] = 2; }, "present_k must be [B G C D]");
+    refused(
+        [](OperatorSpec& s) {
+            for (const std::size_t input : {3, 4}) s.inputs[input].shape[3] = 80;
+            for (const std::size_t output : {1, 2}) s.outputs[output].shape[3] = 80;
+        },
+        "past_k's rows have 80 numbers, and cos_table's 32 instead of half of that");
+    other = sizes;
+    other.codes.bits = 4;
+    check_refused(library, plugin, OperatorRun(packable_spec(other, DataType::kBF16)), "bits 8 do not fit");
+    // Either cache's kernels look at addresses.
+    OperatorRun misaligned(spec);
+    misaligned.misalignment = 8;
+    check_refused(library, plugin, misaligned, "STARKV_ERROR_MISALIGNED");
+    sizes.codes.capacity = 16;
+    sizes.floats.new_tokens = 1;
+    misaligned = OperatorRun(packable_spec(sizes, DataType::kBF16));
+    misaligned.misalignment = 8;
+    check_refused(library, plugin, misaligned, "STARKV_ERROR_MISALIGNED");
+}
+
 }  // namespace
 
 void check_errors(PluginLibrary& library) {
@@ -167,6 +209,7 @@ void check_errors(PluginLibrary& library) {
     check_attention_errors(library);
     check_full_attention_errors(library);
     check_quantized_attention_errors(library);
+    check_packable_attention_errors(library);
 }
 
 }  // namespace starkv::tests

@@ -33,8 +33,9 @@ void check_refused(PluginLibrary& library, const char* operator_name, Fields fie
 }
 
 void check_creators(const PluginLibrary& library) {
-    CHECK_EQUAL(library.creator_count(), 4);
-    for (const char* name : {"KVCompress", "KVAttention", "FullAttention", "QuantizedKVAttention"}) {
+    CHECK_EQUAL(library.creator_count(), 5);
+    for (const char* name :
+         {"KVCompress", "KVAttention", "FullAttention", "QuantizedKVAttention", "PackableKVAttention"}) {
         nvinfer1::IPluginCreatorV3One* creator = library.creator(name);
         REQUIRE(creator != nullptr);
         CHECK_EQUAL(std::string(creator->getPluginVersion()), "1");
@@ -53,8 +54,10 @@ void check_creators(const PluginLibrary& library) {
     declares("KVAttention", 0, "num_heads", PluginFieldType::kINT32);
     declares("KVAttention", 1, "kv_num_heads", PluginFieldType::kINT32);
     declares("FullAttention", 0, "num_heads", PluginFieldType::kINT32, 1);
-    declares("QuantizedKVAttention", 2, "bits", PluginFieldType::kINT32, 4);
-    declares("QuantizedKVAttention", 3, "mrope_section", PluginFieldType::kINT32, 4);
+    for (const char* name : {"QuantizedKVAttention", "PackableKVAttention"}) {
+        declares(name, 2, "bits", PluginFieldType::kINT32, 4);
+        declares(name, 3, "mrope_section", PluginFieldType::kINT32, 4);
+    }
 }
 
 void check_compress_fields(PluginLibrary& library) {
@@ -116,21 +119,21 @@ void check_full_attention_fields(PluginLibrary& library) {
     check_refused(library, "FullAttention", Fields().add("heads", 4), "unknown attribute 'heads'");
 }
 
-void check_quantized_attention_fields(PluginLibrary& library) {
-    constexpr const char* kName = "QuantizedKVAttention";
+// Of QuantizedKVAttention and PackableKVAttention.
+void check_coded_attention_fields(PluginLibrary& library, const char* name) {
     const auto some = [](std::int32_t query_heads, std::int32_t kv_heads, std::int32_t bits) {
         return Fields().add("num_heads", query_heads).add("kv_num_heads", kv_heads).add("bits", bits);
     };
-    CHECK((created(library, kName, some(28, 4, 8).add_list("mrope_section", {16, 24, 24})) ==
+    CHECK((created(library, name, some(28, 4, 8).add_list("mrope_section", {16, 24, 24})) ==
            Values{{"num_heads", "28"}, {"kv_num_heads", "4"}, {"bits", "8"}, {"mrope_section", "16 24 24"}}));
-    check_refused(library, kName, some(28, 5, 8).add_list("mrope_section", {64, 0, 0}), "28 and 5 are not");
-    check_refused(library, kName, some(28, 4, 3).add_list("mrope_section", {64, 0, 0}), "4 or 8; 3 is not");
-    check_refused(library, kName, some(28, 4, 8), "mrope_section must be given");
-    check_refused(library, kName, some(28, 4, 8).add_list("mrope_section", {65, -1, 0}),
+    check_refused(library, name, some(28, 5, 8).add_list("mrope_section", {64, 0, 0}), "28 and 5 are not");
+    check_refused(library, name, some(28, 4, 3).add_list("mrope_section", {64, 0, 0}), "4 or 8; 3 is not");
+    check_refused(library, name, some(28, 4, 8), "mrope_section must be given");
+    check_refused(library, name, some(28, 4, 8).add_list("mrope_section", {65, -1, 0}),
                   "65, -1 and 0 are not");
-    check_refused(library, kName, some(28, 4, 8).add_list("mrope_section", {32, 32}),
+    check_refused(library, name, some(28, 4, 8).add_list("mrope_section", {32, 32}),
                   "mrope_section must be 3 INT32 (field type 5, length 2 given)");
-    check_refused(library, kName, some(28, 4, 8).add("scale", 1), "unknown attribute 'scale'");
+    check_refused(library, name, some(28, 4, 8).add("scale", 1), "unknown attribute 'scale'");
 }
 
 // A plugin, what TensorRT makes of its serialised fields, its clone and its copy in an execution context.
@@ -173,8 +176,8 @@ void check_timing_cache_ids(PluginLibrary& library) {
           id("FullAttention", Fields().add("num_heads", 9)));
     QuantizedSizes four_bits;
     four_bits.bits = 4;
-    CHECK(id("QuantizedKVAttention", quantized_fields({})) !=
-          id("QuantizedKVAttention", quantized_fields(four_bits)));
+    for (const char* name : {"QuantizedKVAttention", "PackableKVAttention"})
+        CHECK(id(name, quantized_fields({})) != id(name, quantized_fields(four_bits)));
     CHECK(id("KVAttention", attention_fields({})) !=
           id("KVAttention", Fields().add("num_heads", 28).add("kv_num_heads", 4)));
 }
@@ -186,11 +189,13 @@ void check_fields(PluginLibrary& library) {
     check_compress_fields(library);
     check_attention_fields(library);
     check_full_attention_fields(library);
-    check_quantized_attention_fields(library);
+    for (const char* name : {"QuantizedKVAttention", "PackableKVAttention"}) {
+        check_coded_attention_fields(library, name);
+        check_copies(library, name, quantized_fields({}));
+    }
     check_copies(library, "KVCompress", Fields().add("pooling", "maxpool").add("pooling_kernel", 9));
     check_copies(library, "KVAttention", attention_fields({}));
     check_copies(library, "FullAttention", full_attention_fields({}));
-    check_copies(library, "QuantizedKVAttention", quantized_fields({}));
     check_timing_cache_ids(library);
 }
 

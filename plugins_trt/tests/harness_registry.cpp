@@ -30,6 +30,7 @@ void check_registry(const std::string& plugin_library, const std::string& tensor
     REQUIRE(creator("KVAttention", "1", "ai.starkv") != nullptr);
     REQUIRE(creator("FullAttention", "1", "ai.starkv") != nullptr);
     REQUIRE(creator("QuantizedKVAttention", "1", "ai.starkv") != nullptr);
+    REQUIRE(creator("PackableKVAttention", "1", "ai.starkv") != nullptr);
     // Namespace and version are part of the key.
     CHECK(creator("KVCompress", "1", "") == nullptr);
     CHECK(creator("KVCompress", "2", "ai.starkv") == nullptr);
@@ -40,7 +41,8 @@ void check_registry(const std::string& plugin_library, const std::string& tensor
               ->createPlugin("layer", fields.collection(), nvinfer1::TensorRTPhase::kBUILD) == nullptr);
     check_build({*creator("KVCompress", "1", "ai.starkv"), *creator("KVAttention", "1", "ai.starkv"),
                  *creator("FullAttention", "1", "ai.starkv"),
-                 *creator("QuantizedKVAttention", "1", "ai.starkv")});
+                 *creator("QuantizedKVAttention", "1", "ai.starkv"),
+                 *creator("PackableKVAttention", "1", "ai.starkv")});
 }
 
 }  // namespace starkv::tests

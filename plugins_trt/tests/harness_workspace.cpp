@@ -2,6 +2,7 @@
 
 #include "harness_workspace.h"
 
+#include <algorithm>
 #include <vector>
 
 #include "check.h"
@@ -60,7 +61,7 @@ std::size_t needed(const AttentionSizes& sizes) {
     return bytes;
 }
 
-std::size_t needed(const QuantizedSizes& sizes) {
+std::size_t needed(const QuantizedSizes& sizes, std::int32_t type = STARKV_FLOAT32) {
     const std::int32_t pairs = narrow(sizes.head_dim / 2);
     const starkv_quantized_attention_shape shape{narrow(sizes.sequences),
                                                  narrow(sizes.query_heads),
@@ -69,7 +70,7 @@ std::size_t needed(const QuantizedSizes& sizes) {
                                                  narrow(sizes.capacity),
                                                  narrow(sizes.table_rows),
                                                  narrow(sizes.bits),
-                                                 STARKV_FLOAT32,
+                                                 type,
                                                  {pairs, 0, 0}};
     std::size_t bytes = 0;
     CHECK_EQUAL(starkv_quantized_attention_workspace(&shape, &bytes), STARKV_OK);
@@ -142,6 +143,35 @@ void check_quantized_workspace(const PluginHandle& plugin, std::int64_t bits) {
             }
         }
     }
+}
+
+void check_packable_workspace(const PluginHandle& plugin) {
+    PackableSizes largest;
+    largest.floats.sequences = largest.codes.sequences = 24;
+    largest.floats.new_tokens = 2048;
+    largest.floats.capacity = 16384;
+    largest.codes.capacity = 1;
+    largest.codes.table_rows = 512;
+    const std::size_t of_prompts = reserved(plugin, packable_spec(largest, DataType::kHALF));
+    largest.floats.new_tokens = 1;
+    largest.codes.capacity = 16384;
+    const std::size_t of_replies = reserved(plugin, packable_spec(largest, DataType::kHALF));
+    std::size_t over_floats = 0, over_codes = 0;
+    PackableSizes some = largest;
+    for (std::int64_t sequences = 1; sequences <= 24; ++sequences) {
+        some.floats.sequences = some.codes.sequences = sequences;
+        for (const std::int64_t new_tokens : {1, 100, 2048}) {
+            some.floats.new_tokens = new_tokens;
+            over_floats = std::max(over_floats, needed(some.floats));
+        }
+        for (const std::int64_t capacity : {64, 1000, 16384}) {
+            some.codes.capacity = capacity;
+            over_codes = std::max(over_codes, needed(some.codes, STARKV_FLOAT16));
+        }
+    }
+    // Nothing for codes where a profile has none. A single token over floats needs the most of all lengths.
+    CHECK_EQUAL(of_prompts, over_floats);
+    CHECK_EQUAL(of_replies, std::max(over_floats, over_codes));
 }
 
 }  // namespace starkv::tests

@@ -11,5 +11,6 @@ namespace starkv::tests {
 void check_compress_workspace(const PluginHandle& plugin);
 void check_attention_workspace(const PluginHandle& plugin);
 void check_quantized_workspace(const PluginHandle& plugin, std::int64_t bits);
+void check_packable_workspace(const PluginHandle& plugin);
 
 }  // namespace starkv::tests

@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "attention_cases.h"
 #include "check.h"
 #include "enqueue_checks.h"
 
@@ -54,6 +55,17 @@ private:
 
 int old_code(std::int64_t row) { return static_cast<int>(row % 6); }
 
+double expected(const QuantizedSizes& sizes, std::int64_t b, std::int64_t head) {
+    if (kRowsHeld[b] >= sizes.capacity) return 0.0;
+    const bool points = b == 0 && head / (sizes.query_heads / sizes.kv_heads) == kPointedHead;
+    double sum = kNewCode;
+    for (std::int64_t row = 0; row < kRowsHeld[b]; ++row) sum += old_code(row);
+    const double code = points ? old_code(kPointedRow) : sum / static_cast<double>(kRowsHeld[b] + 1);
+    return code * kValueScale + kValueBias;
+}
+
+}  // namespace
+
 // Keys are 0 but for their bias: a query sees the average of its rows. Only in the first sequence's second KV
 // head the bias makes one row's position loud: its t is 1, where the cosine is 1 instead of 0.
 OperatorRun quantized_case(const QuantizedSizes& sizes, DataType type) {
@@ -85,16 +97,7 @@ OperatorRun quantized_case(const QuantizedSizes& sizes, DataType type) {
     return run;
 }
 
-double expected(const QuantizedSizes& sizes, std::int64_t b, std::int64_t head) {
-    if (kRowsHeld[b] >= sizes.capacity) return 0.0;
-    const bool points = b == 0 && head / (sizes.query_heads / sizes.kv_heads) == kPointedHead;
-    double sum = kNewCode;
-    for (std::int64_t row = 0; row < kRowsHeld[b]; ++row) sum += old_code(row);
-    const double code = points ? old_code(kPointedRow) : sum / static_cast<double>(kRowsHeld[b] + 1);
-    return code * kValueScale + kValueBias;
-}
-
-void check_result(const QuantizedSizes& sizes, OperatorRun& run) {
+void check_quantized_result(const QuantizedSizes& sizes, OperatorRun& run) {
     constexpr double kTolerance = 0.03;
     CodeTensor keys(run.outputs[kPresentK], sizes), values(run.outputs[kPresentV], sizes);
     for (std::int64_t b = 0; b < sizes.sequences; ++b) {
@@ -114,8 +117,6 @@ void check_result(const QuantizedSizes& sizes, OperatorRun& run) {
     }
 }
 
-}  // namespace
-
 void check_quantized_attention_runs(PluginLibrary& library, Memory& memory) {
     for (const std::int64_t bits : {8, 4}) {
         QuantizedSizes sizes;
@@ -131,7 +132,7 @@ void check_quantized_attention_runs(PluginLibrary& library, Memory& memory) {
                 OperatorRun run = quantized_case(sizes, type);
                 CHECK_EQUAL(run.run(plugin, memory, aliasing), 0);
                 CHECK_EQUAL(library.log().take(), "");
-                check_result(sizes, run);
+                check_quantized_result(sizes, run);
                 if (aliasing == Aliasing::kApart) {
                     CodeTensor past(run.inputs[kPastV], sizes);
                     CHECK_EQUAL(past.get(0, 0, kRowsHeld[0], 0), old_code(kRowsHeld[0]));

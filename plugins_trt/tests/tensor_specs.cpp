@@ -113,6 +113,19 @@ Fields quantized_fields(const QuantizedSizes& sizes) {
     return fields.add_list("mrope_section", {pairs / 4, pairs / 4, pairs - pairs / 4 * 2});
 }
 
+OperatorSpec packable_spec(const PackableSizes& sizes, DataType type) {
+    OperatorSpec spec = attention_spec(sizes.floats, type);
+    const OperatorSpec codes = quantized_spec(sizes.codes, type);
+    spec.name = "PackableKVAttention";
+    const auto append = [&](std::size_t input) { spec.inputs.push_back(codes.inputs[input]); };
+    append(3);
+    append(4);
+    for (std::size_t input = 6; input < codes.inputs.size(); ++input) append(input);
+    spec.outputs.insert(spec.outputs.end(), codes.outputs.begin() + 1, codes.outputs.end());
+    spec.aliases.insert(spec.aliases.end(), {7, 8});
+    return spec;
+}
+
 nvinfer1::PluginTensorDesc describe(const TensorSpec& tensor) {
     nvinfer1::PluginTensorDesc desc{};
     desc.type = tensor.type;

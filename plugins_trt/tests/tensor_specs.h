@@ -48,6 +48,13 @@ struct QuantizedSizes {
     nvinfer1::DataType codes = nvinfer1::DataType::kINT8;
 };
 
+// Of PackableKVAttention: floats with the sizes of KVAttention, and codes with those of QuantizedKVAttention,
+// whose capacity says which of them a call works on. What both have comes from the former.
+struct PackableSizes {
+    AttentionSizes floats;
+    QuantizedSizes codes;
+};
+
 OperatorSpec compress_spec(const CompressSizes& sizes, nvinfer1::DataType cache_type);
 OperatorSpec attention_spec(const AttentionSizes& sizes, nvinfer1::DataType cache_type);
 Fields attention_fields(const AttentionSizes& sizes);
@@ -55,6 +62,8 @@ OperatorSpec full_attention_spec(const FullAttentionSizes& sizes, nvinfer1::Data
 Fields full_attention_fields(const FullAttentionSizes& sizes);
 OperatorSpec quantized_spec(const QuantizedSizes& sizes, nvinfer1::DataType cache_type);
 Fields quantized_fields(const QuantizedSizes& sizes);
+// Has the attributes of QuantizedKVAttention.
+OperatorSpec packable_spec(const PackableSizes& sizes, nvinfer1::DataType cache_type);
 
 nvinfer1::PluginTensorDesc describe(const TensorSpec& tensor);
 std::vector<nvinfer1::PluginTensorDesc> describe(const std::vector<TensorSpec>& tensors);

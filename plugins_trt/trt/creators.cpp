@@ -10,6 +10,7 @@
 #include "full_attention_plugin.h"
 #include "kv_attention_plugin.h"
 #include "logging.h"
+#include "packable_attention_plugin.h"
 #include "quantized_attention_plugin.h"
 
 namespace starkv::trt {
@@ -52,8 +53,9 @@ STARKV_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(std::int32_t
     static Creator<KVAttentionPlugin> kv_attention;
     static Creator<FullAttentionPlugin> full_attention;
     static Creator<QuantizedAttentionPlugin> quantized_attention;
+    static Creator<PackableAttentionPlugin> packable_attention;
     static nvinfer1::IPluginCreatorInterface* const creators[] = {&compress, &kv_attention, &full_attention,
-                                                                  &quantized_attention};
-    creator_count = 4;
+                                                                  &quantized_attention, &packable_attention};
+    creator_count = 5;
     return creators;
 }

@@ -3,8 +3,7 @@
 // all of it.
 #pragma once
 
-#include "operator_plugin.h"
-#include "starkv_kernels.h"
+#include "float_attention.h"
 
 namespace starkv::trt {
 
@@ -20,7 +19,7 @@ public:
     const nvinfer1::PluginFieldCollection* getFieldsToSerialize() noexcept override;
 
 private:
-    KVAttentionPlugin(std::int32_t query_heads, std::int32_t kv_heads) noexcept;
+    explicit KVAttentionPlugin(const AttentionHeads& heads) noexcept;
 
     bool fits_attributes(const Sizes& sizes) const noexcept override;
     int workspace_bytes(const Sizes& sizes, nvinfer1::DataType cache_type,
@@ -29,10 +28,7 @@ private:
                              std::size_t* bytes) const noexcept override;
     int launch(const Call& call) const noexcept override;
 
-    starkv_attention_shape shape_of(const Sizes& sizes, nvinfer1::DataType cache_type) const noexcept;
-
-    std::int32_t query_heads_;
-    std::int32_t kv_heads_;
+    AttentionHeads heads_;
     char timing_cache_id_[32];
     nvinfer1::PluginField serialized_[2];
     nvinfer1::PluginFieldCollection collection_{};

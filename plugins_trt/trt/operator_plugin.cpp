@@ -126,7 +126,8 @@ std::int32_t OperatorPlugin::enqueue(const PluginTensorDesc* input_descs,
 
 bool OperatorPlugin::prepare(const PluginTensorDesc* inputs, const PluginTensorDesc* outputs, Sizes& sizes,
                              std::size_t& bytes) const noexcept {
-    if (!signature_.bind(inputs, outputs, sizes) || !fits_attributes(sizes)) return false;
+    if (!signature_.bind(inputs, outputs, sizes) || !fits_attributes(sizes) || !fits_call(sizes))
+        return false;
     const int status = workspace_bytes(sizes, inputs[0].type, &bytes);
     if (status != STARKV_OK) report_status(signature_.name, status);
     return status == STARKV_OK;

@@ -60,9 +60,6 @@ public:
                          const nvinfer1::PluginTensorDesc* output_descs, const void* const* inputs,
                          void* const* outputs, void* workspace, cudaStream_t stream) noexcept final;
 
-protected:
-    explicit OperatorPlugin(const Signature& signature) noexcept : signature_(signature) {}
-
     // One call of the operator, whose tensors fit each other.
     struct Call {
         Sizes sizes;
@@ -75,8 +72,14 @@ protected:
         cudaStream_t stream;
     };
 
+protected:
+    explicit OperatorPlugin(const Signature& signature) noexcept : signature_(signature) {}
+
     // Reports and returns false if the attributes do not allow these sizes.
     virtual bool fits_attributes(const Sizes& /*sizes*/) const noexcept { return true; }
+    // Reports and returns false if a call can't have these sizes. A profile's largest sizes can be such where
+    // no call has them all at once.
+    virtual bool fits_call(const Sizes& /*sizes*/) const noexcept { return true; }
     // Bytes of workspace, as a starkv_status.
     virtual int workspace_bytes(const Sizes& sizes, nvinfer1::DataType cache_type,
                                 std::size_t* bytes) const noexcept = 0;

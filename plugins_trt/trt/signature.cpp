@@ -193,7 +193,7 @@ Sizes Signature::largest(const nvinfer1::DynamicPluginTensorDesc* given_inputs) 
 
 std::size_t byte_count(const PluginTensorDesc& tensor) noexcept {
     const bool two_bytes = tensor.type == DataType::kHALF || tensor.type == DataType::kBF16;
-    std::size_t bytes = two_bytes ? 2 : 4;
+    std::size_t bytes = tensor.type == DataType::kINT8 ? 1 : two_bytes ? 2 : 4;
     for (int axis = 0; axis < tensor.dims.nbDims; ++axis)
         bytes *= static_cast<std::size_t>(tensor.dims.d[axis]);
     return bytes;

@@ -90,7 +90,7 @@ struct Signature {
     Sizes largest(const nvinfer1::DynamicPluginTensorDesc* given_inputs) const noexcept;
 };
 
-// Bytes of a tensor of float32, half, bfloat16 or 32-bit integers.
+// Bytes of a tensor of float32, half, bfloat16 or integers of 32 or 8 bits.
 std::size_t byte_count(const nvinfer1::PluginTensorDesc& tensor) noexcept;
 
 }  // namespace starkv::trt

@@ -8,7 +8,7 @@ with the PyTorch reference where there is no TensorRT; ``libstarkv_trt_cpu.so`` 
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
-from ctypes import POINTER, Structure, c_char_p, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, c_char_p, c_size_t, c_void_p
 from pathlib import Path
 
 import torch
@@ -20,6 +20,8 @@ from starkv.kernels.c_abi import KernelError
 from starkv.kernels.c_abi_quantized import QUANTIZED_INPUTS
 from starkv.kernels.compress_call import CompressCall, CompressResult
 from starkv.kernels.full_attention_call import FullAttentionCall
+from starkv.kernels.packable_attention_call import PackableAttentionCall
+from starkv.kernels.plugin_driver_abi import DriverCall, DriverField, DriverTensor, FieldValue
 from starkv.kernels.quantized_attention_call import QuantizedAttentionCall
 
 COMPRESS_INPUTS = (
@@ -42,59 +44,8 @@ COMPRESS_INPUTS = (
 )
 """Fields of :class:`CompressCall` in the order of the operator's definition."""
 
-FieldValue = int | str | tuple[int, ...]
-"""Of an attribute."""
-
-# nvinfer1::DataType.
-_TYPES = {
-    torch.float32: 0,
-    torch.float16: 1,
-    torch.int8: 2,
-    torch.int32: 3,
-    torch.bfloat16: 7,
-    torch.int64: 8,
-}
-_MOST_DIMS = 8
 _DEVICE_BYTES = 8
 _MESSAGE_BYTES = 4096
-
-
-class _Tensor(Structure):
-    """``starkv_driver_tensor`` of plugins_trt/tests/plugin_driver.h."""
-
-    _fields_ = [("type", c_int32), ("rank", c_int32), ("dims", c_int64 * _MOST_DIMS), ("data", c_void_p)]
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> "_Tensor":
-        return cls(_TYPES[tensor.dtype], tensor.dim(), (*tensor.shape,), tensor.data_ptr())
-
-
-class _Field(Structure):
-    """``starkv_driver_field``."""
-
-    _fields_ = [("name", c_char_p), ("text", c_char_p), ("count", c_int32), ("integers", POINTER(c_int32))]
-
-    @classmethod
-    def of(cls, name: str, value: FieldValue) -> "_Field":
-        if isinstance(value, str):
-            return cls(name.encode(), value.encode(), 0, None)
-        integers = (value,) if isinstance(value, int) else value
-        return cls(name.encode(), None, len(integers), (c_int32 * len(integers))(*integers))
-
-
-class _Call(Structure):
-    """``starkv_driver_call``."""
-
-    _fields_ = [
-        ("plugin_library", c_char_p),
-        ("operator_name", c_char_p),
-        ("field_count", c_int32),
-        ("fields", POINTER(_Field)),
-        ("input_count", c_int32),
-        ("inputs", POINTER(_Tensor)),
-        ("output_count", c_int32),
-        ("outputs", POINTER(_Tensor)),
-    ]
 
 
 class PluginDriver:
@@ -123,9 +74,9 @@ class PluginDriver:
         self._check(library.starkv_driver_device, self._plugin_library, device)
         self.device = device.value.decode()
         self._workspace = library.starkv_driver_workspace
-        self._workspace.argtypes = [POINTER(_Call), POINTER(c_size_t), *report]
+        self._workspace.argtypes = [POINTER(DriverCall), POINTER(c_size_t), *report]
         self._enqueue = library.starkv_driver_enqueue
-        self._enqueue.argtypes = [POINTER(_Call), c_void_p, c_void_p, *report]
+        self._enqueue.argtypes = [POINTER(DriverCall), c_void_p, c_void_p, *report]
 
     def compress(self, call: CompressCall, aliased: bool = True) -> CompressResult:
         """Score, select and compact; ``dst_*`` of the call are written.
@@ -196,17 +147,41 @@ class PluginDriver:
         past = (call.past_k, call.past_v)
         present_k, present_v = past if aliased else (torch.empty_like(cache) for cache in past)
         out = torch.empty_like(call.q)
-        fields: dict[str, FieldValue] = {
-            "num_heads": call.heads,
-            "kv_num_heads": int(call.past_k.shape[1]),
-            "bits": call.bits,
-            "mrope_section": call.mrope_section,
-        }
         inputs = {name: getattr(call, name) for name in QUANTIZED_INPUTS}
         inputs |= {"past_k": call.past_k.view(carrier), "past_v": call.past_v.view(carrier)}
         outputs = (out, present_k.view(carrier), present_v.view(carrier))
-        self.run("QuantizedKVAttention", fields, tuple(inputs.values()), outputs)
+        self.run("QuantizedKVAttention", _attributes_of_codes(call), tuple(inputs.values()), outputs)
         return out, present_k, present_v
+
+    def packable_attention(
+        self, call: PackableAttentionCall, aliased: bool = True, carrier: torch.dtype = torch.int8
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Append to the floats or the codes, and attend to them: ``out``, ``present_k``, ``present_v``,
+        ``present_k_codes``, ``present_v_codes``.
+
+        Args:
+            call: tensors on the plugins' device.
+            aliased: as in :meth:`attention`, for all four caches.
+            carrier: of the codes' bytes in the network, int8 or int32.
+
+        Raises:
+            UsageError: a tensor lies elsewhere.
+            KernelError: the plugin refused the call.
+        """
+        past = (call.past_k, call.past_v, call.past_k_codes, call.past_v_codes)
+        floats_k, floats_v, codes_k, codes_v = (
+            cache if aliased else torch.empty_like(cache) for cache in past
+        )
+        out = torch.empty_like(call.q)
+        # Lengths a second time instead of an extent, as engines have it.
+        inputs = (call.q, call.k, call.v, call.past_k, call.past_v, call.kv_len, call.kv_len)
+        codes = (call.past_k_codes.view(carrier), call.past_v_codes.view(carrier))
+        names = QUANTIZED_INPUTS[QUANTIZED_INPUTS.index("positions") :]
+        parameters = [getattr(call, name) for name in names]
+        outputs = (out, floats_k, floats_v, codes_k.view(carrier), codes_v.view(carrier))
+        fields = _attributes_of_codes(call.of_codes)
+        self.run("PackableKVAttention", fields, (*inputs, *codes, *parameters), outputs)
+        return out, floats_k, floats_v, codes_k, codes_v
 
     def full_attention(self, call: FullAttentionCall) -> Tensor:
         """Every token attends to every other: ``[B, N, H·D]``.
@@ -241,15 +216,15 @@ class PluginDriver:
         for tensor in (*inputs, *outputs):
             if tensor.device.type != self.device or not tensor.is_contiguous():
                 raise UsageError(f"plugins take contiguous tensors on {self.device}, not on {tensor.device}")
-        call = _Call(
+        call = DriverCall(
             self._plugin_library,
             operator.encode(),
             len(fields),
-            (_Field * len(fields))(*(_Field.of(*field) for field in fields.items())),
+            (DriverField * len(fields))(*(DriverField.of(*field) for field in fields.items())),
             len(inputs),
-            (_Tensor * len(inputs))(*map(_Tensor.of, inputs)),
+            (DriverTensor * len(inputs))(*map(DriverTensor.of, inputs)),
             len(outputs),
-            (_Tensor * len(outputs))(*map(_Tensor.of, outputs)),
+            (DriverTensor * len(outputs))(*map(DriverTensor.of, outputs)),
         )
         size = c_size_t()
         self._check(self._workspace, ctypes.byref(call), ctypes.byref(size))
@@ -264,3 +239,12 @@ class PluginDriver:
         message = ctypes.create_string_buffer(_MESSAGE_BYTES)
         if function(*arguments, message, _MESSAGE_BYTES):
             raise KernelError(message.value.decode().strip())
+
+
+def _attributes_of_codes(call: QuantizedAttentionCall) -> dict[str, FieldValue]:
+    return {
+        "num_heads": call.heads,
+        "kv_num_heads": int(call.past_k.shape[1]),
+        "bits": call.bits,
+        "mrope_section": call.mrope_section,
+    }

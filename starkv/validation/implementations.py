@@ -112,7 +112,8 @@ def plugin(device: torch.device) -> Implementation:
         reason = f"no {PLUGINS[device.type]}; {_BUILD} where TensorRT's headers are"
         return Implementation("TensorRT plugin", missing=reason)
     driver = PluginDriver(*libraries)
-    return _on(device, "TensorRT plugin", "emulated", driver)
+    made = _on(device, "TensorRT plugin", "emulated", driver)
+    return replace(made, packable_attention=driver.packable_attention)
 
 
 def _on(

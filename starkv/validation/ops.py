@@ -5,7 +5,13 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from starkv.validation import attention_checks, compress_checks, full_attention_checks, quantized_checks
+from starkv.validation import (
+    attention_checks,
+    compress_checks,
+    full_attention_checks,
+    packable_checks,
+    quantized_checks,
+)
 from starkv.validation.implementations import implementations
 from starkv.validation.report import Check
 
@@ -22,7 +28,7 @@ def validate_ops(
 
     Args:
         device: ``cuda``, or ``cpu`` where the GPU implementations are emulated on small cases.
-        dtypes: names of element types; attention to a cache that is not quantized has no float32.
+        dtypes: names of element types; attention to a cache of floats has no float32.
         started: told what is worked at.
     """
     others = implementations(device)
@@ -47,3 +53,10 @@ def validate_ops(
             yield from quantized_checks.check_quantized_attention(
                 quantized_size, DTYPES[name], device, others
             )
+    for packable_size in packable_checks.SIZES[device.type]:
+        for name in dtypes:
+            if DTYPES[name] in attention_checks.TOLERANCE:
+                started(f"PackableKVAttention, {packable_size.name}, {name}")
+                yield from packable_checks.check_packable_attention(
+                    packable_size, DTYPES[name], device, others
+                )

@@ -18,12 +18,15 @@ from compress_cases import CASES, check_implementation, check_in_place
 from compress_prompts import Case
 from plugin_build import HEADERS_VARIABLE, PluginBuild, build, header_folders
 
+from starkv.errors import UsageError
 from starkv.kernels.attention_call import AttentionCall, reference_attention
 from starkv.kernels.c_abi import KernelError
 from starkv.kernels.compress_call import CompressCall, CompressResult
 from starkv.kernels.full_attention_call import FullAttentionCall, reference_full_attention
+from starkv.kernels.packable_attention_call import reference_packable_attention
 from starkv.kernels.plugin_driver import PluginDriver
 from starkv.kernels.quantized_attention_reference import reference_quantized_attention
+from starkv.validation.packable_calls import PackableSize, make_packable_call
 from starkv.validation.quantized_calls import QuantizedSize, make_quantized_call
 
 pytestmark = pytest.mark.slow
@@ -157,6 +160,38 @@ def test_quantized_attention_equals_the_reference(
     assert torch.equal(call.past_k, expected[1] if aliased else before)
 
 
+@pytest.mark.parametrize("carrier", [torch.int8, torch.int32], ids=str)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("new_tokens", [1, 9])
+@pytest.mark.parametrize("cache", ["floats", "codes"])
+def test_packable_attention_equals_the_reference(
+    driver: PluginDriver, cache: str, new_tokens: int, dtype: torch.dtype, bits: int, carrier: torch.dtype
+) -> None:
+    """Caches are written in place where codes are carried as words, else copied."""
+    aliased, over_codes = carrier == torch.int32, cache == "codes"
+    codes = QuantizedSize((7, 0, 40, 31), 40 if over_codes else 1, bits, 6, 2, head_dim=64)
+    call = make_packable_call(PackableSize(codes, float_rows=40, new_tokens=new_tokens), dtype, CPU)
+    if over_codes and new_tokens > 1:
+        with pytest.raises(UsageError, match=r"takes one new token, not 9.*of one row, not 40"):
+            reference_packable_attention(call)
+        with pytest.raises(KernelError, match=r"takes one new token, not 9.*of one row, not 40"):
+            driver.packable_attention(call)
+        return
+    expected, *presents = reference_packable_attention(call)
+    past = (call.past_k, call.past_v, call.past_k_codes, call.past_v_codes)
+    before = [tensor.clone() for tensor in past]
+    out, *found = driver.packable_attention(call, aliased, carrier)
+    error = (out.double() - expected).norm() / expected.norm()
+    assert error <= {torch.float16: 2e-3, torch.bfloat16: 4e-3}[dtype]
+    assert (out[2] == 0).all()
+    for tensor, wanted, result, held in zip(past, presents, found, before, strict=True):
+        assert torch.equal(result, wanted)
+        assert torch.equal(tensor, wanted if aliased else held)
+    changed = [not torch.equal(*pair) for pair in zip(presents, before, strict=True)]
+    assert changed == [not over_codes, not over_codes, over_codes, over_codes]
+
+
 def test_errors_are_reported_with_their_reason(driver: PluginDriver) -> None:
     call = attention_call(torch.float16, 1)
     with pytest.raises(KernelError, match="KVAttention: STARKV_ERROR_DTYPE: "):
@@ -193,6 +228,7 @@ assert [f.name for f in registry.get_creator("KVAttention", "1", "ai.starkv").fi
     "num_heads", "kv_num_heads"]
 assert [f.name for f in registry.get_creator("QuantizedKVAttention", "1", "ai.starkv").field_names] == [
     "num_heads", "kv_num_heads", "bits", "mrope_section"]
+assert registry.get_creator("PackableKVAttention", "1", "ai.starkv") is not None
 assert registry.get_creator("KVCompress", "1", "") is None
 print("ok", trt.__version__)
 """

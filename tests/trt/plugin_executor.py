@@ -17,7 +17,8 @@ from torch import Tensor
 
 from starkv.kernels.compress_call import CompressCall, CompressResult
 from starkv.kernels.library_paths import plugin_libraries
-from starkv.kernels.plugin_driver import COMPRESS_INPUTS, FieldValue, PluginDriver
+from starkv.kernels.plugin_driver import COMPRESS_INPUTS, PluginDriver
+from starkv.kernels.plugin_driver_abi import FieldValue
 
 DEVICE_VARIABLE = "STARKV_TRT_PLUGINS"
 """``cpu``: the plugins' sources built for the processor (the default). ``cuda``: ``libstarkv_trt.so``, on a

@@ -210,3 +210,26 @@ class Small:
 
 
 BFLOAT16 = ml_dtypes.bfloat16
+
+
+def check_packing(small: Small) -> None:
+    """One PackableKVAttention reads a prompt into floats, then a token into codes."""
+    context = small.context()
+    small.put("v", np.full((1, 4, 64), 2, BFLOAT16))
+    assert context.execute_async_v3(small.stream)
+    floats = small.get("past_v", (1, 1, 64, 64), BFLOAT16)
+    assert (floats[0, 0, :4] == 2).all()
+    assert not small.get("past_v_codes", (1, 1, 1, 8), np.int32).any()
+    assert (small.get("out", (1, 4, 128), BFLOAT16) == 2).all()
+
+    for name, (_, _, most) in PACKING_SHAPES.items():
+        one_token = {"q": (1, 1, 128), "k": (1, 1, 64), "v": (1, 1, 64)}
+        context.set_input_shape(name, one_token.get(name, most))
+    small.put("v", np.full((1, 1, 64), 4, BFLOAT16))
+    assert context.execute_async_v3(small.stream)
+    codes = small.get("past_v_codes", (1, 1, 16, 8), np.int32).view(np.uint8)
+    # A code is v without its bias, plus 8: 4 - 1 + 8 for both halves of a byte.
+    assert (codes[0, 0, 0] == 11 + 16 * 11).all()
+    assert not codes[0, 0, 1:].any()
+    assert (small.get("out", (1, 1, 128), BFLOAT16) == 4).all()
+    np.testing.assert_array_equal(small.get("past_v", (1, 1, 64, 64), BFLOAT16), floats)

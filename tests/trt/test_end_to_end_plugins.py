@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from fake_cuda import FakeCuda
 from fake_tensorrt import install
+from fake_tensorrt.state import State
 from plugin_executor import PluginExecutor, plugin_driver
+from small_engines import Small, check_packing
 from trt_engines import SCREEN, Exports, agent_of, open_tensorrt_engine
 
 from starkv.kernels.plugin_driver import PluginDriver
@@ -55,3 +57,10 @@ def test_the_real_plugins_say_what_the_processor_says(
         assert reply.timings.kv_tokens_kept == expected.timings.kv_tokens_kept
     ran = {"KVAttention", "FullAttention"} | ({"KVCompress"} if policy.method == STAR_KV else set())
     assert set(executor.calls) == ran
+
+
+def test_the_real_plugin_writes_floats_or_codes(driver: PluginDriver, packable: Small, state: State) -> None:
+    executor = PluginExecutor(driver)
+    state.execute = executor
+    check_packing(packable)
+    assert executor.calls == {"PackableKVAttention": 2}

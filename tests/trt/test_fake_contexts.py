@@ -9,7 +9,7 @@ import pytest
 from fake_cuda import CudaMisuseError
 from fake_tensorrt.plugin_nodes import reference, run_plugin
 from fake_tensorrt.state import Current, MisuseError, State
-from small_engines import BFLOAT16, PACKING_SHAPES, Small
+from small_engines import BFLOAT16, Small, check_packing
 
 # --- what is right ---
 
@@ -32,25 +32,7 @@ def test_a_right_plugin_writes_in_place(attention: Small) -> None:
 
 
 def test_a_packable_plugin_writes_floats_or_codes_in_place(packable: Small) -> None:
-    context = packable.context()
-    packable.put("v", np.full((1, 4, 64), 2, BFLOAT16))
-    assert context.execute_async_v3(packable.stream)
-    floats = packable.get("past_v", (1, 1, 64, 64), BFLOAT16)
-    assert (floats[0, 0, :4] == 2).all()
-    assert not packable.get("past_v_codes", (1, 1, 1, 8), np.int32).any()
-    assert (packable.get("out", (1, 4, 128), BFLOAT16) == 2).all()
-
-    for name, (_, _, most) in PACKING_SHAPES.items():
-        one_token = {"q": (1, 1, 128), "k": (1, 1, 64), "v": (1, 1, 64)}
-        context.set_input_shape(name, one_token.get(name, most))
-    packable.put("v", np.full((1, 1, 64), 4, BFLOAT16))
-    assert context.execute_async_v3(packable.stream)
-    codes = packable.get("past_v_codes", (1, 1, 16, 8), np.int32).view(np.uint8)
-    # A code is v without its bias, plus 8: 4 - 1 + 8 for both halves of a byte.
-    assert (codes[0, 0, 0] == 11 + 16 * 11).all()
-    assert not codes[0, 0, 1:].any()
-    assert (packable.get("out", (1, 1, 128), BFLOAT16) == 4).all()
-    np.testing.assert_array_equal(packable.get("past_v", (1, 1, 64, 64), BFLOAT16), floats)
+    check_packing(packable)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, BFLOAT16])
