@@ -8,11 +8,14 @@ import pytest
 from fake_cuda import FakeCuda
 from fake_tensorrt import install
 from fake_tensorrt.state import State
+from packed_cases import PackedEngines, decoded, pool_with, relative
 from plugin_executor import PluginExecutor, plugin_driver
+from runtime_cases import Engines, open_on
 from small_engines import Small, check_packing
 from trt_engines import SCREEN, Exports, agent_of, open_tensorrt_engine
 
 from starkv.kernels.plugin_driver import PluginDriver
+from starkv.lowrank.quantized_rows import Bits
 from starkv.methods.budget import Budget
 from starkv.methods.names import STAR_KV
 from starkv.runtime.agent import Agent
@@ -21,7 +24,10 @@ from starkv.runtime.kv.policy import KvPolicy
 
 pytestmark = pytest.mark.slow
 PROMPTS = ("Click the red star.", "Click 'Save'.", "Click the blue circle.")
-POLICIES = {"all rows": KvPolicy(), "half of them": KvPolicy(STAR_KV, Budget(0.5))}
+HALF = KvPolicy(STAR_KV, Budget(0.5))
+SEEDS = (0, 1)
+"""Of two prompts that are decoded together."""
+POLICIES = {"all rows": KvPolicy(), "half of them": HALF}
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +70,18 @@ def test_the_real_plugin_writes_floats_or_codes(driver: PluginDriver, packable: 
     state.execute = executor
     check_packing(packable)
     assert executor.calls == {"PackableKVAttention": 2}
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_real_plugins_answer_from_codes(
+    bits: Bits, driver: PluginDriver, engines: Engines, host: OrtEngine
+) -> None:
+    """As the plugins' references do, which other tests compare with more."""
+    packed = PackedEngines(engines, host)
+    expected = decoded(engine := packed.open(bits), pool_with(engine, HALF, True, SEEDS), 3)
+    executor = PluginExecutor(driver)
+    state = engines.install(cuda=FakeCuda(), execute=executor)
+    engine = open_on(state, packed.directory(bits))
+    actual = decoded(engine, pool_with(engine, HALF, True, SEEDS), 3)
+    assert relative(actual, expected) < 0.05
+    assert set(executor.calls) == {"PackableKVAttention", "KVCompress"}
