@@ -181,7 +181,7 @@ class CombinationRuns:
         said: dict[str, list[int]],
         found: dict[Task, dict[str, list[KvAnswer]]],
     ) -> None:
-        agent = Agent.load(directory, False, self.threads, "cpu")
+        agent = Agent.load(directory, False, self.threads)
         dialect = default_dialect(SYNTHETIC, agent.engine.manifest)
         asker = CombinationAsker(agent, SamplingParameters(self.max_new_tokens), dialect, said)
         policies = {name: one.policy for name, one in combinations.items()}

@@ -98,8 +98,8 @@ def plan_combinations(
         return None
     if manifest.backend != "ort" or manifest.compute_dtype != "float32":
         raise UsageError(
-            f"{engine} is for a GPU; packed caches run in ONNX Runtime on processors so far: build with "
-            "--backend ort --device cpu"
+            f"{engine} is for a GPU, and can't be packed once it is built; ask one that was built with "
+            "--backend trt --kv-quant int8, or one for processors (--backend ort --device cpu)"
         )
     if quant == "none":
         raise UsageError("--kv-quant none leaves nothing to combine; give int8 or int4")
