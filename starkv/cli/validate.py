@@ -45,9 +45,9 @@ def ops(
 ) -> None:
     """Compare every implementation of the operators with the PyTorch reference.
 
-    Compress, KVAttention, QuantizedKVAttention, FullAttention and PackableKVAttention in ONNX Runtime, Triton,
-    CUDA and the TensorRT plugins, as far as this machine can run them; the table says why not the rest. Exits
-    with code 1 where something differs.
+    Compress, KVAttention, QuantizedKVAttention, FullAttention and PackableKVAttention in ONNX Runtime,
+    Triton, CUDA and the TensorRT plugins, as far as this machine can run them; the table says why not the
+    rest. Exits with code 1 where something differs.
     """
     import torch
 
