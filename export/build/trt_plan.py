@@ -21,10 +21,10 @@ from starkv.export.build.trt_options import (
 from starkv.export.build.trt_profiles import Sizes, graph_profiles, graph_sizes
 from starkv.export.build.trt_vision_bounds import most_sizes
 from starkv.export.lower.trt import LoweredGraph, lower_to_trt
-from starkv.export.lower.trt_packed_caches import PACKABLE_KV_ATTENTION
 from starkv.export.progress import Progress
 from starkv.export.record import ExportRecord, read_record
 from starkv.manifest import ComputeDtype
+from starkv.onnx_packable_kv import PACKABLE_KV_ATTENTION
 from starkv.trt_compat.building import PlanSettings, Profile
 from starkv.trt_compat.version import TensorRTVersion
 

@@ -14,8 +14,8 @@ import onnx_ir as ir
 from starkv.export.lower.graph_edit import new_input, replace_node
 from starkv.lowrank.quantized_rows import Bits
 from starkv.onnx_ops import DOMAIN, KV_ATTENTION
+from starkv.onnx_packable_kv import PACKABLE_KV_ATTENTION
 
-PACKABLE_KV_ATTENTION = "PackableKVAttention"
 SCALES = ("k_scale", "v_scale", "k_bias", "v_bias")
 """Inputs of each layer, ``[G * D]`` f32."""
 TABLES = ("cos_table", "sin_table")
