@@ -46,8 +46,8 @@ def ops(
     """Compare every implementation of the operators with the PyTorch reference.
 
     Compress, KVAttention, QuantizedKVAttention, PackableKVAttention and FullAttention in ONNX Runtime,
-    Triton, CUDA and the TensorRT plugins, as far as this machine can run them; the table says why not the rest. Exits
-    with code 1 where something differs.
+    Triton, CUDA and the TensorRT plugins, as far as this machine can run them; the table says why not the
+    rest. Exits with code 1 where something differs.
     """
     import torch
 
