@@ -33,7 +33,7 @@ extern "C" {
 #endif
 
 /* Grows with every change of this file that breaks a caller. */
-#define STARKV_ABI_VERSION 3
+#define STARKV_ABI_VERSION 4
 
 typedef enum starkv_status {
     STARKV_OK = 0,
@@ -204,6 +204,55 @@ STARKV_API int starkv_quantized_attention_workspace(const starkv_quantized_atten
 STARKV_API int starkv_quantized_attention(const starkv_quantized_attention_shape* shape,
                                           const starkv_quantized_attention_buffers* buffers, void* workspace,
                                           size_t workspace_bytes, void* stream);
+
+/* ---- Rows of a float cache into a slot of a cache of codes, and back; all layers in one call ---- */
+
+typedef struct starkv_code_rows_shape {
+    int32_t layers;           /* L */
+    int32_t kv_heads;         /* G, at most 64 */
+    int32_t head_dim;         /* D */
+    int32_t capacity;         /* C, of the float cache of one sequence; at most 2^24 */
+    int32_t slots;            /* S, of the cache of codes */
+    int32_t slot_capacity;    /* E, at most 2^24 */
+    int32_t slot;             /* the one in question, 0 ... S - 1 */
+    int32_t table_rows;       /* P, at most 2^20 */
+    int32_t bits;             /* of a code, 8 or 4; a row has R = D * bits / 8 bytes */
+    int32_t dtype;            /* starkv_dtype of k, v */
+    int32_t mrope_section[3]; /* as in QuantizedKVAttention */
+} starkv_code_rows_shape;
+
+/* Codes, scales, biases and R(p) are those of QuantizedKVAttention, to the bit: a row has the codes that it
+ * would have got if it had been appended there. Layer l has lengths[l] rows; of both caches and of positions
+ * only they, of the slot only, are read or written. Where lengths[l] is negative or above C or E, nothing of
+ * the layer is. */
+typedef struct starkv_code_rows_buffers {
+    void* k;                  /* [L,1,G,C,D], rotated, with its bias */
+    void* v;                  /* [L,1,G,C,D], with its bias */
+    const int32_t* lengths;   /* [L] */
+    const int32_t* positions; /* [L,S,E,3]: (t, h, w) of the rows of codes */
+    const float* k_scale;     /* [L,G*D] */
+    const float* v_scale;     /* [L,G*D] */
+    const float* k_bias;      /* [L,G*D] */
+    const float* v_bias;      /* [L,G*D] */
+    const float* cos_table;   /* [P,D/2] */
+    const float* sin_table;   /* [P,D/2] */
+    void* k_codes;            /* [L,S,G,E,R] */
+    void* v_codes;            /* [L,S,G,E,R] */
+    int32_t* wrong_rows;      /* [L]; only quantizing needs it */
+} starkv_code_rows_buffers;
+
+/* k, v become k_codes, v_codes. wrong_rows[l] becomes the number of rows of layer l that hold, in any head of
+ * k or v, what is not finite, or whose position is outside 0 ... P - 1; -1 where lengths[l] makes no sense. A
+ * wrong row's codes stand for nothing: they stay as they were if its position is outside, and otherwise are
+ * the lowest for NaN and the outermost for what is infinite. */
+STARKV_API int starkv_quantize_rows(const starkv_code_rows_shape* shape,
+                                    const starkv_code_rows_buffers* buffers, void* stream);
+
+/* k_codes, v_codes become k = codes * k_scale + R(p) k_bias and v = codes * v_scale + v_bias, every operation
+ * rounded to float32 in the order written and the result to dtype. Keys whose position is outside 0 ... P - 1
+ * become NaN. wrong_rows is not used and may be null. */
+STARKV_API int starkv_dequantize_rows(const starkv_code_rows_shape* shape,
+                                      const starkv_code_rows_buffers* buffers, void* stream);
 
 /* ---- FullAttention: every token of a sequence attends to every other ---- */
 

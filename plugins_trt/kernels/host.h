@@ -58,6 +58,16 @@ inline bool supported_head_dim(int32_t dim) {
     return dim == 64 || dim == 80 || dim == 96 || dim == 128 || dim == 256;
 }
 
+// Whether the sections of M-RoPE are the pairs of columns of a head.
+inline bool sections_fit(const int32_t (&mrope_section)[3], int32_t head_dim) {
+    int64_t pairs = 0;
+    for (const int32_t section : mrope_section) {
+        if (section < 0) return false;
+        pairs += section;
+    }
+    return pairs == head_dim / 2;
+}
+
 inline size_t element_bytes(int32_t dtype) { return dtype == STARKV_FLOAT32 ? 4 : 2; }
 
 // Hands out parts of a workspace; with no memory behind it, only counts.

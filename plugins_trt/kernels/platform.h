@@ -48,6 +48,10 @@ inline bool copy_on_device(void* to, const void* from, size_t bytes, Stream) {
     std::memcpy(to, from, bytes);
     return true;
 }
+inline bool clear_on_device(void* memory, size_t bytes, Stream) {
+    std::memset(memory, 0, bytes);
+    return true;
+}
 
 // Blocks run one after the other here: what an earlier one was to set is set, or never will be.
 inline void wait_until_set(const int* flag) {
@@ -109,6 +113,9 @@ bool launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared
 
 inline bool copy_on_device(void* to, const void* from, size_t bytes, Stream stream) {
     return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream) == cudaSuccess;
+}
+inline bool clear_on_device(void* memory, size_t bytes, Stream stream) {
+    return cudaMemsetAsync(memory, 0, bytes, stream) == cudaSuccess;
 }
 
 // Blocks of one launch that work on each other's results: what a block wrote before a fence and then a flag,

@@ -53,12 +53,7 @@ int check_shape(const starkv_quantized_attention_shape& shape) {
         shape.capacity > kMostRows || shape.table_rows < 1 || shape.table_rows > kMostTableRows)
         return STARKV_ERROR_SHAPE;
     if (shape.bits != 4 && shape.bits != 8) return STARKV_ERROR_ARGUMENT;
-    int64_t pairs = 0;
-    for (const int32_t section : shape.mrope_section) {
-        if (section < 0) return STARKV_ERROR_ARGUMENT;
-        pairs += section;
-    }
-    return pairs == shape.head_dim / 2 ? STARKV_OK : STARKV_ERROR_ARGUMENT;
+    return sections_fit(shape.mrope_section, shape.head_dim) ? STARKV_OK : STARKV_ERROR_ARGUMENT;
 }
 
 QuantizedView lay_out(const starkv_quantized_attention_shape& shape, Workspace& workspace) {

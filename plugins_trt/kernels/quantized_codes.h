@@ -149,17 +149,4 @@ __host__ __device__ constexpr int value_column(int row_bytes, int g, int i) {
     return byte_in_row(row_bytes / 8, 8, g, i / kOfByte) * kOfByte + i % kOfByte;
 }
 
-// Nothing of this is fused, so that every device has the same codes.
-#if STARKV_CPU
-inline float rounded_product(float a, float b) { return a * b; }
-#else
-__device__ inline float rounded_product(float a, float b) { return __fmul_rn(a, b); }
-#endif
-
-// A number's code; of what is no number, the lowest.
-__device__ inline int code_of(float value, float scale, int bits) {
-    const auto least = static_cast<float>(-(1 << (bits - 1)));
-    return static_cast<int>(fminf(fmaxf(rintf(value / scale), least), -least - 1.0F));
-}
-
 }  // namespace starkv

@@ -54,21 +54,20 @@ struct NewRow {
     // The keys' bias, rotated to the new row's position.
     __device__ float rotated_bias(int column) const {
         const int half = dim / 2, pair = column % half;
-        int component = 0;
-        while (pair >= view.first_pair(component + 1)) ++component;
+        const int component = component_of(view.shape.mrope_section, pair);
         const int position = view.position(sequence.index, sequence.held)[component];
         const size_t entry = static_cast<size_t>(position) * half + pair;
-        const float cosine = view.buffers.cos_table[entry], sine = view.buffers.sin_table[entry];
-        const float own = rounded_product(parameter(view.buffers.k_bias, column), cosine);
-        const int partner = column < half ? column + half : column - half;
-        const float other = rounded_product(parameter(view.buffers.k_bias, partner), sine);
-        return column < half ? own - other : own + other;
+        const float own = parameter(view.buffers.k_bias, column);
+        const float partner = parameter(view.buffers.k_bias, column < half ? column + half : column - half);
+        return rotated_column(own, partner, view.buffers.cos_table[entry], view.buffers.sin_table[entry],
+                              column < half);
     }
-    __device__ int code(bool is_key, int column) const {
+    __device__ uint32_t stored(bool is_key, int column) const {
         const auto& buffers = view.buffers;
         const float bias = is_key ? rotated_bias(column) : parameter(buffers.v_bias, column);
         const float scale = parameter(is_key ? buffers.k_scale : buffers.v_scale, column);
-        return code_of(element(is_key ? buffers.k : buffers.v, column) - bias, scale, view.shape.bits);
+        const float number = element(is_key ? buffers.k : buffers.v, column) - bias;
+        return stored_code(code_of(number, scale, view.shape.bits), view.shape.bits);
     }
 
     // Stores the codes of key and value behind the held rows.
@@ -77,11 +76,9 @@ struct NewRow {
         for (int i = static_cast<int>(threadIdx.x); i < 2 * view.row_bytes; i += kPrepareThreads) {
             const bool is_key = i < view.row_bytes;
             const int byte = is_key ? i : i - view.row_bytes;
-            int bits = 0;
-            if (view.shape.bits == 8)
-                bits = code(is_key, byte);
-            else
-                bits = code(is_key, 2 * byte) + 8 + (code(is_key, 2 * byte + 1) + 8) * 16;
+            const uint32_t bits = view.shape.bits == 8
+                                      ? stored(is_key, byte)
+                                      : stored(is_key, 2 * byte) | stored(is_key, 2 * byte + 1) << 4;
             auto* rows =
                 static_cast<unsigned char*>(is_key ? view.buffers.present_k : view.buffers.present_v);
             rows[row * view.row_bytes + byte] = static_cast<unsigned char>(bits);

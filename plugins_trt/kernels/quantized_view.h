@@ -3,13 +3,13 @@
 #pragma once
 
 #include "attention_parts.h"
+#include "quantized_row.h"
 #include "starkv_kernels.h"
 
 namespace starkv {
 
 // Query heads of a KV head are worked at in tiles: as many as the tensor cores' product has columns.
 constexpr int kTileHeads = 8;
-constexpr int kRopeComponents = 3;
 
 struct QuantizedView {
     starkv_quantized_attention_shape shape;
@@ -72,10 +72,9 @@ struct QuantizedSequence {
         valid = held >= 0 && held < view.shape.capacity;
         if (!valid) return;
         const int32_t* newest = view.position(index, held);
-        for (int component = 0; component < kRopeComponents; ++component) {
-            valid = valid && newest[component] >= 0 && newest[component] < view.shape.table_rows;
+        valid = in_tables(newest, view.shape.table_rows);
+        for (int component = 0; component < kRopeComponents; ++component)
             position = max(position, newest[component]);
-        }
     }
 };
 
