@@ -11,9 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from starkv.errors import StarkvError
-from starkv.kernels.c_abi_quantized import QuantizedAttentionBuffers, QuantizedAttentionShape
+from starkv.kernels.c_abi_quantized import (
+    CodeRowsBuffers,
+    CodeRowsShape,
+    QuantizedAttentionBuffers,
+    QuantizedAttentionShape,
+)
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
 """``starkv_dtype``."""
 FULL_ATTENTION_HEAD_DIMS = (32, 64, 80, 96, 128)
@@ -184,6 +189,28 @@ class KernelAbi:
         function = "starkv_full_attention"
         self._check(function, getattr(self._library, function)(byref(shape), q, k, v, out, stream))
 
+    def quantize_rows(
+        self, shape: CodeRowsShape, buffers: CodeRowsBuffers, stream: int | None = None
+    ) -> None:
+        """Launch what makes codes of a float cache's rows, in a slot of a cache of codes.
+
+        ``wrong_rows`` says afterwards which layers hold rows that have no codes; arguments as in the header.
+
+        Raises:
+            KernelError: the library refused the call.
+        """
+        self._check(_QUANTIZE, getattr(self._library, _QUANTIZE)(byref(shape), byref(buffers), stream))
+
+    def dequantize_rows(
+        self, shape: CodeRowsShape, buffers: CodeRowsBuffers, stream: int | None = None
+    ) -> None:
+        """Launch the reverse of :meth:`quantize_rows`.
+
+        Raises:
+            KernelError: the library refused the call.
+        """
+        self._check(_DEQUANTIZE, getattr(self._library, _DEQUANTIZE)(byref(shape), byref(buffers), stream))
+
     def call(self, function: str, *arguments: int | None) -> None:
         """One of the functions without structures, such as ``starkv_argmax``; arguments as in the header.
 
@@ -206,6 +233,7 @@ _FUNCTIONS = {
     QuantizedAttentionShape: "starkv_quantized_attention",
     FullAttentionShape: "starkv_full_attention",
 }
+_QUANTIZE, _DEQUANTIZE = "starkv_quantize_rows", "starkv_dequantize_rows"
 
 
 def _declare(library: ctypes.CDLL) -> None:
@@ -225,6 +253,8 @@ def _declare(library: ctypes.CDLL) -> None:
     for described, name in _FUNCTIONS.items():
         getattr(library, f"{name}_workspace").argtypes = [POINTER(described), POINTER(c_size_t)]
     library.starkv_full_attention.argtypes = [POINTER(FullAttentionShape), *[pointer] * 5]
+    for name in (_QUANTIZE, _DEQUANTIZE):
+        getattr(library, name).argtypes = [POINTER(CodeRowsShape), POINTER(CodeRowsBuffers), pointer]
     library.starkv_embedding_gather.argtypes = [pointer] * 3 + [integer] * 4 + [pointer]
     library.starkv_argmax.argtypes = [pointer] * 2 + [integer] * 2 + [pointer]
     library.starkv_sample_top_p.argtypes = [pointer] * 5 + [integer] * 2 + [pointer]

@@ -13,33 +13,29 @@ from torch import Tensor
 from starkv.errors import UsageError
 from starkv.kernels.attention_call import AttentionCall
 from starkv.kernels.c_abi import (
-    BFLOAT16,
-    COMPRESS_INPUTS,
-    COMPRESS_OUTPUTS,
-    COMPRESS_STATE,
-    FLOAT16,
-    FLOAT32,
-    POOLINGS,
     AttentionBuffers,
     AttentionShape,
     Buffers,
-    CompressBuffers,
-    CompressShape,
     FullAttentionShape,
     KernelAbi,
     Shape,
 )
-from starkv.kernels.c_abi_quantized import (
-    QUANTIZED_INPUTS,
-    QuantizedAttentionBuffers,
-    QuantizedAttentionShape,
-)
+from starkv.kernels.c_abi_quantized import QUANTIZED_INPUTS, QuantizedAttentionBuffers
+from starkv.kernels.code_rows_call import CodeRowsCall
 from starkv.kernels.compress_call import CompressCall, CompressResult
+from starkv.kernels.cuda_structures import (
+    DTYPES,
+    code_rows_buffers,
+    code_rows_shape,
+    compress_buffers,
+    compress_shape,
+    pointers_of,
+    quantized_attention_shape,
+)
 from starkv.kernels.full_attention_call import FullAttentionCall
 from starkv.kernels.library_paths import kernel_libraries
 from starkv.kernels.quantized_attention_call import QuantizedAttentionCall
 
-_DTYPES = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
 _LEAST_WORKSPACE = 16
 """Bytes; a tensor of none has no pointer."""
 
@@ -111,11 +107,11 @@ class KernelLibrary:
             kv_heads=groups,
             head_dim=dim,
             capacity=capacity,
-            dtype=_DTYPES[call.q.dtype],
+            dtype=DTYPES[call.q.dtype],
         )
         inputs = {name: getattr(call, name) for name in ("q", "k", "v", "past_k", "past_v", "kv_len")}
         outputs = {"present_k": keys, "present_v": values, "out": out}
-        self._launch(shape, AttentionBuffers(**_pointers(inputs | outputs)), call.q.device)
+        self._launch(shape, AttentionBuffers(**pointers_of(inputs | outputs)), call.q.device)
         return out, keys, values
 
     def quantized_attention(
@@ -132,9 +128,39 @@ class KernelLibrary:
         keys, values = caches if in_place else (torch.empty_like(cache) for cache in caches)
         inputs = {name: getattr(call, name) for name in QUANTIZED_INPUTS}
         outputs = {"present_k": keys, "present_v": values, "out": out}
-        buffers = QuantizedAttentionBuffers(**_pointers(inputs | outputs))
+        buffers = QuantizedAttentionBuffers(**pointers_of(inputs | outputs))
         self._launch(quantized_attention_shape(call), buffers, call.q.device)
         return out, keys, values
+
+    def quantize_rows(self, call: CodeRowsCall) -> Tensor:
+        """Rows of a float cache become codes; ``k_codes`` and ``v_codes`` of the call are written.
+
+        Args:
+            call: tensors on :attr:`device`.
+
+        Returns:
+            ``wrong_rows [L]`` i32: how many rows of a layer can have no codes, -1 where its length makes no
+            sense.
+
+        Raises:
+            UsageError: tensors don't fit each other, or lie elsewhere.
+            KernelError: the library refused the call.
+        """
+        call.check()
+        self._check_tensors(call.k)
+        wrong_rows = torch.empty_like(call.lengths)
+        buffers = code_rows_buffers(call, wrong_rows)
+        self.abi.quantize_rows(code_rows_shape(call), buffers, _stream(call.k.device))
+        return wrong_rows
+
+    def dequantize_rows(self, call: CodeRowsCall) -> None:
+        """Codes become rows of a float cache; ``k`` and ``v`` of the call are written.
+
+        Args, errors as those of :meth:`quantize_rows`.
+        """
+        call.check()
+        self._check_tensors(call.k)
+        self.abi.dequantize_rows(code_rows_shape(call), code_rows_buffers(call), _stream(call.k.device))
 
     def full_attention(self, call: FullAttentionCall) -> Tensor:
         """Every token attends to every other: ``[B, N, H·D]``.
@@ -155,7 +181,7 @@ class KernelLibrary:
             tokens=tokens,
             heads=call.heads,
             head_dim=call.head_dim,
-            dtype=_DTYPES[call.q.dtype],
+            dtype=DTYPES[call.q.dtype],
         )
         q, k, v = (tensor.data_ptr() for tensor in (call.q, call.k, call.v))
         self.abi.full_attention(shape, q, k, v, out.data_ptr(), _stream(call.q.device))
@@ -170,11 +196,11 @@ class KernelLibrary:
         """
         self._check_tensors(table, ids)
         _check_type("ids", ids, torch.int32)
-        if table.dtype not in _DTYPES:
+        if table.dtype not in DTYPES:
             raise UsageError(f"the kernels take float32, float16 and bfloat16, not {table.dtype}")
         out = torch.empty(len(ids), table.shape[1], dtype=table.dtype, device=table.device)
         pointers = [tensor.data_ptr() for tensor in (table, ids, out)]
-        sizes = (len(ids), *table.shape, _DTYPES[table.dtype])
+        sizes = (len(ids), *table.shape, DTYPES[table.dtype])
         self.abi.call("starkv_embedding_gather", *pointers, *sizes, _stream(table.device))
         return out
 
@@ -231,50 +257,6 @@ class KernelLibrary:
                 raise UsageError(f"{self.path.name} needs contiguous tensors")
 
 
-def compress_shape(call: CompressCall) -> CompressShape:
-    """Dimensions of a call."""
-    layers, batch, groups, capacity, dim = call.k.shape
-    return CompressShape(
-        layers=layers,
-        sequences=batch,
-        kv_heads=groups,
-        query_heads=call.q_window.shape[2],
-        window=call.window,
-        head_dim=dim,
-        capacity=capacity,
-        slots=call.dst_k.shape[1],
-        slot_capacity=call.dst_k.shape[3],
-        pattern_capacity=call.pattern_ema.shape[-1],
-        dtype=_DTYPES[call.k.dtype],
-        pooling=POOLINGS[call.pooling],
-        pooling_kernel=call.pooling_kernel,
-    )
-
-
-def compress_buffers(call: CompressCall, result: CompressResult) -> CompressBuffers:
-    """Pointers of a call's tensors, which must outlive it."""
-    tensors = {name: getattr(call, name) for name in COMPRESS_INPUTS}
-    tensors |= {name: getattr(result, name) for name in COMPRESS_OUTPUTS}
-    tensors |= {f"new_{name}": getattr(result, name) for name in COMPRESS_STATE}
-    return CompressBuffers(**_pointers(tensors))
-
-
-def quantized_attention_shape(call: QuantizedAttentionCall) -> QuantizedAttentionShape:
-    """Dimensions of a call."""
-    batch, groups, capacity, _ = call.past_k.shape
-    return QuantizedAttentionShape(
-        sequences=batch,
-        query_heads=call.heads,
-        kv_heads=groups,
-        head_dim=call.head_dim,
-        capacity=capacity,
-        table_rows=call.cos_table.shape[0],
-        bits=call.bits,
-        dtype=_DTYPES[call.q.dtype],
-        mrope_section=call.mrope_section,
-    )
-
-
 def find_library(device: str) -> KernelLibrary | None:
     """The first library for ``cuda`` or ``cpu``, or None.
 
@@ -286,10 +268,6 @@ def find_library(device: str) -> KernelLibrary | None:
         if library.device == device:
             return library
     return None
-
-
-def _pointers(tensors: dict[str, Tensor]) -> dict[str, int]:
-    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
 
 def _stream(device: torch.device) -> int | None:

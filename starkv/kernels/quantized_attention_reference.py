@@ -35,14 +35,32 @@ def decode(codes: Tensor) -> Tensor:
 
 def rotated_bias(call: QuantizedAttentionCall, positions: Tensor) -> Tensor:
     """The keys' bias rotated to positions ``[..., 3]`` (t, h, w): f32 ``[..., G, D]``."""
-    half = call.head_dim // 2
+    bias = call.k_bias.view(-1, call.head_dim)
+    return rotated_to(bias, positions, call.cos_table, call.sin_table, call.mrope_section)
+
+
+def rotated_to(
+    bias: Tensor,
+    positions: Tensor,
+    cos_table: Tensor,
+    sin_table: Tensor,
+    mrope_section: tuple[int, int, int],
+) -> Tensor:
+    """A bias f32 ``[G, D]`` rotated to positions ``[..., 3]`` (t, h, w), every operation rounded on its own.
+
+    Args:
+        cos_table: f32 ``[P, D/2]``; ``sin_table`` likewise.
+        mrope_section: pairs of columns that rotate by t, h and w.
+
+    Returns:
+        f32 ``[..., G, D]``.
+    """
+    half = bias.shape[-1] // 2
     component = torch.repeat_interleave(
-        torch.arange(3, device=positions.device),
-        torch.tensor(call.mrope_section, device=positions.device),
+        torch.arange(3, device=positions.device), torch.tensor(mrope_section, device=positions.device)
     )
     rows, pairs = positions[..., component].long(), torch.arange(half, device=positions.device)
-    cosine, sine = (table[rows, pairs].unsqueeze(-2) for table in (call.cos_table, call.sin_table))
-    bias = call.k_bias.view(-1, call.head_dim)
+    cosine, sine = (table[rows, pairs].unsqueeze(-2) for table in (cos_table, sin_table))
     first, second = bias[:, :half], bias[:, half:]
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), -1)
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from starkv.kernels.quantized_attention_call import QuantizedAttentionCall
 from starkv.kernels.quantized_attention_reference import encode, rotated_bias
 
-_THETA = 1e6
+THETA = 1e6
+"""Base of the rotary frequencies."""
 _IMAGE_COLUMNS = 20
 _LOUD = 30.0
 """How much larger than the rest a few numbers of the keys' bias are, as in Qwen2."""
@@ -52,7 +53,7 @@ def make_quantized_call(
     k_bias[:, :: dim // 4] *= _LOUD
     rows = (batch, groups, size.capacity, dim)
     caches = [encode(2 * draw(*rows), scale[:, None], size.bits) for scale in (k_scale, v_scale)]
-    angles = torch.arange(size.table_rows, device=device)[:, None] * _THETA ** (
+    angles = torch.arange(size.table_rows, device=device)[:, None] * THETA ** (
         -torch.arange(dim // 2, device=device, dtype=torch.float64) / (dim // 2)
     )
     pairs = dim // 2

@@ -16,7 +16,8 @@ from compress_refusals import SPOILS, check_refused, check_small_pool_refused
 from starkv.errors import UsageError
 from starkv.kernels.c_abi import KernelError
 from starkv.kernels.compress_call import CompressCall, CompressResult
-from starkv.kernels.cuda_library import KernelLibrary, compress_buffers, compress_shape, find_library
+from starkv.kernels.cuda_library import KernelLibrary, find_library
+from starkv.kernels.cuda_structures import compress_buffers, compress_shape
 from starkv.methods.star_kv_state import StarKVState
 
 names = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
