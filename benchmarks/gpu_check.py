@@ -32,6 +32,7 @@ SANITIZED = (
     "test_cuda_compress.py",
     "test_attention.py",
     "test_quantized_attention.py",
+    "test_code_rows.py",
     "test_sampling.py",
 )
 SANITIZED_CASES = (
@@ -43,7 +44,7 @@ SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 MEASURES = ("error", "kept_agreement", "seconds", "reference_seconds")
 STEPS = (
     *("build", "tests", "sanitizer", "validate", "compress", "attention", "low-rank", "quantized"),
-    *("plugin", "engine"),
+    *("code-rows", "plugin", "engine"),
 )
 
 
@@ -155,6 +156,14 @@ def quantized_attention(device: "torch.device") -> Result:
     return f"copy {figures['copy_bytes_per_second'] / 1e12:.2f} TB/s", table, figures
 
 
+def code_rows(device: "torch.device") -> Result:
+    """Benchmark of rows that become codes, and of the reverse."""
+    import code_rows_gpu
+
+    table, figures = code_rows_gpu.run(code_rows_gpu.cuda_library(), device)
+    return f"copy {figures['copy_bytes_per_second'] / 1e12:.2f} TB/s", table, figures
+
+
 def plugin() -> Result:
     """The TensorRT plugins' ``enqueue`` on the GPU, without TensorRT."""
     driver = BUILD / "gpu_driver"
@@ -207,6 +216,7 @@ def main() -> None:
         "attention": lambda: attention(device),
         "low-rank": lambda: low_rank(device),
         "quantized": lambda: quantized_attention(device),
+        "code-rows": lambda: code_rows(device),
         "plugin": plugin,
         "engine": engine,
     }

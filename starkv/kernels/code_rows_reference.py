@@ -49,7 +49,7 @@ def reference_dequantize_rows(call: CodeRowsCall) -> tuple[Tensor, Tensor]:
 
 
 def _makes_sense(call: CodeRowsCall, rows: int) -> bool:
-    return 0 <= rows <= min(call.k.shape[3], call.k_codes.shape[3])
+    return bool(0 <= rows <= min(call.k.shape[3], call.k_codes.shape[3]))
 
 
 def _placed(call: CodeRowsCall, layer: int, rows: int) -> Tensor:

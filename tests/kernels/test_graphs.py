@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from starkv.kernels.attention_call import AttentionCall, reference_attention
+from starkv.kernels.code_rows_reference import reference_dequantize_rows, reference_quantize_rows
 from starkv.kernels.cuda_library import KernelLibrary
 from starkv.kernels.quantized_attention_reference import reference_quantized_attention
 from starkv.validation.attention_checks import AttentionSize, make_call
+from starkv.validation.code_rows_calls import CodeRowsSize, make_code_rows_call
 from starkv.validation.quantized_calls import QuantizedSize, make_quantized_call
 
 pytestmark = [
@@ -84,6 +86,33 @@ def test_one_graph_decodes_codes_at_every_length(
         assert (out.double() - expected[0]).norm() <= CLOSE * expected[0].norm()
         assert torch.equal(call.past_k, expected[1])
         assert torch.equal(call.past_v, expected[2])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_one_graph_quantizes_and_dequantizes_at_every_length(
+    kernels: KernelLibrary, device: torch.device, bits: int
+) -> None:
+    size = CodeRowsSize((200, 90, 0), 200, 220, bits)
+    call = make_code_rows_call(size, torch.bfloat16, device)
+    counts: list[torch.Tensor] = []
+    quantizing = captured(lambda: counts.append(kernels.quantize_rows(call)))
+    dequantizing = captured(lambda: kernels.dequantize_rows(call))
+    for lengths in ((7, 200, 33), (0, 1, 199)):
+        other = make_code_rows_call(replace(size, lengths=lengths), torch.bfloat16, device, seed=1)
+        other.v[1, 0, 3, 0, 5] = torch.inf
+        for name in ("k", "v", "lengths", "positions", "k_scale", "v_scale", "k_bias", "v_bias"):
+            getattr(call, name).copy_(getattr(other, name))
+        k_codes, v_codes, wrong_rows = reference_quantize_rows(call)
+        quantizing.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(call.k_codes, k_codes)
+        assert torch.equal(call.v_codes, v_codes)
+        assert torch.equal(counts[-1], wrong_rows)
+        k, v = reference_dequantize_rows(call)
+        dequantizing.replay()
+        torch.cuda.synchronize()
+        for ours, theirs in ((call.k, k), (call.v, v)):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_next_token(kernels: KernelLibrary, device: torch.device) -> None:
