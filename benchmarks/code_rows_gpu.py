@@ -5,7 +5,8 @@
 
 The shape of UI-TARS-1.5-7B in bfloat16: 28 layers of 4 KV heads of 128, with the 2,721 rows that 20 % of five
 1080p screenshots leave, and with all 13,605. One call does all layers. The card's caches are overwritten
-before each call. Codes and rows of calls of the same shape are compared with the PyTorch reference first.
+before each call. The codes and rows of the very calls that are timed are compared with the PyTorch reference
+first.
 """
 
 import argparse
@@ -103,6 +104,14 @@ def run(
     return markdown_table(header, table), {"copy_bytes_per_second": bandwidth, "figures": figures}
 
 
+def cuda_library() -> KernelLibrary:
+    """The GPU's library; ends the program with a message where there is none."""
+    library = find_library("cuda")
+    if library is None:
+        raise SystemExit("no libstarkv_kernels.so: `make plugin` builds it, or STARKV_KERNELS names one")
+    return library
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -115,14 +124,6 @@ def main() -> None:
     print(table)
     if args.out:
         write_json(args.out, {"benchmark": "code_rows_gpu", "gpu": describe_gpu(device), **figures})
-
-
-def cuda_library() -> KernelLibrary:
-    """The GPU's library; ends the program with a message where there is none."""
-    library = find_library("cuda")
-    if library is None:
-        raise SystemExit("no libstarkv_kernels.so: `make plugin` builds it, or STARKV_KERNELS names one")
-    return library
 
 
 if __name__ == "__main__":
