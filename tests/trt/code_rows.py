@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels that turn rows into codes and back, on the fake card: what their header says, in PyTorch."""
+"""The kernels that turn rows into codes and back, on the fake card: their reference, on a stream."""
 
-from ctypes import Array as CArray
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-import torch
 from fake_cuda import FakeCuda
 from fake_tensorrt.context import view
 from fake_tensorrt.plugin_nodes import tensor_of
@@ -14,7 +12,8 @@ from torch import Tensor
 
 from starkv.kernels.c_abi import BFLOAT16, FLOAT16, FLOAT32
 from starkv.kernels.c_abi_quantized import CodeRowsBuffers, CodeRowsShape
-from starkv.kernels.quantized_attention_reference import decode, encode
+from starkv.kernels.code_rows_call import CodeRowsCall
+from starkv.kernels.code_rows_reference import reference_dequantize_rows, reference_quantize_rows
 
 _DTYPES: dict[int, Any] = {FLOAT32: np.float32, FLOAT16: np.float16, BFLOAT16: ml_dtypes.bfloat16}
 
@@ -24,50 +23,44 @@ def submit_code_rows(
 ) -> None:
     """Enqueue ``starkv_quantize_rows`` or ``starkv_dequantize_rows``."""
     # Structures are read when the call is made, memory when it runs.
-    at = {name: int(getattr(buffers, name) or 0) for name, _ in buffers._fields_}
-    s = CodeRowsShape.from_buffer_copy(shape)
-    what = "starkv_quantize_rows" if quantizes else "starkv_dequantize_rows"
-    cuda.submit(stream, lambda: _run(quantizes, s, at), what)
+    addresses = {name: int(getattr(buffers, name) or 0) for name, _ in buffers._fields_}
+    sizes = CodeRowsShape.from_buffer_copy(shape)
+
+    def run() -> None:
+        call = _call(sizes, addresses)
+        call.check()
+        if quantizes:
+            results = reference_quantize_rows(call)
+            wrong = _tensor(addresses, "wrong_rows", (sizes.layers,), np.int32)
+            targets = (call.k_codes, call.v_codes, wrong)
+        else:
+            results, targets = reference_dequantize_rows(call), (call.k, call.v)
+        for target, result in zip(targets, results, strict=True):
+            target.copy_(result)
+
+    cuda.submit(stream, run, "starkv_quantize_rows" if quantizes else "starkv_dequantize_rows")
 
 
-def _run(quantizes: bool, s: CodeRowsShape, at: dict[str, int]) -> None:
-    floats = (s.layers, s.kv_heads, s.capacity, s.head_dim)
-    width = s.head_dim * s.bits // 8
-    codes = (s.layers, s.slots, s.kv_heads, s.slot_capacity, width)
-    kind = np.int8 if s.bits == 8 else np.uint8
-
-    def tensor(name: str, size: tuple[int, ...], dtype: Any) -> Tensor:
-        return tensor_of(view(at[name], size, dtype, name))
-
-    caches = [tensor(name, floats, _DTYPES[s.dtype]) for name in "kv"]
-    coded = [tensor(f"{name}_codes", codes, kind)[:, s.slot] for name in "kv"]
-    places = tensor("positions", (s.layers, s.slots, s.slot_capacity, 3), np.int32)[:, s.slot]
-    vectors = [
-        tensor(name, (s.layers, s.kv_heads, s.head_dim), np.float32)
-        for name in ("k_scale", "v_scale", "k_bias", "v_bias")
-    ]
-    tables = [
-        tensor(name, (s.table_rows, s.head_dim // 2), np.float32) for name in ("cos_table", "sin_table")
-    ]
-    for layer, rows in enumerate(tensor("lengths", (s.layers,), np.int32).tolist()):
-        own = places[layer, :rows]
-        known = ((own >= 0) & (own < s.table_rows)).all(-1)
-        k_scale, v_scale, k_bias, v_bias = (vector[layer, :, None] for vector in vectors)
-        shift = _rotated(k_bias, own.clamp(0, s.table_rows - 1), tables, s.mrope_section)
-        keys, values = (cache[layer, :, :rows] for cache in caches)
-        if not quantizes:
-            keys.copy_((decode(coded[0][layer, :, :rows]).float() * k_scale + shift).to(keys.dtype))
-            values.copy_((decode(coded[1][layer, :, :rows]).float() * v_scale + v_bias).to(values.dtype))
-            continue
-        finite = (keys.isfinite() & values.isfinite()).all(-1).all(0)
-        tensor("wrong_rows", (s.layers,), np.int32)[layer] = int((~(finite & known)).sum())
-        coded[0][layer, :, :rows] = encode(keys.float() - shift, k_scale, s.bits)
-        coded[1][layer, :, :rows] = encode(values.float() - v_bias, v_scale, s.bits)
+def _call(s: CodeRowsShape, addresses: dict[str, int]) -> CodeRowsCall:
+    width, parameters = s.head_dim * s.bits // 8, (s.layers, s.kv_heads * s.head_dim)
+    layout: dict[str, tuple[tuple[int, ...], Any]] = {
+        **dict.fromkeys("kv", ((s.layers, 1, s.kv_heads, s.capacity, s.head_dim), _DTYPES[s.dtype])),
+        "lengths": ((s.layers,), np.int32),
+        "positions": ((s.layers, s.slots, s.slot_capacity, 3), np.int32),
+        **dict.fromkeys(("k_scale", "v_scale", "k_bias", "v_bias"), (parameters, np.float32)),
+        **dict.fromkeys(("cos_table", "sin_table"), ((s.table_rows, s.head_dim // 2), np.float32)),
+        **dict.fromkeys(
+            ("k_codes", "v_codes"),
+            (
+                (s.layers, s.slots, s.kv_heads, s.slot_capacity, width),
+                np.int8 if s.bits == 8 else np.uint8,
+            ),
+        ),
+    }
+    tensors = {name: _tensor(addresses, name, *described) for name, described in layout.items()}
+    t, h, w = s.mrope_section
+    return CodeRowsCall(**tensors, slot=s.slot, mrope_section=(t, h, w))
 
 
-def _rotated(bias: Tensor, places: Tensor, tables: list[Tensor], sections: CArray[Any]) -> Tensor:
-    """The bias ``[G, 1, D]`` rotated to each row's position: ``[G, rows, D]``."""
-    component = torch.repeat_interleave(torch.arange(3), torch.tensor(list(sections)))
-    cosine, sine = (table[places[:, component].long(), torch.arange(len(component))] for table in tables)
-    first, second = bias.split(len(component), -1)
-    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), -1)
+def _tensor(addresses: dict[str, int], name: str, shape: tuple[int, ...], dtype: Any) -> Tensor:
+    return tensor_of(view(addresses[name], shape, dtype, name))

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from trt_engines import Exports, build_tensorrt_engine
 
 from starkv.gpu import Gpu
+from starkv.kernels.c_abi import KernelAbi
 from starkv.kernels.c_abi_quantized import CodeRowsBuffers, CodeRowsShape
 from starkv.kernels.sampling_reference import argmax_token, sample_token
 from starkv.methods.rows import prompt_rows
@@ -73,12 +74,21 @@ class Kernels:
     """The kernels' library on the fake card: its reference, on a stream."""
 
     cuda: FakeCuda
+    library: KernelAbi | None = None
+    """Packs rows in its place, if there is one: the kernels built for the processor."""
 
     def quantize_rows(self, shape: CodeRowsShape, buffers: CodeRowsBuffers, stream: int) -> None:
-        submit_code_rows(self.cuda, True, shape, buffers, stream)
+        self._pack("quantize_rows", shape, buffers, stream)
 
     def dequantize_rows(self, shape: CodeRowsShape, buffers: CodeRowsBuffers, stream: int) -> None:
-        submit_code_rows(self.cuda, False, shape, buffers, stream)
+        self._pack("dequantize_rows", shape, buffers, stream)
+
+    def _pack(self, function: str, shape: CodeRowsShape, buffers: CodeRowsBuffers, stream: int) -> None:
+        if self.library is None:
+            submit_code_rows(self.cuda, function == "quantize_rows", shape, buffers, stream)
+            return
+        launch = getattr(self.library, function)
+        self.cuda.submit(stream, lambda: launch(shape, buffers), function)
 
     def call(self, function: str, *arguments: Any) -> None:
         logits, *draws, ids, sequences, vocabulary, stream = arguments

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_cuda import FakeCuda
+from kernel_library import built_for_the_processor
 from packed_cases import (
     LENGTH,
     PROMPT,
@@ -21,9 +22,11 @@ from packed_cases import (
     prefilled,
     relative,
 )
-from runtime_cases import Engines, open_on, tokens
+from runtime_cases import Engines, Kernels, open_on, tokens
 
 from starkv.errors import EngineError, UsageError
+from starkv.kernels.c_abi import KernelAbi
+from starkv.kernels.library_paths import KERNELS
 from starkv.lowrank.quantized_rows import Bits
 from starkv.manifest import read_manifest, seal
 from starkv.methods.budget import Budget
@@ -258,3 +261,24 @@ def test_prefill_is_exact_whatever_is_packed(packed: PackedEngines, engines: Eng
         on_host = prefilled(open_engine()).on_host(packed.host.manifest.text)
         keys.append(on_host.host_kv.keys)
     np.testing.assert_array_equal(*keys)
+
+
+@BITS
+def test_the_real_kernels_pack_as_their_reference(packed: PackedEngines, bits: Bits) -> None:
+    """The library that is built for the processor takes the fake card's memory as it is."""
+    parked = []
+    built = built_for_the_processor("starkv_kernels_cpu", KERNELS["cpu"])
+    for library in (None, KernelAbi(built)):
+        state = packed.engines.install(cuda=FakeCuda())
+        kernels: Any = Kernels(state.cuda, library)
+        engine = open_on(state, packed.directory(bits), kernels=kernels)
+        pool = pool_with(engine, HALF, True)
+        codes = pool.kv.park(0)
+        arena = engine.new_arena(LENGTH)
+        arena.kv.load(0, codes)
+        parked.append((codes, arena.kv.park(0)))
+    (ours, our_floats), (theirs, their_floats) = parked
+    for mine, other in ((ours, theirs), (our_floats, their_floats)):
+        for name in ("keys", "values"):
+            for layer in zip(getattr(mine, name), getattr(other, name), strict=True):
+                np.testing.assert_array_equal(*layer)
