@@ -147,9 +147,10 @@ class KvOptions:
         found = manifest.kv_packing
         if found is None or (found.quant, found.rank) != (wanted.quant, wanted.rank):
             packs = "does not pack its cache" if found is None else f"packs its cache as {found.describe()}"
+            command = "build MODEL --backend trt" if manifest.backend == "trt" else "pack"
             raise UsageError(
-                f"this engine of {manifest.name} {packs}, not as {wanted}; make one with `starkv pack`, or "
-                "name the model instead of a directory"
+                f"this engine of {manifest.name} {packs}, not as {wanted}; make one with `starkv {command}`, "
+                "or name the model instead of a directory"
             )
         return True
 
