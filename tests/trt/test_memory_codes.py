@@ -12,7 +12,7 @@ from trt_engines import SCREEN, agent_of
 from starkv.export.build.trt_vision_bounds import VisionSizes
 from starkv.kv_packing.quantized import code_bytes_per_row
 from starkv.lowrank.quantized_rows import Bits
-from starkv.manifest import TensorRTBuild
+from starkv.manifest import TensorRTBuild, read_manifest
 from starkv.memory_plan.buffers import compress_bytes, decode_bytes, prefill_bytes
 from starkv.memory_plan.codes import code_bytes, packing_bytes
 from starkv.memory_plan.plan import CONTEXT_BYTES, MemoryPlan, PlannedModel, Wanted, plan_memory
@@ -21,8 +21,10 @@ from starkv.methods.budget import Budget
 from starkv.methods.names import STAR_KV
 from starkv.methods.rows import prompt_rows
 from starkv.methods.star_kv_config import StarKVConfig
+from starkv.runtime.engines.base import kv_bytes_per_row
 from starkv.runtime.engines.ort import OrtEngine
 from starkv.runtime.engines.trt import TrtEngine
+from starkv.runtime.engines.trt_memory import check_memory
 from starkv.runtime.generation import SamplingParameters
 from starkv.runtime.kv.buffers import Arena, Pool, round_up_rows
 from starkv.runtime.kv.policy import KvPolicy
@@ -74,6 +76,16 @@ def test_an_engine_that_is_open(packed: PackedEngines, bits: Bits) -> None:
     build = build_of(engine)
     packing = packing_bytes(engine.manifest.text, build.sessions, bits, build.position_rows)
     assert cuda.in_use == max(build.scratch_bytes.values()) + packing
+
+
+def test_weights_that_are_streamed_leave_room(packed: PackedEngines) -> None:
+    """For a prompt, what is chosen of it as floats, and as codes."""
+    manifest = read_manifest(packed.directory(8))
+    assert manifest.tensorrt is not None
+    build = manifest.tensorrt.model_copy(update={"weight_streaming": True})
+    cached = manifest.max_context * (2 * kv_bytes_per_row(manifest) + code_bytes_per_row(manifest.text, 8))
+    card = FakeCuda(total=max(build.scratch_bytes.values()) + cached + (1 << 20))
+    assert check_memory(manifest, build, card, None) == 1 << 20
 
 
 @BITS
