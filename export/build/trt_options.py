@@ -120,9 +120,9 @@ def cache_rows(record: ExportRecord) -> int:
     return -(-record.max_context // ROW_STEP) * ROW_STEP
 
 
-def position_rows(record: ExportRecord) -> int:
-    """Positions that attention to codes is built for."""
-    return max(POSITION_ROWS, cache_rows(record))
+def position_rows(rows: int) -> int:
+    """Positions that attention to codes is built for, where caches have up to so many rows."""
+    return max(POSITION_ROWS, rows)
 
 
 def at_most_context(record: ExportRecord, options: TrtBuildOptions) -> TrtBuildOptions:

@@ -77,7 +77,7 @@ class BuildPlan:
     @property
     def position_rows(self) -> int:
         """Positions that attention to codes is built for; 0 without it."""
-        return position_rows(self.record) if self.options.kv_bits else 0
+        return position_rows(self.cache_rows) if self.options.kv_bits else 0
 
     @property
     def image_patches(self) -> int:

@@ -67,7 +67,7 @@ def _vision(record: ExportRecord, options: TrtBuildOptions) -> tuple[Sizes, ...]
 
 def _decoder(record: ExportRecord, options: TrtBuildOptions) -> tuple[Sizes, ...]:
     one, rows = SizeRange(1, 1, 1), _rows(record)
-    positions = SizeRange.up_to(position_rows(record), usual=_USUAL_ROWS)
+    positions = SizeRange.up_to(position_rows(cache_rows(record)), usual=_USUAL_ROWS)
     # A prefill is over floats: its cache of codes has the one row that stands for none.
     prefill = {"B": one, "S": SizeRange.up_to(options.prefill_rows), "C": rows, "K": one, "P": one}
     # One session is the usual case, whatever the limit.

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from starkv.errors import EngineError, UsageError
+from starkv.kv_packing.quantized import code_bytes_per_row
 from starkv.manifest import Manifest, TensorRTBuild
 from starkv.runtime.engines.base import kv_bytes_per_row
 from starkv.runtime.engines.cuda import Cuda
@@ -56,12 +57,15 @@ def check_memory(manifest: Manifest, build: TensorRTBuild, cuda: Cuda, weight_bu
     free, total = cuda.memory()
     weights = sum(build.weight_bytes.values())
     scratch = max(build.scratch_bytes.values(), default=0)
-    row = kv_bytes_per_row(manifest)
+    # A prompt and what is kept of it lie on the card at the same time.
+    row = 2 * kv_bytes_per_row(manifest)
+    if build.kv_bits is not None:
+        # As floats first, then also as codes.
+        row += code_bytes_per_row(manifest.text, build.kv_bits)
     if build.weight_streaming:
-        # A prompt and what is kept of it lie on the card at the same time.
-        room = free - scratch - 2 * manifest.max_context * row
+        room = free - scratch - manifest.max_context * row
         weights = min(weights, max(0, room) if weight_budget is None else weight_budget)
-    cache = 2 * min(_LEAST_ROWS, manifest.max_context) * row
+    cache = min(_LEAST_ROWS, manifest.max_context) * row
     needed = weights + scratch + cache
     if needed > free:
         raise EngineError(

@@ -23,6 +23,7 @@ from starkv.cli.console import results
 from starkv.cli.doctor_plan import (
     Plan,
     PlanBudgets,
+    PlanKvQuantization,
     PlanOptions,
     PlanPixels,
     PlanPrefillRows,
@@ -62,6 +63,7 @@ def doctor(
     prefill_rows: PlanPrefillRows = None,
     quant: PlanQuantization = None,
     max_pixels: PlanPixels = None,
+    kv_quant: PlanKvQuantization = None,
     json: Json = False,
 ) -> None:
     """Show what this machine can export, build and run, and how to get what is missing.
@@ -71,7 +73,7 @@ def doctor(
     Example: [bold]starkv doctor --plan ui-tars-1.5-7b --kv-budget 0.2 --sessions 4[/] for the memory that a
     TensorRT engine takes
     """
-    options = PlanOptions(kv_budget, sessions, prompt_rows, prefill_rows, quant, max_pixels)
+    options = PlanOptions(kv_budget, sessions, prompt_rows, prefill_rows, quant, max_pixels, kv_quant)
     if plan is not None:
         show_plan(plan, options, json)
         return

@@ -55,6 +55,12 @@ PlanPrefillRows = Annotated[
 PlanQuantization = Annotated[
     str | None, typer.Option("--quant", help="With --plan: as for `build`.", show_default=False)
 ]
+PlanKvQuantization = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-quant", help="With --plan: as for `build`, int8, int4 or none. [none]", show_default=False
+    ),
+]
 PlanPixels = Annotated[
     int | None,
     typer.Option("--max-pixels", help="With --plan: as for `build`.", min=1, show_default=False),
@@ -71,6 +77,7 @@ class PlanOptions:
     prefill_rows: int | None
     quant: str | None
     max_pixels: int | None
+    kv_quant: str | None
 
     def check_unused(self) -> None:
         """Refuse options of the plan without one.
@@ -138,10 +145,10 @@ def _plan_of_engine(directory: Path, options: PlanOptions) -> "MemoryPlan":
     from starkv.memory_plan.plan import PlannedModel
 
     manifest = read_manifest(directory)
-    settled = {"--quant": options.quant, "--max-pixels": options.max_pixels}
+    settled: dict[str, object] = {"--quant": options.quant, "--max-pixels": options.max_pixels}
     model, built = PlannedModel.of(manifest), manifest.tensorrt
     if built is not None:
-        settled["--prefill-rows"] = options.prefill_rows
+        settled |= {"--prefill-rows": options.prefill_rows, "--kv-quant": options.kv_quant}
     for option, value in settled.items():
         if value is not None:
             raise UsageError(f"{directory} is built, and {option} with it; leave it out, or build it again")
@@ -162,6 +169,7 @@ def _plan(
     sessions: tuple[int, ...],
     built: TensorRTBuild | None = None,
 ) -> "MemoryPlan":
+    from starkv.kv_packing.options import code_bits
     from starkv.memory_plan.plan import Wanted, plan_memory
     from starkv.memory_plan.rows import usual_prompt_rows
 
@@ -172,5 +180,6 @@ def _plan(
         prefill_rows=options.prefill_rows or PREFILL_ROWS,
         budgets=tuple(options.kv_budget or BUDGETS),
         sessions=tuple(options.sessions or sessions),
+        kv_bits=code_bits(options.kv_quant or "none") if built is None else built.kv_bits,
     )
     return plan_memory(model, wanted, built)

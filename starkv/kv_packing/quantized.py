@@ -7,6 +7,12 @@ import numpy as np
 
 from starkv.kv_packing.positions import POSITION_BYTES
 from starkv.lowrank.quantized_rows import Bits, RowQuantization
+from starkv.manifest import TextShape
+
+
+def code_bytes_per_row(text: TextShape, bits: Bits) -> int:
+    """Bytes of one token's codes over all layers, with its position in each."""
+    return text.layers * (2 * text.kv_heads * text.head_dim * bits // 8 + POSITION_BYTES)
 
 
 @dataclass(frozen=True)

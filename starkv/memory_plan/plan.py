@@ -4,9 +4,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from starkv.export.build.trt_options import position_rows
 from starkv.export.build.trt_vision_bounds import most_sizes
+from starkv.lowrank.quantized_rows import Bits
 from starkv.manifest import ImageLimits, Manifest, Quantization, TensorRTBuild, TextShape, VisionShape
 from starkv.memory_plan.buffers import compress_bytes, decode_bytes, prefill_bytes, vision_bytes
+from starkv.memory_plan.codes import code_bytes, packing_bytes
 from starkv.memory_plan.rows import cache_bytes, check_rows, kept_rows, slot_rows
 from starkv.memory_plan.scratch import Limits, Scratch, estimate_scratch, measured_scratch
 from starkv.memory_plan.weights import WeightBytes, weight_bytes
@@ -55,7 +58,13 @@ class Scenario:
     slab: int
     """Bytes of a session's slot."""
     scratch: Scratch
+    packing: int
+    """Bytes of what codes need beside the slots: scales, tables, what stands for a cache that is not read."""
+    staged: int
+    """Bytes of chosen rows as floats, until they are codes; 0 where all rows are kept."""
     buffers: int
+    """Bytes of inputs and outputs: of the decode step, and of the largest of the stages that come and go. A
+    compression's include ``staged``."""
     total: int
     """Bytes of device memory."""
     host: int
@@ -86,6 +95,8 @@ class MemoryPlan:
     new_tokens: int
     prefill_rows: int
     weights: WeightBytes
+    kv_bits: Bits | None
+    """Of the codes that kept rows become; None where they stay as they are."""
     arena: int
     """Bytes of keys and values of one full prompt, shared by all sessions."""
     scenarios: tuple[Scenario, ...]
@@ -105,6 +116,8 @@ class Wanted:
     """Shares of a prompt's rows that are kept."""
     sessions: tuple[int, ...]
     """How many prompts are answered at once; the engine is built for so many."""
+    kv_bits: Bits | None = None
+    """Of the codes that kept rows become; None where they stay as they are."""
 
 
 def plan_memory(model: PlannedModel, wanted: Wanted, built: TensorRTBuild | None = None) -> MemoryPlan:
@@ -131,7 +144,14 @@ def plan_memory(model: PlannedModel, wanted: Wanted, built: TensorRTBuild | None
         for sessions in wanted.sessions
     )
     return MemoryPlan(
-        model, wanted.prompt_rows, wanted.new_tokens, wanted.prefill_rows, weights, arena, scenarios
+        model,
+        wanted.prompt_rows,
+        wanted.new_tokens,
+        wanted.prefill_rows,
+        weights,
+        wanted.kv_bits,
+        arena,
+        scenarios,
     )
 
 
@@ -144,32 +164,53 @@ def _scenario(
     arena: int,
     built: TensorRTBuild | None,
 ) -> Scenario:
-    text, window = model.text, model.observation_window
+    text, window, bits = model.text, model.observation_window, wanted.kv_bits
     kept = kept_rows(wanted.prompt_rows, budget, window)
     cache_rows = round_up_rows(model.max_context)
+    positions = built.position_rows if built else position_rows(cache_rows)
     slot = slot_rows(kept + wanted.new_tokens, cache_rows)
     image = most_sizes(model.image, model.vision)
-    limits = Limits(wanted.prefill_rows, cache_rows, sessions, window, image)
+    limits = Limits(wanted.prefill_rows, cache_rows, sessions, window, image, bits, positions)
     scratch = (
         measured_scratch(built) if built else estimate_scratch(text, model.vision, limits, weights.largest)
     )
-    buffers = _buffers(model, wanted, sessions, slot)
-    slab = cache_bytes(text, 1, slot)
-    total = weights.device + scratch.shared + arena + sessions * slab + buffers + CONTEXT_BYTES
-    return Scenario(budget, sessions, kept, slot, slab, scratch, buffers, total, weights.embedding)
-
-
-def _buffers(model: PlannedModel, wanted: Wanted, sessions: int, slot: int) -> int:
-    """Bytes of inputs and outputs: of the decode step, and of the largest of the stages that come and go."""
-    text, window = model.text, model.observation_window
-    image = most_sizes(model.image, model.vision)
-    windows = min(window, wanted.prompt_rows), StarKVConfig().window
+    if bits is None:
+        slab, packing, staged = cache_bytes(text, 1, slot), 0, 0
+        compression = _compression(model, wanted, sessions, slot)
+    else:
+        slab = code_bytes(text, 1, slot, bits)
+        packing = packing_bytes(text, built.sessions if built else sessions, bits, positions)
+        # A whole budget is the method that keeps all: its rows become codes where they are, in no more memory
+        # than their prefill took.
+        staged = cache_bytes(text, 1, kept) if budget < 1 else 0
+        compression = staged + _compression(model, wanted, 1, round_up_rows(kept)) if staged else 0
     stages = (
         vision_bytes(model.vision, text.hidden, image),
         prefill_bytes(text, window, wanted.prompt_rows, wanted.prefill_rows),
-        compress_bytes(text, windows, round_up_rows(wanted.prompt_rows), sessions, slot, image.tokens),
+        compression,
     )
-    return decode_bytes(text, sessions) + max(stages)
+    buffers = decode_bytes(text, sessions) + max(stages)
+    parts = weights.device, scratch.shared, arena, sessions * slab, packing, buffers, CONTEXT_BYTES
+    return Scenario(
+        budget=budget,
+        sessions=sessions,
+        kept_rows=kept,
+        slot_rows=slot,
+        slab=slab,
+        scratch=scratch,
+        packing=packing,
+        staged=staged,
+        buffers=buffers,
+        total=sum(parts),
+        host=weights.embedding,
+    )
+
+
+def _compression(model: PlannedModel, wanted: Wanted, slots: int, slot_rows: int) -> int:
+    """Bytes of a compression's inputs and outputs, into one of so many slots of floats."""
+    windows = min(model.observation_window, wanted.prompt_rows), StarKVConfig().window
+    cells = most_sizes(model.image, model.vision).tokens
+    return compress_bytes(model.text, windows, round_up_rows(wanted.prompt_rows), slots, slot_rows, cells)
 
 
 def _smallest(boards: Sequence[int], needed: int) -> int | None:

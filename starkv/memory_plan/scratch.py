@@ -14,8 +14,13 @@ from dataclasses import dataclass
 from starkv.export.build.trt_vision_bounds import VisionSizes
 from starkv.export.models.config import IMAGE_CHANNELS
 from starkv.kernels.c_abi import FULL_ATTENTION_HEAD_DIMS
+from starkv.lowrank.quantized_rows import Bits
 from starkv.manifest import TensorRTBuild, TextShape, VisionShape
-from starkv.memory_plan.workspace import attention_workspace, compress_workspace
+from starkv.memory_plan.workspace import (
+    attention_workspace,
+    code_attention_workspace,
+    compress_workspace,
+)
 
 _WIDE, _NARROW = 4, 2
 """Bytes of a float32 number, and of one in the compute dtype."""
@@ -52,6 +57,10 @@ class Limits:
     """Observation window."""
     image: VisionSizes
     """Of one image: the largest of each size."""
+    kv_bits: Bits | None
+    """Of the codes that kept rows become; None where they stay as they are."""
+    position_rows: int
+    """Positions that attention to codes can tell apart."""
 
 
 def measured_scratch(built: TensorRTBuild) -> Scratch:
@@ -78,6 +87,10 @@ def estimate_scratch(text: TextShape, vision: VisionShape, limits: Limits, expan
     """
     attention = attention_workspace(text, 1, limits.cache_rows)
     batched = attention_workspace(text, limits.sessions, limits.cache_rows)
+    if limits.kv_bits is not None:
+        # One plugin attends to either cache.
+        sizes = limits.sessions, limits.cache_rows, limits.position_rows
+        batched = max(batched, code_attention_workspace(text, limits.kv_bits, *sizes))
     return Scratch(
         vision=vision_scratch(vision, text.hidden, limits.image),
         prefill=decoder_scratch(text, 1, limits.prefill_rows, limits.window) + attention + expanded,

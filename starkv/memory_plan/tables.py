@@ -38,6 +38,7 @@ def plan_json(plan: MemoryPlan) -> dict[str, Any]:
         "prefill_rows": plan.prefill_rows,
         "max_pixels": model.image.max_pixels,
         "max_context": model.max_context,
+        "kv_quant": _kept_as(plan) or "none",
         "weights": {**asdict(plan.weights), "device": plan.weights.device},
         "files": _files(plan),
         "arena": plan.arena,
@@ -60,7 +61,8 @@ def _paragraphs(plan: MemoryPlan) -> Iterator[str]:
     yield (
         f"{model.name} in {model.quantization.preset}: prompts of {plan.prompt_rows:,} rows, replies of up "
         f"to {plan.new_tokens}, prefill calls of up to {plan.prefill_rows:,}, images of up to "
-        f"{model.image.max_pixels / 1e6:.1f} million pixels, sequences of up to {model.max_context:,} rows."
+        f"{model.image.max_pixels / 1e6:.1f} million pixels, sequences of up to {model.max_context:,} rows; "
+        f"kept rows are {_kept_as(plan) or '16-bit floats'}."
     )
     yield markdown_table(("part", "MiB", "how it is known"), list(_parts(plan)))
     yield markdown_table(("file", "GiB"), [(name, _gib(size)) for name, size in _files(plan).items()])
@@ -81,7 +83,19 @@ def _parts(plan: MemoryPlan) -> Iterator[tuple[str, str, str]]:
         yield f"scratch of {stage}", _range(getattr(each.scratch, stage) for each in scenarios), source
     yield "scratch that all share", _range(each.scratch.shared for each in scenarios), "the largest of these"
     yield "arena: one prompt's keys and values", _mib(plan.arena), "exact"
-    yield "inputs and outputs", _range(each.buffers for each in scenarios), "exact"
+    if plan.kv_bits is not None:
+        yield (
+            "codes' scales, rotary tables and stand-ins",
+            _range(each.packing for each in scenarios),
+            "exact",
+        )
+        yield (
+            "chosen rows as floats, until they are codes",
+            _range(each.staged for each in scenarios),
+            "exact",
+        )
+    beside = "" if plan.kv_bits is None else ", chosen rows among them"
+    yield f"inputs and outputs{beside}", _range(each.buffers for each in scenarios), "exact"
     yield "CUDA's context and TensorRT", _mib(CONTEXT_BYTES), "assumed"
     yield "embedding, in host memory", _mib(weights.embedding), "exact"
 
@@ -107,6 +121,11 @@ def _row(scenario: Scenario) -> tuple[str, ...]:
         _board(scenario.smallest_card),
         _board(scenario.smallest_shared_board),
     )
+
+
+def _kept_as(plan: MemoryPlan) -> str | None:
+    """The quantization of kept rows; None where they stay floats."""
+    return None if plan.kv_bits is None else f"int{plan.kv_bits}"
 
 
 def _board(gigabytes: int | None) -> str:

@@ -32,9 +32,11 @@ def test_the_documentation_shows_what_the_command_prints(starkv: Command) -> Non
     assert renewed(text, lambda arguments: starkv("doctor", *arguments).out) == text
 
 
-def test_a_plan_adds_up(starkv: Command) -> None:
-    found = plan(starkv, "ui-tars-1.5-7b")
+@pytest.mark.parametrize("kv_quant", ["none", "int8", "int4"])
+def test_a_plan_adds_up(starkv: Command, kv_quant: str) -> None:
+    found = plan(starkv, "ui-tars-1.5-7b", "--kv-quant", kv_quant)
     assert found["quantization"] == "int4"
+    assert found["kv_quant"] == kv_quant
     assert found["prompt_rows"] == 13_645
     assert [(one["budget"], one["sessions"]) for one in found["scenarios"]] == [
         (budget, sessions) for budget in (1.0, 0.2, 0.05) for sessions in (1, 8, 32)
@@ -44,7 +46,7 @@ def test_a_plan_adds_up(starkv: Command) -> None:
         assert stages["shared"] == max(stages[name] for name in ("vision", "prefill", "decode", "compress"))
         assert one["slabs"] == one["sessions"] * one["slab"]
         parts = found["weights"]["device"], stages["shared"], found["arena"], one["slabs"], one["buffers"]
-        assert one["total"] == sum(parts) + CONTEXT_BYTES
+        assert one["total"] == sum(parts) + one["packing"] + CONTEXT_BYTES
         assert one["kept_rows"] + found["new_tokens"] <= one["slot_rows"]
 
 
@@ -58,8 +60,27 @@ def test_knobs_lower_what_they_say(starkv: Command) -> None:
     assert total("--kv-budget", 0.2, "--max-pixels", 2_109_744) < usual
     assert total("--kv-budget", 0.2, "--prompt-rows", 3000) < usual
     assert total("--kv-budget", 0.2, "--quant", "int8") > usual
+    codes = [total("--kv-budget", 0.2, "--kv-quant", kept) for kept in ("int4", "int8", "none")]
+    assert codes == sorted(codes)
+    assert codes[-1] == usual
     small = "--kv-budget", 0.2, "--max-pixels", 2_109_744
     assert total(*small, "--prefill-rows", 8192) > total(*small, "--prefill-rows", 2048)
+
+
+@pytest.mark.parametrize(("kv_quant", "row"), [("int8", 28 * (1024 + 12)), ("int4", 28 * (512 + 12))])
+def test_a_plan_of_codes(starkv: Command, kv_quant: str, row: int) -> None:
+    """A row is 28 layers of 4 heads' keys and values of 128 numbers, and their positions."""
+    arguments = "ui-tars-1.5-7b", "--sessions", 8
+    floats, codes = (plan(starkv, *arguments, "--kv-quant", kept) for kept in ("none", kv_quant))
+    assert codes["arena"] == floats["arena"]
+    for one, other in zip(codes["scenarios"], floats["scenarios"], strict=True):
+        assert one["slot_rows"] == other["slot_rows"]
+        assert one["slab"] == one["slot_rows"] * row
+        # For each session and KV head three tables of 32,768 positions and 8 query heads.
+        tables = 8 * 4 * 3 * 32_768 * 8 * 4
+        assert one["scratch"]["decode"] - other["scratch"]["decode"] == pytest.approx(tables, rel=0.1)
+        assert other["packing"] == other["staged"] == 0
+    assert [one["staged"] > 0 for one in codes["scenarios"]] == [False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -67,11 +88,13 @@ def test_knobs_lower_what_they_say(starkv: Command) -> None:
     [
         (("--plan", "ui-tars"), "did you mean"),
         (("--plan", "gui-tiny", "--quant", "int3"), "unknown quantization 'int3'"),
+        (("--plan", "gui-tiny", "--kv-quant", "int2"), "unknown KV quantization 'int2'"),
         (("--plan", "gui-tiny", "--kv-budget", 2), "a KV budget is a share"),
         (("--plan", "gui-tiny", "--max-pixels", 10), "is 10, but gui-tiny takes 50176 to 250880"),
         (("--plan", "gui-tiny", "--prompt-rows", 4000), "more than gui-tiny's max_context of 4096"),
         (("--plan", "docs"), "docs is no engine directory"),
         (("--sessions", 3), "--sessions is about a memory plan; add --plan MODEL"),
+        (("--kv-quant", "int8"), "--kv-quant is about a memory plan; add --plan MODEL"),
     ],
 )
 def test_bad_input(
@@ -126,9 +149,35 @@ def test_an_engine_that_is_built_says_what_tensorrt_said(
     assert "built for 4 sessions, not 5" in starkv("doctor", "--plan", tmp_path, "--sessions", 5).err
 
 
+def test_an_engine_that_is_built_says_what_rows_become(
+    tiny: TinyModel, tmp_path: Path, starkv: Command
+) -> None:
+    built = BUILT.model_copy(update={"kv_bits": 4, "position_rows": 1000})
+    manifest = read_manifest(tiny.engine).model_copy(
+        update={"backend": "trt", "compute_dtype": "bfloat16", "tensorrt": built}
+    )
+    (tmp_path / MANIFEST_NAME).write_text(seal(manifest))
+    found, text = plan(starkv, tmp_path), manifest.text
+    assert found["kv_quant"] == "int4"
+    # Both were built for four sessions and a thousand positions, however many answer.
+    one, four = found["scenarios"][:2]
+    assert one["packing"] == four["packing"]
+    assert 0 < one["packing"] - 1000 * text.head_dim * 4 < 200_000
+    for same_or_other in ("int4", "int8", "none"):
+        assert "is built" in starkv("doctor", "--plan", tmp_path, "--kv-quant", same_or_other).err
+
+
+def test_the_tables_say_what_rows_are_kept_as(starkv: Command) -> None:
+    for kept, said in (("none", "kept rows are 16-bit floats."), ("int8", "kept rows are int8.")):
+        tables = starkv("doctor", "--plan", "gui-tiny", "--kv-quant", kept).out
+        assert said in tables.splitlines()[0]
+        assert ("until they are codes" in tables) == (kept != "none")
+
+
 def test_an_engine_for_onnx_runtime_is_planned_for_tensorrt(tiny: TinyModel, starkv: Command) -> None:
-    found = plan(starkv, tiny.engine, "--sessions", 2)
+    found = plan(starkv, tiny.engine, "--sessions", 2, "--kv-quant", "int8")
     assert not found["scenarios"][0]["scratch"]["measured"]
+    assert found["kv_quant"] == "int8"
 
 
 def instructions() -> list[tuple[str, str]]:

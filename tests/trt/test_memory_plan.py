@@ -22,12 +22,18 @@ from starkv.export.lower.trt_weights import NATIVE_BLOCKS
 from starkv.export.quantize.presets import PRESETS
 from starkv.export.record import ExportRecord, read_record
 from starkv.kernels.c_abi import BFLOAT16, AttentionShape, CompressShape, KernelAbi
+from starkv.kernels.c_abi_quantized import QuantizedAttentionShape
 from starkv.kernels.library_paths import KERNELS
+from starkv.lowrank.quantized_rows import Bits
 from starkv.manifest import TextShape, read_manifest
 from starkv.memory_plan import weights as planned_weights
 from starkv.memory_plan.rows import cache_bytes, kept_rows, usual_prompt_rows
 from starkv.memory_plan.weights import weight_bytes
-from starkv.memory_plan.workspace import attention_workspace, compress_workspace
+from starkv.memory_plan.workspace import (
+    attention_workspace,
+    code_attention_workspace,
+    compress_workspace,
+)
 from starkv.methods.budget import Budget
 from starkv.methods.names import STAR_KV
 from starkv.runtime.engines.base import kv_bytes_per_row
@@ -154,6 +160,25 @@ def test_workspaces_are_what_the_plugins_ask_for(
             assert compress_workspace(text, window, capacity, slot) == library.workspace_bytes(
                 CompressShape(*sizes)
             )
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 24, 2, 80), (2, 9, 1, 256)])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("capacity", [64, 448, 32_768])
+def test_workspaces_over_codes_are_what_the_plugins_ask_for(
+    library: KernelAbi, shape: tuple[int, int, int, int], bits: Bits, capacity: int
+) -> None:
+    _, heads, kv_heads, dim = shape
+    sections = (dim // 2 - 8, 4, 4)
+    for positions in (1, 1000, 40_000):
+        sizes = (heads, kv_heads, dim, capacity, positions, bits, BFLOAT16, sections)
+        for sessions in (1, 8, 32):
+            asked = [
+                library.workspace_bytes(QuantizedAttentionShape(count, *sizes))
+                for count in range(1, sessions + 1)
+            ]
+            planned = code_attention_workspace(text_shape(*shape), bits, sessions, capacity, positions)
+            assert planned == max(asked)
 
 
 @pytest.mark.parametrize("rows", [1, 64, 65, 13_645])
