@@ -67,18 +67,15 @@ def _vision(record: ExportRecord, options: TrtBuildOptions) -> tuple[Sizes, ...]
 
 def _decoder(record: ExportRecord, options: TrtBuildOptions) -> tuple[Sizes, ...]:
     one, rows = SizeRange(1, 1, 1), _rows(record)
+    prefill = {"B": one, "S": SizeRange.up_to(options.prefill_rows), "C": rows}
+    # One session is the usual case, whatever the limit.
+    decode = {"B": SizeRange(1, 1, options.sessions), "S": one, "C": rows}
+    if options.kv_bits is None:
+        return prefill, decode
+    codes = SizeRange.up_to(cache_rows(record), usual=_USUAL_ROWS)
     positions = SizeRange.up_to(position_rows(cache_rows(record)), usual=_USUAL_ROWS)
     # A prefill is over floats: its cache of codes has the one row that stands for none.
-    prefill = {"B": one, "S": SizeRange.up_to(options.prefill_rows), "C": rows, "K": one, "P": one}
-    # One session is the usual case, whatever the limit.
-    decode = {
-        "B": SizeRange(1, 1, options.sessions),
-        "S": one,
-        "C": rows,
-        "K": SizeRange.up_to(cache_rows(record), usual=_USUAL_ROWS),
-        "P": positions,
-    }
-    return prefill, decode
+    return prefill | {"K": one, "P": one}, decode | {"K": codes, "P": positions}
 
 
 def _compress(record: ExportRecord, options: TrtBuildOptions) -> tuple[Sizes, ...]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from starkv.cli.console import results
+from starkv.kv_packing.quantized import code_bytes_per_row
 
 if TYPE_CHECKING:
     from starkv.export.build.trt_plan import BuildPlan
@@ -15,7 +16,13 @@ if TYPE_CHECKING:
 _MIB = 2**20
 _WORDS = {
     "vision": {"N": "patches", "M": "slots of windows", "nW": "windows", "T": "image tokens"},
-    "decoder": {"B": "sessions", "S": "tokens", "C": "cache rows"},
+    "decoder": {
+        "B": "sessions",
+        "S": "tokens",
+        "C": "cache rows",
+        "K": "rows of codes",
+        "P": "positions",
+    },
     "compress": {
         "C": "rows",
         "E": "rows of a slot",
@@ -39,6 +46,7 @@ def plan_as_json(plan: "BuildPlan") -> dict[str, Any]:
         **_limits(plan),
         "weight_bytes": plan.weight_bytes,
         "kv_bytes_per_row": plan.row_bytes,
+        "kv_bits": plan.options.kv_bits,
         "expanded_weights": plan.expanded,
         "plans": [
             {
@@ -80,6 +88,12 @@ def print_plan(plan: "BuildPlan") -> None:
         f"weights {plan.weight_bytes / _MIB:,.0f} MiB; KV cache {plan.row_bytes:,} bytes per token, "
         f"{cache / _MIB:,.0f} MiB for the longest session"
     )
+    if bits := options.kv_bits:
+        packed = code_bytes_per_row(plan.record.text, bits)
+        results.print(
+            f"kept rows as int{bits}, {packed:,} bytes per token with its positions, in up to "
+            f"{plan.position_rows:,} positions"
+        )
     if plan.expanded:
         results.print(
             f"{plan.expanded} quantized weights become 16-bit numbers: TensorRT can't take their form"
