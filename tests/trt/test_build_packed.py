@@ -162,9 +162,10 @@ def test_a_dry_run_plans_both_caches(starkv: Command, tiny: TinyModel, tmp_path:
     asked = ("--backend", "trt", "--kv-quant", "int8", "--dry-run", "--out", out)
     done = starkv("build", tiny.exports["fp32"], *asked)
     assert done.code == 0
+    said = " ".join(done.out.split())
     # Two layers of two heads of 64, keys and values, and three integers in each layer.
-    assert "kept rows as int8, 536 bytes per token with its positions, in up to 32,768 positions" in done.out
-    assert "rows of codes 1 (512) 512, positions 1 (4,096) 32,768" in " ".join(done.out.split())
+    assert "kept rows as int8, 536 bytes per token with its positions, in up to 32,768 positions" in said
+    assert "rows of codes 1 (512) 512, positions 1 (4,096) 32,768" in said
     script = (out / "trtexec.sh").read_text()
     assert "past_k_codes.0:1x2x1x16" in script
     assert "row_positions.1:8x512x3" in script
