@@ -15,6 +15,9 @@ before it is known what they will be good for:
 
 Pieced together, tokens and positions are those of the whole prompt, which is checked for every question. In
 prompt mode STaR-KV remembers an episode's earlier questions, in a stream its earlier screenshots.
+
+Each stream is asked twice: with the newest screenshot whole until the next one was read behind it, and with
+it compacted at once.
 """
 
 import argparse
@@ -68,9 +71,13 @@ class Cell:
 
     way: Way
     budget: float
+    newest_whole: bool = True
+    """Of a stream, see ``Session``."""
     hits: list[bool] = field(default_factory=list)
     kept: list[float] = field(default_factory=list)
     """Share of the prompt's rows behind which the reply was decoded."""
+    parked: list[float] = field(default_factory=list)
+    """Share of the prompt's rows that a stream held before the question."""
     texts: list[str] = field(default_factory=list)
 
     @property
@@ -82,7 +89,7 @@ class Cell:
         sample = episode[number]
         if not number:
             self._memory: StarKVMemory | None = None
-        reply = asker.ask(sample, self.way, self.policy, self._memory)
+        reply = asker.ask(sample, self.way, self.policy, self._memory, self.newest_whole)
         if self.way == "prompt":
             self._memory = reply.memory
         manifest = agent.engine.manifest
@@ -90,20 +97,22 @@ class Cell:
         box = Box(*map(float, sample.box))
         self.hits.append(bool(click_in_box(answer_of(read, manifest.coordinates), box)))
         self.kept.append(reply.kept / reply.full)
+        self.parked.append(reply.parked / reply.full)
         self.texts.append(reply.text)
 
     def extend(self, more: "Cell") -> None:
         """Add another episode's answers."""
         self.hits += more.hits
         self.kept += more.kept
+        self.parked += more.parked
         self.texts += more.texts
 
 
 def cells_of(budgets: Sequence[float]) -> list[Cell]:
     """All cells: without eviction the kinds of streams are one."""
-    ways: tuple[Way, ...] = ("prompt", *STREAMS)
     whole: list[Way] = ["prompt", "stream"]
-    return [Cell(way, WHOLE) for way in whole] + [Cell(way, b) for way in ways for b in budgets]
+    cells = [Cell(way, WHOLE) for way in whole] + [Cell("prompt", budget) for budget in budgets]
+    return cells + [Cell(way, b, newest) for newest in (True, False) for way in STREAMS for b in budgets]
 
 
 @lru_cache(maxsize=1)
@@ -177,9 +186,11 @@ def figures_of(cells: Sequence[Cell], samples: Sequence[Asked]) -> list[dict[str
         {
             "way": cell.way,
             "budget": cell.budget,
+            "newest_whole": cell.newest_whole if cell.way != "prompt" else None,
             "accuracy": float(np.mean(cell.hits)),
             "interval": wilson_interval(sum(cell.hits), len(cell.hits)),
             "rows_share": float(np.mean(cell.kept)),
+            "parked_share": float(np.mean(cell.parked)),
             "tasks": {
                 task: [sum(right), len(right)]
                 for task in TRAJECTORY_TASKS
@@ -196,14 +207,19 @@ def figures_of(cells: Sequence[Cell], samples: Sequence[Asked]) -> list[dict[str
 
 def table_of(figures: Sequence[dict[str, object]]) -> list[tuple[str, ...]]:
     """A row for each way and budget."""
-    header = ("way", "budget", "rows kept", "right", "95 %", "against prompt mode", "95 %", "p", "p, Holm")
+    header = (
+        *("way", "newest", "budget", "rows kept", "parked", "right", "95 %"),
+        *("against prompt mode", "95 %", "p", "p, Holm"),
+    )
     rows: list[tuple[str, ...]] = [header]
     for figure in figures:
         low, high = cast(tuple[float, float], figure["interval"])
         row = [
             str(figure["way"]),
+            {True: "whole", False: "compacted", None: ""}[cast(bool | None, figure["newest_whole"])],
             f"{figure['budget']:.0%}",
             f"{figure['rows_share']:.1%}",
+            f"{figure['parked_share']:.1%}",
             f"{figure['accuracy']:.1%}",
             f"{low:.1%} to {high:.1%}",
         ]

@@ -49,6 +49,8 @@ class Reply:
     """Rows of the whole prompt."""
     memory: StarKVMemory | None
     """What STaR-KV remembers now."""
+    parked: float = 0.0
+    """Rows that the session held before the question, mean over the layers."""
 
 
 class StreamAsker:
@@ -68,14 +70,22 @@ class StreamAsker:
         self._parameters = SamplingParameters(max_new_tokens)
         self._images = ImageCache()
         self._asked = ""
-        self._states: dict[tuple[KvPolicy, str, int], StreamState] = {}
-        """Of the last question: policy, tail and characters before the last piece → state behind it."""
+        self._states: dict[tuple[KvPolicy, bool, str, int], StreamState] = {}
+        """Of the last question: policy, whether the newest screenshot stays whole, tail, and characters
+        before the last piece → state behind it."""
 
     def seen(self, sample: Sample) -> ImageFacts:
         """The screenshot that the question is asked about, as the model sees it."""
         return self._prepared(sample)[-1].facts
 
-    def ask(self, sample: Sample, way: Way, policy: KvPolicy, memory: StarKVMemory | None = None) -> Reply:
+    def ask(
+        self,
+        sample: Sample,
+        way: Way,
+        policy: KvPolicy,
+        memory: StarKVMemory | None = None,
+        newest_whole: bool = True,
+    ) -> Reply:
         """Ask a question.
 
         Args:
@@ -83,6 +93,7 @@ class StreamAsker:
             way: how.
             policy: which rows are kept, at every compression.
             memory: what STaR-KV remembers of earlier prompts; a stream begins without any.
+            newest_whole: whether a stream's newest screenshot stays whole until the next one was read.
         """
         if way == "prompt":
             return self._answer(self._whole, self._prompt(sample), policy, memory)
@@ -101,13 +112,16 @@ class StreamAsker:
         for number, piece in enumerate(pieces):
             plans.append(self._plan(state, piece, images[number : number + 1], prompt))
             if number < len(pieces) - 1:
-                key = (policy, tail, len(state.text) if state else 0)
+                plans[-1] = replace(plans[-1], newest_whole=newest_whole)
+                key = (policy, newest_whole, tail, len(state.text) if state else 0)
                 if key not in self._states:
                     self._states[key] = self._append(state, plans[-1], tail, images[number], prompt, policy)
                 state = self._states[key]
         check_same(plans, prompt)
         assert state is not None
-        return self._answer(self._agent.engine, plans[-1], policy, state.memory)
+        reply = self._answer(self._agent.engine, plans[-1], policy, state.memory)
+        lengths = [rows.lengths for rows in (state.rows, state.waiting) if rows is not None]
+        return replace(reply, parked=float(np.sum(lengths, axis=0).mean()))
 
     def pieces(self, sample: Sample) -> tuple[list[str], str]:
         """The rendered prompt: a piece for each screenshot, and the rest of it."""
@@ -152,13 +166,16 @@ class StreamAsker:
         policy: KvPolicy,
     ) -> StreamState:
         """Prefill a piece and compress; with a tail behind it, whose rows go again."""
-        asked = self._plan(state, prompt_text(plan, state) + tail, [image], prompt) if tail else plan
+        asked = plan
+        if tail:
+            longer = self._plan(state, prompt_text(plan, state) + tail, [image], prompt)
+            asked = replace(longer, newest_whole=plan.newest_whole)
         memory = state.memory if state else None
         engine = self._agent.engine if state else self._first
         turn, pool, handle = self._compressed(engine, asked, policy, memory)
         assert plan.state is not None
         rows = _without_tokens_from(pool.kv.park(pool.slot_of(handle)), plan.state.tokens)
-        return replace(plan.state, rows=rows, memory=turn.memory)
+        return replace(plan.state, rows=rows, memory=turn.memory, waiting=turn.waiting)
 
     def _compressed(
         self, engine: Engine, plan: TurnPlan, policy: KvPolicy, memory: StarKVMemory | None
@@ -205,10 +222,4 @@ def check_same(plans: Sequence[TurnPlan], prompt: TurnPlan) -> None:
 
 def _without_tokens_from(rows: ParkedRows, token: int) -> ParkedRows:
     """The rows of the tokens before ``token``."""
-    kept = [meta[:, ROW_TOKEN] < token for meta in rows.row_meta]
-    return ParkedRows(
-        tuple(keys[:, some] for keys, some in zip(rows.keys, kept, strict=True)),
-        tuple(values[:, some] for values, some in zip(rows.values, kept, strict=True)),
-        tuple(meta[some] for meta, some in zip(rows.row_meta, kept, strict=True)),
-        tuple(places[some] for places, some in zip(rows.positions, kept, strict=True)),
-    )
+    return rows.take([np.flatnonzero(meta[:, ROW_TOKEN] < token) for meta in rows.row_meta])

@@ -23,7 +23,7 @@ from starkv.runtime.stream import StreamState
 from starkv.runtime.stream_plan import plan_stream
 from starkv.runtime.timings import Timings
 from starkv.runtime.turn import Turn, decode_step
-from starkv.runtime.turn_plan import check_fits, plan_prompt
+from starkv.runtime.turn_plan import fitted, plan_prompt
 
 PREFILL_ROWS = 1 << 30
 """One call for a whole prompt: nobody else waits, and the engine divides it as it likes."""
@@ -41,6 +41,8 @@ class Session:
         kv_policy: which rows of the cache are kept.
         mode: ``prompt`` or ``stream``.
         screenshots: stream mode: most screenshots in view; the oldest one's rows are evicted for a new one.
+        newest_whole: stream mode: keep the newest screenshot's rows, in host memory, until the next one was
+            read behind them. More accurate at small budgets.
     """
 
     engine: Engine
@@ -48,6 +50,7 @@ class Session:
     kv_policy: KvPolicy = field(default_factory=KvPolicy)
     mode: Mode = "prompt"
     screenshots: int | None = None
+    newest_whole: bool = True
     timings: Timings = field(default_factory=Timings)
     images: list[ImageFacts] = field(default_factory=list)
     """Screenshots of the last conversation."""
@@ -127,10 +130,18 @@ class Session:
             prepared = [self.image_cache.prepare(image, manifest) for image in images]
             self.images = [image.facts for image in prepared]
             if self.mode == "stream":
-                plan = plan_stream(manifest, self.tokenizer, messages, prepared, self.state, self.screenshots)
+                plan = plan_stream(
+                    manifest,
+                    self.tokenizer,
+                    messages,
+                    prepared,
+                    self.state,
+                    self.screenshots,
+                    self.newest_whole,
+                )
             else:
                 plan = plan_prompt(manifest, self.tokenizer, messages, prepared)
-        check_fits(plan, parameters.max_new_tokens, manifest)
+        plan = fitted(plan, parameters.max_new_tokens, manifest)
         self.reused_tokens = plan.reused_tokens
         memory = plan.state.memory if plan.state else self.kv_memory
         return Turn(

@@ -21,7 +21,8 @@ from starkv.runtime.kv.parked import ParkedRows
 from starkv.runtime.kv.policy import StarKVMemory
 from starkv.runtime.stream import FrameInView, StreamState
 
-FORMAT = "starkv session 2"
+FORMAT = "starkv session 3"
+_WAITING = "waiting."
 _MEMORY = ("mi_ema", "pattern_ema", "temperature")
 
 
@@ -36,20 +37,16 @@ def save_session(state: StreamState, manifest: Manifest, path: Path) -> None:
     Raises:
         UsageError: the folder is missing or can't be written to.
     """
-    tensors: dict[str, NDArray[Any]] = {}
-    rows = state.rows
-    every = zip(rows.keys, rows.values, rows.row_meta, rows.positions, strict=True)
-    for layer, (keys, values, meta, positions) in enumerate(every):
-        # Safetensors' numpy has no bfloat16; the bits are what counts.
-        tensors[f"keys.{layer}"], tensors[f"values.{layer}"] = _bits(keys), _bits(values)
-        tensors[f"row_meta.{layer}"] = np.ascontiguousarray(meta)
-        tensors[f"positions.{layer}"] = np.ascontiguousarray(positions)
+    tensors = _tensors(state.rows, "")
+    if state.waiting is not None:
+        tensors |= _tensors(state.waiting, _WAITING)
     memory = state.memory
     if memory is not None:
         tensors |= {name: np.ascontiguousarray(getattr(memory, name)) for name in _MEMORY}
     facts = {
-        "dtype": str(rows.keys[0].dtype),
-        "layers": len(rows.keys),
+        "dtype": str(state.rows.keys[0].dtype),
+        "waiting_dtype": None if state.waiting is None else str(state.waiting.keys[0].dtype),
+        "layers": len(state.rows.keys),
         "text": state.text,
         "image_keys": [key.hex() for key in state.image_keys],
         "pending": list(state.pending),
@@ -106,15 +103,32 @@ def _bits(array: NDArray[Any]) -> NDArray[Any]:
     return contiguous.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else contiguous
 
 
-def _state(facts: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> StreamState:
-    dtype = np.dtype(ml_dtypes.bfloat16 if facts["dtype"] == "bfloat16" else facts["dtype"])
-    layers = range(facts["layers"])
-    rows = ParkedRows(
-        tuple(tensors[f"keys.{layer}"].view(dtype) for layer in layers),
-        tuple(tensors[f"values.{layer}"].view(dtype) for layer in layers),
-        tuple(tensors[f"row_meta.{layer}"] for layer in layers),
-        tuple(tensors[f"positions.{layer}"] for layer in layers),
+def _tensors(rows: ParkedRows, prefix: str) -> dict[str, NDArray[Any]]:
+    tensors: dict[str, NDArray[Any]] = {}
+    every = zip(rows.keys, rows.values, rows.row_meta, rows.positions, strict=True)
+    for layer, (keys, values, meta, positions) in enumerate(every):
+        # Safetensors' numpy has no bfloat16; the bits are what counts.
+        tensors[f"{prefix}keys.{layer}"], tensors[f"{prefix}values.{layer}"] = _bits(keys), _bits(values)
+        tensors[f"{prefix}row_meta.{layer}"] = np.ascontiguousarray(meta)
+        tensors[f"{prefix}positions.{layer}"] = np.ascontiguousarray(positions)
+    return tensors
+
+
+def _rows(tensors: Mapping[str, NDArray[Any]], prefix: str, layers: int, name: str) -> ParkedRows:
+    dtype = np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+    return ParkedRows(
+        tuple(tensors[f"{prefix}keys.{layer}"].view(dtype) for layer in range(layers)),
+        tuple(tensors[f"{prefix}values.{layer}"].view(dtype) for layer in range(layers)),
+        tuple(tensors[f"{prefix}row_meta.{layer}"] for layer in range(layers)),
+        tuple(tensors[f"{prefix}positions.{layer}"] for layer in range(layers)),
     )
+
+
+def _state(facts: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> StreamState:
+    rows = _rows(tensors, "", facts["layers"], facts["dtype"])
+    waiting = None
+    if facts["waiting_dtype"] is not None:
+        waiting = _rows(tensors, _WAITING, facts["layers"], facts["waiting_dtype"])
     memory = None
     if facts["progress"] is not None:
         memory = StarKVMemory(StarKVProgress(**facts["progress"]), *(tensors[name] for name in _MEMORY))
@@ -129,4 +143,5 @@ def _state(facts: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> Str
         protect_order=tuple(facts["protect_order"]),
         memory=memory,
         evicted_tokens=facts["evicted_tokens"],
+        waiting=waiting,
     )

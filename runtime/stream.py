@@ -25,6 +25,7 @@ class StreamState:
     """A session's cache and what it stands for."""
 
     rows: ParkedRows
+    """Those that the last reply saw, and its own."""
     text: str
     """The conversation as the template renders it, up to the end of the last reply."""
     image_keys: tuple[bytes, ...]
@@ -41,6 +42,13 @@ class StreamState:
     memory: StarKVMemory | None = field(default=None, repr=False)
     evicted_tokens: int = 0
     """Of screenshots that left the window."""
+    waiting: ParkedRows | None = None
+    """Rows of the newest screenshot that the last reply did without: the next one is read behind them."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its rows and of what is known of them."""
+        return self.rows.nbytes + (0 if self.waiting is None else self.waiting.nbytes)
 
 
 @dataclass(frozen=True)

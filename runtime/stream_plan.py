@@ -4,10 +4,12 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from starkv.manifest import Manifest
 from starkv.methods.rows import ROW_FRAME, PromptRows
 from starkv.methods.stream_rows import StreamRows
-from starkv.runtime.kv.parked import ParkedRows
+from starkv.runtime.kv.parked import ParkedRows, stacked
 from starkv.runtime.kv.prompt import ATTENTION_SINKS, describe_prompt
 from starkv.runtime.preprocess.positions import prompt_positions
 from starkv.runtime.preprocess.prepared import PreparedImage
@@ -26,6 +28,7 @@ def plan_stream(
     images: Sequence[PreparedImage],
     state: StreamState | None,
     screenshots: int | None = None,
+    newest_whole: bool = True,
 ) -> TurnPlan:
     """What a conversation adds to a stream; the whole of it where it is another one.
 
@@ -36,6 +39,7 @@ def plan_stream(
         images: its screenshots, in order.
         state: of the stream so far.
         screenshots: most of them in view; older ones are evicted first.
+        newest_whole: keep the newest screenshot's rows until the next one was read behind them.
 
     Raises:
         UsageError: as for ``plan_prompt``.
@@ -46,11 +50,11 @@ def plan_stream(
         state, text, keys, tokenizer.decode([manifest.tokens.image_pad], skip_special_tokens=False)
     )
     if state is None or not found:
-        return begin_stream(manifest, tokenizer, text, images)
+        return replace(begin_stream(manifest, tokenizer, text, images), newest_whole=newest_whole)
     plan = append_to_stream(manifest, tokenizer, state, found.text, images[found.first_image :], screenshots)
     assert plan.state is not None
     # As this client writes it, who may have left out old screenshots.
-    return replace(plan, state=replace(plan.state, text=text))
+    return replace(plan, state=replace(plan.state, text=text), newest_whole=newest_whole)
 
 
 def begin_stream(
@@ -116,9 +120,11 @@ def append_to_stream(
     gone = frames[: max(0, len(frames) - screenshots)] if screenshots else ()
     gone = tuple(frame for frame in gone if frame.number < first_frame)
     frames = frames[len(gone) :]
-    history = state.rows
+    history, waiting = state.rows, state.waiting
     if gone:
         history = history.without_frames_before(gone[-1].number + 1)
+        waiting = waiting and waiting.without_frames_before(gone[-1].number + 1)
+    metas = history.row_meta if waiting is None else history.merged_meta(waiting)
     first_token = state.tokens - len(state.pending)
     order = _protect_order(state.protect_order, appended, first_token)
     after = replace(
@@ -131,10 +137,11 @@ def append_to_stream(
         frames=frames,
         protect_order=order,
         evicted_tokens=state.evicted_tokens + sum(frame.tokens for frame in gone),
+        waiting=None,
     )
     rows = StreamRows(
-        history_meta=history.stacked_meta(),
-        history_lengths=history.lengths,
+        history_meta=stacked(metas),
+        history_lengths=np.array([len(meta) for meta in metas], np.int32),
         appended=appended,
         first_frame=first_frame,
         first_token=first_token,
@@ -149,6 +156,7 @@ def append_to_stream(
         history,
         after,
         reused_tokens=first_token - after.evicted_tokens,
+        waiting=waiting,
     )
 
 

@@ -29,6 +29,9 @@ class Timings:
     """Bytes of the rows left of them."""
     kv_bytes_held: int = 0
     """Bytes of the valid rows after the reply: those and the generated tokens'."""
+    kv_bytes_waiting: int = 0
+    """Stream mode: bytes in host memory of the newest screenshot's rows that the reply does without and the
+    next turn is read behind."""
     kv_bytes_reserved: int = 0
     """Bytes allocated at the peak: for the prompt, whose memory goes back before the reply, for chosen rows
     before they are packed, and for the reply."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from starkv.methods.rows import ROW_FRAME
 from starkv.runtime.engines.base import Engine, Floats, Rope, packs
 from starkv.runtime.engines.stepping import chunk_lengths
 from starkv.runtime.generation import SamplingParameters
@@ -65,6 +66,8 @@ class Turn:
         self.staged_bytes = round_up_rows(self.kept_rows) * engine.info.kv_bytes_per_row if chosen else 0
         """Bytes that chosen rows take during the compression, before they are packed."""
         self.compressed: Compressed | None = None
+        self.waiting: ParkedRows | None = None
+        """After compression: rows of the newest screenshot that wait for the next turn."""
         self._engine, self._images = engine, images
         self._encoded: list[Floats] = []
         self._embeds: Floats | None = None
@@ -94,6 +97,9 @@ class Turn:
             if self._embeds is None:
                 if plan.history is not None:
                     arena.kv.load(0, plan.history)
+                if plan.waiting is not None:
+                    # Packed rows are numbers, as those that waited are, only once they are in the arena.
+                    arena.kv.load(0, arena.kv.park(0).merged(plan.waiting))
                 self._embeds = prefill_embeddings(
                     plan.ids, engine.embed(plan.ids), self._encoded, engine.manifest.tokens.image_pad
                 )
@@ -117,6 +123,7 @@ class Turn:
                 arena, pool, handle, self.plan.rows, self.policy, self.memory
             )
         self.memory = self.compressed.memory
+        self.waiting = self._rows_that_wait(arena, self.compressed)
         timings.kv_tokens_full = self.plan.rows.full_rows
         timings.kv_tokens_kept = float(pool.kv.lengths[:, slot].mean())
         timings.kv_bytes_full = timings.kv_tokens_full * self._engine.info.kv_bytes_per_row
@@ -126,6 +133,22 @@ class Turn:
         self._embeds = self._logits = None
         self._encoded.clear()
         return self.push(token)
+
+    def _rows_that_wait(self, arena: Arena, compressed: Compressed) -> ParkedRows | None:
+        """The newest screenshot's rows that were not kept; None where there are none or none is to wait."""
+        state = self.plan.state
+        if state is None or not self.plan.newest_whole or not state.image_keys:
+            return None
+        meta = arena.kv.row_meta[:, 0, : self.plan.rows.length]
+        # Not every engine's compression notes them.
+        meta[:] = self.plan.rows.row_meta
+        of_newest = meta[..., ROW_FRAME] == len(state.image_keys) - 1
+        rows = [
+            np.setdiff1d(np.flatnonzero(own), kept)
+            for own, kept in zip(of_newest, compressed.rows, strict=True)
+        ]
+        self.timings.kv_bytes_waiting = sum(map(len, rows)) * arena.kv.row_bytes
+        return arena.kv.park_some(0, rows) if self.timings.kv_bytes_waiting else None
 
     def push(self, token: int) -> str:
         """Add a picked token to the reply; returns its text."""
@@ -160,6 +183,7 @@ class Turn:
             next_position=state.next_position + len(decoded),
             tokens=state.tokens + len(decoded) + len(said_last),
             memory=self.memory,
+            waiting=self.waiting,
         )
 
 

@@ -3,14 +3,14 @@
 behind what."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from starkv.errors import UsageError
 from starkv.manifest import Manifest
-from starkv.methods.stream_rows import CacheRows
+from starkv.methods.stream_rows import CacheRows, StreamRows
 from starkv.runtime.kv.parked import ParkedRows
 from starkv.runtime.kv.prompt import describe_prompt
 from starkv.runtime.preprocess.positions import Positions, prompt_positions
@@ -36,6 +36,10 @@ class TurnPlan:
     mode."""
     reused_tokens: int
     """Tokens of the conversation that need no prefill."""
+    waiting: ParkedRows | None = None
+    """Rows of the screenshot before that belong to the history and were not in the last reply's slot."""
+    newest_whole: bool = False
+    """Whether the newest screenshot's rows wait for the next turn, those that the reply does without."""
 
     @property
     def arena_rows(self) -> int:
@@ -49,6 +53,16 @@ class TurnPlan:
     @property
     def grids(self) -> list[tuple[int, int]]:
         return grids_of(self.images)
+
+    def without_waiting(self) -> "TurnPlan":
+        """The same turn behind the rows that the last reply saw, and no others."""
+        if self.waiting is None or self.history is None:
+            return self
+        assert isinstance(self.rows, StreamRows)
+        rows = replace(
+            self.rows, history_meta=self.history.stacked_meta(), history_lengths=self.history.lengths
+        )
+        return replace(self, waiting=None, rows=rows)
 
 
 def plan_prompt(
@@ -90,12 +104,14 @@ def grids_of(images: Sequence[PreparedImage]) -> list[tuple[int, int]]:
     return [image.facts.merged_grid for image in images]
 
 
-def check_fits(plan: TurnPlan, new_tokens: int, manifest: Manifest) -> None:
-    """Refuse a turn that the engine has no room for.
+def fitted(plan: TurnPlan, new_tokens: int, manifest: Manifest) -> TurnPlan:
+    """The turn as the engine has room for it: where there is none for rows that waited, they are let go.
 
     Raises:
-        UsageError: its rows and the reply's are more than the engine was built for.
+        UsageError: its other rows and the reply's are more than the engine was built for.
     """
+    if plan.arena_rows + new_tokens > manifest.max_context:
+        plan = plan.without_waiting()
     rows = plan.arena_rows + new_tokens
     if rows > manifest.max_context:
         raise UsageError(
@@ -103,6 +119,7 @@ def check_fits(plan: TurnPlan, new_tokens: int, manifest: Manifest) -> None:
             f"{manifest.name} was built for {manifest.max_context}; shorten the prompt, use fewer or smaller "
             "images, or allow fewer new tokens"
         )
+    return plan
 
 
 def prefill_embeddings(

@@ -27,6 +27,7 @@ class SessionAsk:
         dialect: words of the prompt, which say how replies are read.
         mode: ``stream`` goes on from the compacted cache of the step before.
         screenshots: of a stream in view.
+        newest_whole: of a stream: keep the newest screenshot's rows until the next one was read behind them.
 
     Raises:
         UsageError: a stream of a dialect whose prompts are one turn with all screenshots.
@@ -39,13 +40,14 @@ class SessionAsk:
         dialect: PromptDialect,
         mode: Mode = "prompt",
         screenshots: int | None = None,
+        newest_whole: bool = True,
     ) -> None:
         if mode == "stream" and dialect in ("plain", "opencua"):
             raise UsageError(
                 f"a stream needs prompts that only grow; {dialect} prompts are laid out anew at every step. "
                 "Use --dialect ui_tars_computer or ui_tars_mobile, or leave --stream out"
             )
-        self._session = Session(agent.engine, agent.tokenizer, kv_policy, mode, screenshots)
+        self._session = Session(agent.engine, agent.tokenizer, kv_policy, mode, screenshots, newest_whole)
         self._dialect = dialect
         self._asked: tuple[list[Message], list[Image.Image]] = ([], [])
         self._before = (self._session.kv_memory, self._session.state)

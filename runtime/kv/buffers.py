@@ -7,7 +7,7 @@ different things: positions enter the engine as rotary tables, rows are counted 
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +78,20 @@ class KvStore(ABC):
             for array in (self.row_meta, self.positions)
         ]
         return ParkedRows(tuple(keys for keys, _ in pairs), tuple(values for _, values in pairs), *known)
+
+    def park_some(self, slot: int, rows: Sequence[NDArray[np.integer]]) -> ParkedRows:
+        """Copy some of a slot's rows to host memory; ``rows`` has L times their numbers, ascending."""
+        pairs = []
+        for layer, some in enumerate(rows):
+            keys, values = self._read(layer, slot, int(some.max(initial=-1)) + 1)
+            pairs.append((keys[:, some], values[:, some]))
+        meta, positions = (
+            tuple(array[layer, slot, some] for layer, some in enumerate(rows))
+            for array in (self.row_meta, self.positions)
+        )
+        return ParkedRows(
+            tuple(keys for keys, _ in pairs), tuple(values for _, values in pairs), meta, positions
+        )
 
     def load(self, slot: int, parked: ParkedRows) -> None:
         """Put parked rows into a slot, in place of what it holds.

@@ -22,6 +22,9 @@ class SchedulerLimits:
     """Of one piece of a prefill: how long the others wait for their next token."""
     screenshots: int | None = None
     """Of a session's stream in view."""
+    newest_whole: bool = True
+    """Whether a session's newest screenshot stays whole, in host memory, until the next one was read behind
+    it."""
 
     def __post_init__(self) -> None:
         for name in ("slots", "queue", "kv_bytes", "prefill_rows"):

@@ -22,7 +22,7 @@ class ParkedSessions:
 
     @property
     def nbytes(self) -> int:
-        return sum(state.rows.nbytes for state in list(self._states.values()))
+        return sum(state.nbytes for state in list(self._states.values()))
 
     def get(self, session_id: str) -> StreamState | None:
         """The state of a session, if it is still there."""

@@ -16,7 +16,7 @@ from starkv.runtime.serving.sessions import ParkedSessions
 from starkv.runtime.serving.slots import KvMemory, TurnPool
 from starkv.runtime.stream_plan import plan_stream
 from starkv.runtime.turn import Turn, decode_step
-from starkv.runtime.turn_plan import check_fits, plan_prompt
+from starkv.runtime.turn_plan import TurnPlan, fitted, plan_prompt
 
 
 class EngineWork:
@@ -62,24 +62,34 @@ class EngineWork:
         else:
             state = self.sessions.get(request.session_id)
             plan = plan_stream(
-                manifest, self._tokenizer, request.messages, job.images, state, self._limits.screenshots
+                manifest,
+                self._tokenizer,
+                request.messages,
+                job.images,
+                state,
+                self._limits.screenshots,
+                self._limits.newest_whole,
             )
-        check_fits(plan, request.parameters.max_new_tokens, manifest)
+        plan = fitted(plan, request.parameters.max_new_tokens, manifest)
         for image in job.images:
             if image not in plan.images:
                 image.release()
-        memory = plan.state.memory if plan.state else None
-        job.turn = Turn(
+        job.turn = self._turn(job, plan)
+        if plan.waiting is not None and self.memory.never_fits(job.turn):
+            job.turn = self._turn(job, plan.without_waiting())
+        return job.turn
+
+    def _turn(self, job: Job, plan: TurnPlan) -> Turn:
+        return Turn(
             self._engine,
             self._tokenizer,
             plan,
-            request.parameters,
+            job.request.parameters,
             job.policy,
-            memory,
+            plan.state.memory if plan.state else None,
             self.images,
             job.timings,
         )
-        return job.turn
 
     def begin(self, job: Job) -> bool:
         """Make a job the one that is being read; False if there is no memory for it now.

@@ -18,6 +18,7 @@ from starkv.cli.options import (
     Engine,
     Json,
     MaxNewTokens,
+    NewestWhole,
     NoVerify,
     Stream,
     Temperature,
@@ -86,6 +87,7 @@ def agent(
     kv_quant: KvQuant = None,
     kv_rank: KvRank = None,
     stream: Stream = False,
+    newest_whole: NewestWhole = True,
     dialect: Dialect = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.0,
@@ -159,7 +161,7 @@ def agent(
         trace = Trace(out, header) if out else None
         note(f"goal: {wanted}")
         view = screenshots if stream else None
-        ask = SessionAsk(found, policy, settings.dialect, stream_mode(stream, view), view)
+        ask = SessionAsk(found, policy, settings.dialect, stream_mode(stream, view), view, newest_whole)
         outcome = AgentLoop(world, ask, wanted, settings, _watcher(trace)).run()
     if trace:
         trace.finish(outcome)

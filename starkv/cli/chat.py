@@ -16,6 +16,7 @@ from starkv.cli.options import (
     Dialect,
     Engine,
     MaxNewTokens,
+    NewestWhole,
     NoVerify,
     Screenshots,
     Seed,
@@ -61,6 +62,7 @@ def chat(
     kv_rank: KvRank = None,
     stream: Stream = False,
     screenshots: Screenshots = None,
+    newest_whole: NewestWhole = True,
     dialect: Dialect = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
@@ -94,7 +96,7 @@ def chat(
     policy = kv_options.policy(agent.engine.manifest)
     mode = stream_mode(stream, screenshots)
     conversation = Conversation(
-        agent, policy, parameters, words or agent.engine.manifest.prompt, mode, screenshots
+        agent, policy, parameters, words or agent.engine.manifest.prompt, mode, screenshots, newest_whole
     )
     for screenshot in images:
         conversation.attach(screenshot)
@@ -180,9 +182,10 @@ class Conversation:
         dialect: "PromptDialect",
         mode: "Mode" = "prompt",
         screenshots: int | None = None,
+        newest_whole: bool = True,
     ) -> None:
         self._agent, self._policy, self._parameters, self._dialect = agent, policy, parameters, dialect
-        self._mode, self._screenshots = mode, screenshots
+        self._mode, self._screenshots, self._newest_whole = mode, screenshots, newest_whole
         self.reset()
 
     def reset(self) -> None:
@@ -191,7 +194,12 @@ class Conversation:
 
         # One session for all replies: its replies are the trajectory that STaR-KV remembers.
         self._session = Session(
-            self._agent.engine, self._agent.tokenizer, self._policy, self._mode, self._screenshots
+            self._agent.engine,
+            self._agent.tokenizer,
+            self._policy,
+            self._mode,
+            self._screenshots,
+            self._newest_whole,
         )
         self._messages: list[Message] = []
         self._images: list[Image.Image] = []

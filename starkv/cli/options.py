@@ -107,6 +107,14 @@ Screenshots = Annotated[
         show_default=False,
     ),
 ]
+NewestWhole = Annotated[
+    bool,
+    typer.Option(
+        "--newest-whole/--newest-compacted",
+        help="Of a stream: keep the newest screenshot's rows, in host memory, until the next one was read "
+        "behind them. More accurate at small budgets; compacted takes less memory.",
+    ),
+]
 
 
 def stream_mode(stream: bool, screenshots: int | None) -> "Mode":

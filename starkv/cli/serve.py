@@ -8,7 +8,7 @@ import typer
 
 from starkv.cli.console import note
 from starkv.cli.kv import KvBudget, KvCapacity, KvMethod, KvMode, KvOptions, KvQuant, KvRank
-from starkv.cli.options import Device, Engine, NoVerify, Threads
+from starkv.cli.options import Device, Engine, NewestWhole, NoVerify, Threads
 
 MIB = 2**20
 
@@ -43,6 +43,7 @@ def serve(
         int | None,
         typer.Option(min=1, help="Most screenshots of a session in view. [all]", show_default=False),
     ] = None,
+    newest_whole: NewestWhole = True,
     prefill_rows: Annotated[
         int, typer.Option(min=1, help="Rows of a prompt between two tokens of the others.")
     ] = 512,
@@ -87,6 +88,7 @@ def serve(
         parked_bytes=session_memory * MIB,
         prefill_rows=prefill_rows,
         screenshots=screenshots,
+        newest_whole=newest_whole,
     )
     kv_options = KvOptions(kv_method, kv_budget, kv_capacity, kv_mode, kv_quant, kv_rank)
     agent = Agent.load(
