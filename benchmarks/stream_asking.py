@@ -97,6 +97,15 @@ class StreamAsker:
         """
         if way == "prompt":
             return self._answer(self._whole, self._prompt(sample), policy, memory)
+        state, last = self.before_the_last_piece(sample, way, policy, newest_whole)
+        reply = self._answer(self._agent.engine, last, policy, state.memory)
+        lengths = [rows.lengths for rows in (state.rows, state.waiting) if rows is not None]
+        return replace(reply, parked=float(np.sum(lengths, axis=0).mean()))
+
+    def before_the_last_piece(
+        self, sample: Sample, way: Way, policy: KvPolicy, newest_whole: bool
+    ) -> tuple[StreamState, TurnPlan]:
+        """A stream's state before the piece that it answers, and that piece; arguments as for :meth:`ask`."""
         if sample.id != self._asked:
             self._asked = sample.id
             self._states.clear()
@@ -119,9 +128,7 @@ class StreamAsker:
                 state = self._states[key]
         check_same(plans, prompt)
         assert state is not None
-        reply = self._answer(self._agent.engine, plans[-1], policy, state.memory)
-        lengths = [rows.lengths for rows in (state.rows, state.waiting) if rows is not None]
-        return replace(reply, parked=float(np.sum(lengths, axis=0).mean()))
+        return state, plans[-1]
 
     def pieces(self, sample: Sample) -> tuple[list[str], str]:
         """The rendered prompt: a piece for each screenshot, and the rest of it."""

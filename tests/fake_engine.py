@@ -109,7 +109,8 @@ class FakeEngine(PicksOnHost):
         pool.host_kv.keys[:, slot, :, :rows] = arena.host_kv.keys[:, 0, :, :rows]
         pool.kv.row_meta[:, slot, :rows] = prompt.row_meta
         pool.kv.lengths[:, slot] = rows
-        return Compressed(np.arange(rows)[None, None], memory=memory)
+        every = np.broadcast_to(np.arange(rows), (self.manifest.text.layers, 1, rows))
+        return Compressed(every, memory=memory)
 
     def decode(self, pool: Pool, embeds: Floats, rope: Rope) -> Floats:
         self.before_decode()

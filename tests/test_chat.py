@@ -268,3 +268,14 @@ def test_a_window_belongs_to_a_stream(talk: Talk) -> None:
     outcome = talk(["hello"], "--screenshots", 3)
     assert outcome.code == 2
     assert "--screenshots belongs to --stream" in outcome.err
+
+
+def test_a_streams_newest_screenshot_can_be_compacted_at_once(
+    talk: Talk, asked: Asked, screenshot: Path
+) -> None:
+    options = ("--image", screenshot, "--stream", "--kv-capacity", 24)
+    for choice, waits in (((), True), (("--newest-compacted",), False)):
+        assert talk(["click the red star"], *options, *choice).code == 0
+        state = asked[-1][0].state
+        assert state is not None
+        assert (state.waiting is not None) is waits

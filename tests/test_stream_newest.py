@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import ChatModel
 from packed_engines import PackedEngines
+from test_scheduler import asked, running, submit
 from test_stream import TOKENS, WHOLE, Conversation, agent, compacting, talk
 
 from starkv.errors import UsageError
@@ -15,6 +16,7 @@ from starkv.methods.rows import ROW_FRAME, ROW_TOKEN
 from starkv.methods.stream_rows import StreamRows
 from starkv.runtime.agent import Agent
 from starkv.runtime.engines.torch_reference import TorchReferenceEngine
+from starkv.runtime.kv.buffers import round_up_rows
 from starkv.runtime.kv.parked import ParkedRows
 from starkv.runtime.kv.policy import KvPolicy
 from starkv.runtime.session_file import load_session, save_session
@@ -220,3 +222,44 @@ def test_rows_of_other_caches_are_not_merged(agent: Agent, packed: PackedEngines
         conversation.step(0, most=1)
     with pytest.raises(ValueError, match="can't be merged"):
         state_of(codes).rows.merged(state_of(exact).rows)
+
+
+@pytest.mark.parametrize("newest_whole", [True, False])
+def test_served_sessions_do_as_sessions_alone(agent: Agent, newest_whole: bool) -> None:
+    policy = compacting(ROWS)
+    alone = talk(agent, policy, mode="stream", newest_whole=newest_whole)
+    with running(agent.engine, agent.tokenizer, newest_whole=newest_whole) as scheduler:
+        for number in range(3):
+            reply = alone.step(number, most=4)
+            messages, images = alone.messages[:-1], list(alone.images)
+            request = asked("", 4, images, messages=messages, session_id="a", policy=policy)
+            listener = submit(scheduler, request)[1].wait()
+            assert listener.text == reply
+            assert listener.end.timings.kv_bytes_waiting == alone.session.timings.kv_bytes_waiting
+            assert scheduler.status().parked_bytes == state_of(alone).nbytes
+    assert (state_of(alone).waiting is not None) is newest_whole
+
+
+def test_a_server_without_room_for_them_answers_all_the_same(agent: Agent) -> None:
+    policy, most = compacting(ROWS), 4
+    roomy, tight = (talk(agent, policy, mode="stream", newest_whole=whole) for whole in (True, False))
+    for conversation in (roomy, tight):
+        conversation.step(0, most=most)
+        conversation.step(1, "so " * 11, most=most)
+    lengths = []
+    for conversation in (roomy, tight):
+        assert conversation.session.prompt is not None
+        lengths.append(conversation.session.prompt.length)
+    arenas = [round_up_rows(length) for length in lengths]
+    assert arenas[0] > arenas[1], lengths
+    # Room for the smaller arena and a slot.
+    limit = (arenas[1] + 64) * agent.engine.info.kv_bytes_per_row
+    with running(agent.engine, agent.tokenizer, kv_bytes=limit, slots=1) as scheduler:
+        for number in range(2):
+            messages, reply = tight.messages[: 2 + 2 * number], tight.messages[2 + 2 * number]
+            request = asked(
+                "", most, tight.images[: number + 1], messages=messages, session_id="a", policy=policy
+            )
+            listener = submit(scheduler, request)[1].wait()
+            assert listener.text == reply["content"]
+        assert listener.end.reused_tokens == tight.session.reused_tokens > 0
