@@ -61,6 +61,8 @@ class Mode:
     seconds: list[float] = field(default_factory=list)
     held: list[int] = field(default_factory=list)
     """Bytes of the valid rows after each step."""
+    waiting: list[int] = field(default_factory=list)
+    """Bytes in host memory of the newest screenshot's rows that each reply did without."""
     reserved: list[int] = field(default_factory=list)
     """Most bytes allocated in each step."""
     prefilled: list[int] = field(default_factory=list)
@@ -74,13 +76,14 @@ class Mode:
         self.seconds.append(time.perf_counter() - started)
         timings = self.session.timings
         self.held.append(timings.kv_bytes_held)
+        self.waiting.append(timings.kv_bytes_waiting)
         self.reserved.append(timings.kv_bytes_reserved)
         self.prefilled.append(timings.prompt_tokens)
         return text
 
     @property
     def figures(self) -> dict[str, object]:
-        names = ("name", "seconds", "held", "reserved", "prefilled")
+        names = ("name", "seconds", "held", "waiting", "reserved", "prefilled")
         return {name: getattr(self, name) for name in names}
 
     def around(self, step: int) -> float:
@@ -92,13 +95,23 @@ def modes(agent: Agent, capacity: int) -> list[Mode]:
     fifth = KvPolicy(STAR_KV, Budget(0.2))
     fixed = KvPolicy(STAR_KV, Budget(capacity=capacity))
 
-    def session(policy: KvPolicy, stream: bool = False, shown: int | None = None) -> Session:
-        return Session(agent.engine, agent.tokenizer, policy, "stream" if stream else "prompt", shown)
+    def session(
+        policy: KvPolicy, stream: bool = False, shown: int | None = None, newest_whole: bool = True
+    ) -> Session:
+        return Session(
+            agent.engine,
+            agent.tokenizer,
+            policy,
+            "stream" if stream else "prompt",
+            shown,
+            newest_whole,
+        )
 
     return [
         Mode("re-prefill, full", session(KvPolicy(FULL))),
         Mode("prompt mode 20 %", session(fifth)),
         Mode("stream 20 %", session(fifth, True, SHOWN)),
+        Mode("stream 20 %, newest compacted", session(fifth, True, SHOWN, newest_whole=False)),
         Mode(f"stream, {capacity} rows", session(fixed, True)),
     ]
 
@@ -192,6 +205,7 @@ def main() -> None:
         f"faster than re-prefill at {LATE}",
         "tokens prefilled per step",
         f"KV MiB held at {EARLY} / {LATE}",
+        "and waiting",
         f"KV MiB reserved at {EARLY} / {LATE}",
     )
     rows = [
@@ -203,6 +217,7 @@ def main() -> None:
             f"{whole.around(LATE) / mode.around(LATE):.2f}x",
             f"{mode.prefilled[LATE - 1]}",
             f"{mode.held[EARLY - 1] / 2**20:.2f} / {mode.held[LATE - 1] / 2**20:.2f}",
+            f"{mode.waiting[EARLY - 1] / 2**20:.2f} / {mode.waiting[LATE - 1] / 2**20:.2f}",
             f"{mode.reserved[EARLY - 1] / 2**20:.2f} / {mode.reserved[LATE - 1] / 2**20:.2f}",
         )
         for mode in finished

@@ -122,8 +122,8 @@ class Turn:
             self.compressed = self._engine.compress(
                 arena, pool, handle, self.plan.rows, self.policy, self.memory
             )
+            self.waiting = self._rows_that_wait(arena, self.compressed)
         self.memory = self.compressed.memory
-        self.waiting = self._rows_that_wait(arena, self.compressed)
         timings.kv_tokens_full = self.plan.rows.full_rows
         timings.kv_tokens_kept = float(pool.kv.lengths[:, slot].mean())
         timings.kv_bytes_full = timings.kv_tokens_full * self._engine.info.kv_bytes_per_row

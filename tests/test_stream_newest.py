@@ -19,6 +19,7 @@ from starkv.runtime.engines.torch_reference import TorchReferenceEngine
 from starkv.runtime.kv.buffers import round_up_rows
 from starkv.runtime.kv.parked import ParkedRows
 from starkv.runtime.kv.policy import KvPolicy
+from starkv.runtime.serving.sessions import ParkedSessions
 from starkv.runtime.session_file import load_session, save_session
 from starkv.runtime.stream import StreamState
 from starkv.runtime.stream_plan import append_to_stream
@@ -238,6 +239,20 @@ def test_served_sessions_do_as_sessions_alone(agent: Agent, newest_whole: bool) 
             assert listener.end.timings.kv_bytes_waiting == alone.session.timings.kv_bytes_waiting
             assert scheduler.status().parked_bytes == state_of(alone).nbytes
     assert (state_of(alone).waiting is not None) is newest_whole
+
+
+def test_sessions_larger_than_all_memory_go_without_them(agent: Agent) -> None:
+    stream = talk(agent, compacting(ROWS), mode="stream")
+    stream.step(0)
+    state = state_of(stream)
+    for most, expected in ((state.nbytes, state), (state.rows.nbytes, replace(state, waiting=None))):
+        parked = ParkedSessions(most)
+        parked.keep("a", state)
+        assert parked.get("a") == expected
+        assert parked.nbytes == expected.nbytes <= most
+    too_small = ParkedSessions(state.rows.nbytes - 1)
+    too_small.keep("a", state)
+    assert too_small.get("a") is None
 
 
 def test_a_server_without_room_for_them_answers_all_the_same(agent: Agent) -> None:

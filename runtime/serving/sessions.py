@@ -2,6 +2,7 @@
 """Sessions between their turns: parked in host memory, the one that waited longest given up first."""
 
 from collections import OrderedDict
+from dataclasses import replace
 
 from starkv.runtime.stream import StreamState
 
@@ -29,8 +30,10 @@ class ParkedSessions:
         return self._states.get(session_id)
 
     def keep(self, session_id: str, state: StreamState) -> None:
-        """Park a session's state. One that is larger than all memory is not kept: its next turn prefills the
-        whole conversation."""
+        """Park a session's state. One that is larger than all memory goes without the rows that wait; if that
+        is still too large it is not kept: its next turn prefills the whole conversation."""
+        if state.nbytes > self._most_bytes:
+            state = replace(state, waiting=None)
         self._states[session_id] = state
         self._states.move_to_end(session_id)
         while self._states and self.nbytes > self._most_bytes:

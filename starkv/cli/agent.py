@@ -186,6 +186,8 @@ def _watcher(trace: "Trace | None") -> "OnStep":
             kept, full = step.timings["kv_tokens_kept"], step.timings["kv_tokens_full"]
             held = step.timings["kv_bytes_held"] / 1024
             line += f", KV {kept:g} of {full:g} rows, {held:,.0f} KiB held"
+            if waiting := step.timings["kv_bytes_waiting"] / 1024:
+                line += f" and {waiting:,.0f} waiting"
         if step.retries:
             line += f", asked {step.retries + 1} times"
         note(f"{line}; {step.error}" if step.error else line)

@@ -209,3 +209,20 @@ def test_memory_goes_back_after_looking(engines: Engines) -> None:
     assert not values
     del engine
     assert cuda.leaks() == []
+
+
+def test_rows_that_wait_go_back_to_the_card_in_their_places(engine: TrtEngine) -> None:
+    arena, _ = prefilled(engine, tokens(PROMPT.length))
+    arena.kv.row_meta[:, 0, : PROMPT.length] = PROMPT.row_meta
+    whole = arena.kv.park(0)
+    layers, numbers = len(whole.keys), np.arange(PROMPT.length)
+    waiting = arena.kv.park_some(0, [numbers[layer % 2 :: 2] for layer in range(layers)])
+    kept = whole.take([numbers[1 - layer % 2 :: 2] for layer in range(layers)])
+    arena.reset()
+    arena.kv.load(0, kept)
+    arena.kv.load(0, arena.kv.park(0).merged(waiting))
+    back = arena.kv.park(0)
+    for name in ("keys", "values", "row_meta", "positions"):
+        for mine, theirs in zip(getattr(back, name), getattr(whole, name), strict=True):
+            assert mine.dtype == theirs.dtype
+            np.testing.assert_array_equal(mine.astype(np.float32), theirs.astype(np.float32))
