@@ -5,6 +5,7 @@ Every run must bind every input. Those of the attention that is not wanted are b
 """
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -97,14 +98,7 @@ class QuantizedCache(PackedCache):
         self._no_codes = codec.new_store(1, 1)
 
     def _make_tables(self, angles: NDArray[np.float64]) -> None:
-        """One per component of a position, for the pairs that read it."""
-        ends = np.cumsum(self._codec.rotary.sections)[:-1]
-        self._tables = [
-            (np.concatenate([np.cos(part), np.sin(part)], -1) / np.sqrt(self._text.head_dim)).astype(
-                np.float32
-            )
-            for part in np.split(angles, ends, axis=-1)
-        ]
+        self._tables = key_bias_tables(angles, self._codec.rotary.sections)
 
     def _bind_tables(self, binding: Any) -> None:
         for component, table in enumerate(self._tables):
@@ -176,6 +170,23 @@ class LowRankCache(PackedCache):
             bind_array(binding.bind_input, f"packed_len.{layer}", self._lengths[layer])
             for name, array in rows.items():
                 bind_array(binding.bind_input, f"{name}.{layer}", array[:batch])
+
+
+def key_bias_tables(angles: NDArray[np.float64], sections: Sequence[int]) -> list[NDArray[np.float32]]:
+    """A decoder's inputs ``rope_table.c``, one per component of a position.
+
+    Args:
+        angles: ``[P, D / 2]`` of every position and rotary pair.
+        sections: pairs that read each component.
+
+    Returns:
+        ``[P, 2 n]`` each: cosines and sines of the component's n pairs, divided by √D.
+    """
+    head_dim = 2 * angles.shape[1]
+    return [
+        (np.concatenate([np.cos(part), np.sin(part)], -1) / np.sqrt(head_dim)).astype(np.float32)
+        for part in np.split(angles, np.cumsum(sections)[:-1], axis=-1)
+    ]
 
 
 def packed_cache(codec: KvCodec) -> PackedCache:
