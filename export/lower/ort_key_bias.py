@@ -3,8 +3,8 @@
 
 It is a sum of three functions of one position component each. What query and bias make of the rotary pairs
 is multiplied with the cosines and sines of every position, once per step and component; then a row looks up
-three numbers per head. Positions are fewer than rows, since a screenshot's rows share them, and cosines and
-sines gathered row by row would be as many bytes as the keys of a float cache.
+three numbers per head. A screenshot's rows share positions, so there are fewer of these than of rows, unless
+most rows were evicted. Cosines and sines gathered row by row would be as many bytes as one float key head.
 """
 
 from collections.abc import Sequence
