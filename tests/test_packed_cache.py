@@ -65,6 +65,17 @@ def test_a_step_reads_what_the_rows_unpack_to(packed: PackedEngines, variant: st
     assert error < {"int8": 2e-3, "int4": 6e-2}.get(variant, 1e-5)
 
 
+@pytest.mark.parametrize("variant", ["int8", "rank 0.5 int8"])
+def test_tables_follow_a_long_reply(packed: PackedEngines, variant: str) -> None:
+    """Positions go beyond those that were bound first."""
+    engine, steps = packed.engine(variant), 100
+    pool = pool_with(engine)
+    decoded(engine, pool, steps)
+    floats = unpacked(engine, codec_of(engine, packed, variant), pool)
+    after = PROMPT.length + steps
+    assert relative(decoded(engine, pool, 1, after), decoded(engine, floats, 1, after)) < 2e-3
+
+
 @pytest.mark.parametrize("variant", QUANTIZED)
 def test_codes_are_those_of_the_rule(packed: PackedEngines, variant: str) -> None:
     """Appended rows, too: the operator rounds as the packing does."""

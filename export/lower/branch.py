@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nodes of a branch of ``If``: it reads values of the graph around it, and its constants lie there, too."""
+"""Nodes of a branch of ``If``: it reads values of the graph around it, and its constants lie there, too.
+What many branches read may be collected in the same way."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -69,3 +70,7 @@ class Branch:
         for value, dtype in zip(outputs, types, strict=True):
             value.type = ir.TensorType(dtype)
         return ir.Graph([], list(outputs), nodes=self._nodes, name=self._scope.replace("/", "."))
+
+    def put_first(self) -> None:
+        """Put the nodes ahead of all others of the graph around, for its branches to read."""
+        self._graph.insert_before(self._graph[0], self._nodes)

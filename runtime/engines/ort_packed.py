@@ -5,6 +5,7 @@ Every run must bind every input. Those of the attention that is not wanted are b
 """
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,17 +28,20 @@ COMPONENTS = 3
 Array = NDArray[Any]
 
 _TABLE_STEP = 256
-"""Positions that a table grows by."""
+"""Positions that tables grow by."""
+_BOUND_STEP = 64
+"""Positions by which more of the tables is bound. A step with quantized rows works on all that is bound."""
 
 
 class PackedCache(CacheBinding):
-    """Binds packed rows; tables over positions grow as they need."""
+    """Binds packed rows, and as much of the tables over positions as they need."""
 
     def __init__(self, codec: KvCodec) -> None:
         self._codec, self._text = codec, codec.text
         self._no_rows = np.zeros((1, codec.text.kv_heads, 1, codec.text.head_dim), np.float32)
         self._yes, self._no = np.array([True]), np.array([False])
         self._positions = 0
+        self._bound = 1
 
     def bind(self, binding: Any, kv: KvStore, batch: int) -> None:
         bind_array(binding.bind_input, "packed", self._yes)
@@ -46,10 +50,11 @@ class PackedCache(CacheBinding):
             self._positions = -(-needed // _TABLE_STEP) * _TABLE_STEP
             angles = np.arange(self._positions)[:, None] * self._codec.rotary.inverse_frequencies
             self._make_tables(angles)
+        self._bound = -(-needed // _BOUND_STEP) * _BOUND_STEP
         self._bind_rows(binding, kv, batch)
 
     def covers(self, kv: KvStore, batch: int) -> bool:
-        return int(kv.positions[:, :batch].max(initial=0)) < self._positions
+        return int(kv.positions[:, :batch].max(initial=0)) < self._bound
 
     def bind_nothing(self, binding: Any) -> None:
         """Choose the exact attention."""
@@ -93,18 +98,11 @@ class QuantizedCache(PackedCache):
         self._no_codes = codec.new_store(1, 1)
 
     def _make_tables(self, angles: NDArray[np.float64]) -> None:
-        """One per component of a position, for the pairs that read it."""
-        ends = np.cumsum(self._codec.rotary.sections)[:-1]
-        self._tables = [
-            (np.concatenate([np.cos(part), np.sin(part)], -1) / np.sqrt(self._text.head_dim)).astype(
-                np.float32
-            )
-            for part in np.split(angles, ends, axis=-1)
-        ]
+        self._tables = key_bias_tables(angles, self._codec.rotary.sections)
 
     def _bind_tables(self, binding: Any) -> None:
         for component, table in enumerate(self._tables):
-            bind_array(binding.bind_input, f"rope_table.{component}", table)
+            bind_array(binding.bind_input, f"rope_table.{component}", table[: self._bound])
 
     def _bind_rows(self, binding: Any, kv: KvStore, batch: int) -> None:
         assert isinstance(kv, QuantizedKv)
@@ -166,12 +164,29 @@ class LowRankCache(PackedCache):
 
     def _bind_packed(self, binding: Any, kv: LowRankKv, batch: int) -> None:
         for name, table in (("cos_table", self._cos), ("sin_table", self._sin)):
-            bind_array(binding.bind_input, name, table)
+            bind_array(binding.bind_input, name, table[: self._bound])
         for layer, rows in enumerate(kv.packed):
             bind_array(binding.bind_input, f"row_positions.{layer}", kv.positions[layer, :batch])
             bind_array(binding.bind_input, f"packed_len.{layer}", self._lengths[layer])
             for name, array in rows.items():
                 bind_array(binding.bind_input, f"{name}.{layer}", array[:batch])
+
+
+def key_bias_tables(angles: NDArray[np.float64], sections: Sequence[int]) -> list[NDArray[np.float32]]:
+    """A decoder's inputs ``rope_table.c``, one per component of a position.
+
+    Args:
+        angles: ``[P, D / 2]`` of every position and rotary pair.
+        sections: pairs that read each component.
+
+    Returns:
+        ``[P, 2 n]`` each: cosines and sines of the component's n pairs, divided by √D.
+    """
+    head_dim = 2 * angles.shape[1]
+    return [
+        (np.concatenate([np.cos(part), np.sin(part)], -1) / np.sqrt(head_dim)).astype(np.float32)
+        for part in np.split(angles, np.cumsum(sections)[:-1], axis=-1)
+    ]
 
 
 def packed_cache(codec: KvCodec) -> PackedCache:
