@@ -164,7 +164,7 @@ def copy_with(plain: Path, out: Path, **changes: object) -> Path:
 @pytest.mark.parametrize("changes", [{"compute_dtype": "bfloat16"}, {"backend": "trt"}])
 def test_engines_for_gpus(packed: PackedEngines, changes: dict[str, object], tmp_path: Path) -> None:
     engine = copy_with(packed.plain, tmp_path / "engine", **changes)
-    with pytest.raises(UsageError, match=r"is for a GPU; packed caches run in ONNX Runtime on processors"):
+    with pytest.raises(UsageError, match="is for a GPU; packed caches run in TensorRT"):
         attention_weights(engine)
     with pytest.raises(UsageError, match="is for a GPU"):
         pack(packed, engine, tmp_path / "packed")
