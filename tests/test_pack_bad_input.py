@@ -93,7 +93,7 @@ def test_damaged_packing(
         (("pack", "{plain}", "--kv-quant", "int8", "--out", "photos"), "so it is not overwritten"),
         (("pack", "{plain}", "--kv-quant", "int8", "--out", "photos/a.jpg"), "is no directory"),
         (("pack", "{packed}", "--kv-quant", "int4"), "has a packed cache already"),
-        (("pack", "{gpu}", "--kv-quant", "int4"), "is for a GPU; packed caches run in TensorRT (`starkv build"),
+        (("pack", "{gpu}", "--kv-quant", "int4"), "is for a GPU; packed caches run in TensorRT"),
         (("pack", "no/such", "--kv-quant", "int8"), "is no engine directory"),
         (("pack", "{plain}", "--kv-quant", "int8", "--calibration", "no"), "no/prompts.jsonl can't be read"),
         (("pack", "{plain}", "--kv-quant", "int8", "--calibration", "few"), "saw 35 tokens of a kind"),
