@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from starkv.export.lower.branch import Branch
 from starkv.export.lower.graph_edit import new_input
 from starkv.export.lower.ort_attention import LONGEST, MICROSOFT
+from starkv.kv_packing.positions import COMPONENTS
 
 ROPE_TABLE = "rope_table"
 """Inputs, one per component of a position: [P, 2 n] f32; cosines, then sines of the n rotary pairs that read
@@ -24,9 +25,6 @@ that component, divided by √D."""
 ROW_POSITIONS = "row_positions"
 """Inputs, one per layer: [B, C, 3] i32; t, h and w of each row of the packed cache, below P; −1 where there
 is no row."""
-
-_COMPONENTS = 3
-"""Of a stored position; one-dimensional RoPE reads the first."""
 
 
 class KeyBiasLogits:
@@ -47,7 +45,7 @@ class KeyBiasLogits:
             for component, pairs in enumerate(self._sections)
         ]
         self._positions = [
-            add_input(f"{ROW_POSITIONS}.{layer}", ir.DataType.INT32, ["B", "Q", _COMPONENTS])
+            add_input(f"{ROW_POSITIONS}.{layer}", ir.DataType.INT32, ["B", "Q", COMPONENTS])
             for layer in range(layers)
         ]
         (longest,) = (value for value in graph.inputs if value.name == LONGEST)

@@ -12,14 +12,11 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from starkv.export.lower.graph_edit import new_input, replace_node
+from starkv.kv_packing.quantized import SCALES, TABLES
 from starkv.lowrank.quantized_rows import Bits
 from starkv.onnx_ops import DOMAIN, KV_ATTENTION
 from starkv.onnx_packable_kv import PACKABLE_KV_ATTENTION
 
-SCALES = ("k_scale", "v_scale", "k_bias", "v_bias")
-"""Inputs of each layer, ``[G * D]`` f32."""
-TABLES = ("cos_table", "sin_table")
-"""Inputs of the graph, ``[P, D / 2]`` f32."""
 _BYTES_OF_INT32 = 4
 
 
@@ -28,8 +25,8 @@ def add_packed_caches(graph: ir.Graph, bits: Bits, sections: Sequence[int]) -> N
 
     New inputs of layer i are ``past_k_codes.i`` and ``past_v_codes.i`` ``[B,G,K,R/4]`` int32 (R bytes of
     codes in a row; TensorRT takes int8 for quantized numbers of its own), ``row_positions.i`` ``[B,K,3]``
-    int32 and ``SCALES``; new outputs ``present_k_codes.i`` and ``present_v_codes.i`` share the codes' memory.
-    ``K`` is 1 where there are no codes.
+    int32 and ``SCALES`` ``[G*D]`` f32; of all layers ``TABLES`` ``[P,D/2]`` f32. New outputs
+    ``present_k_codes.i`` and ``present_v_codes.i`` share the codes' memory. ``K`` is 1 where there are none.
 
     Args:
         graph: changed; attention is a plugin already.

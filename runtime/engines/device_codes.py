@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Int8 and int4 caches on a device."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from starkv.kv_packing.positions import POSITION_BYTES
 from starkv.runtime.engines.device_kv import DeviceKv, device_kv
@@ -11,28 +11,29 @@ from starkv.runtime.engines.row_positions import RowPositions
 from starkv.runtime.kv.buffers import KvStore, cache_shape, empty_rows
 from starkv.runtime.kv.packed import PackedKv
 from starkv.runtime.kv.parked import ParkedRows
-from starkv.runtime.kv.quantized import QuantizedCodec
+
+if TYPE_CHECKING:
+    from starkv.runtime.engines.device_packing import DevicePacking
 
 
 @dataclass(kw_only=True)
 class DeviceCodes(DeviceKv, PackedKv):
     """Codes ``[L, N, Hkv, C, D]`` int8, or ``[L, N, Hkv, C, D / 2]`` uint8, and their rows' positions."""
 
-    codec: QuantizedCodec
-    quantize: Callable[[DeviceKv, "DeviceCodes", int], None]
-    """Writes the codes of a float cache's slot 0 into a slot; see :class:`DevicePacking`."""
+    packing: "DevicePacking"
+    """The engine's."""
     row_positions: RowPositions
 
     @classmethod
     def new(
         cls,
         memory: DeviceMemory,
-        codec: QuantizedCodec,
+        packing: "DevicePacking",
         slots: int,
         rows: int,
-        quantize: Callable[[DeviceKv, "DeviceCodes", int], None],
     ) -> "DeviceCodes":
         """A cache without rows of ``slots`` sequences of up to ``rows`` rows."""
+        codec = packing.codec
         layers, _, heads, capacity, dim = shape = cache_shape(codec.text, slots, rows)
         codes = (layers, slots, heads, capacity, codec.packing.code_width(dim))
         keys, values = (memory.empty(codes, codec.packing.code_dtype) for _ in range(2))
@@ -42,8 +43,7 @@ class DeviceCodes(DeviceKv, PackedKv):
             *empty_rows(shape),
             keys,
             values,
-            codec=codec,
-            quantize=quantize,
+            packing=packing,
             row_positions=RowPositions(memory, layers, slots, capacity),
         )
 
@@ -60,7 +60,7 @@ class DeviceCodes(DeviceKv, PackedKv):
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def _is_of_this_cache(self, parked: ParkedRows) -> bool:
-        return self.codec.is_of_this_packing(parked)
+        return self.packing.codec.is_of_this_packing(parked)
 
     def copy_rows(self, source: int, target: int, rows: int) -> None:
         super().copy_rows(source, target, rows)
@@ -78,5 +78,5 @@ class DeviceCodes(DeviceKv, PackedKv):
         floats = device_kv(source)
         self._check_packable(floats)
         self.row_positions.send(slot, floats.positions[:, 0], floats.lengths[:, 0])
-        self.quantize(floats, self, slot)
+        self.packing.quantize(floats, self, slot)
         self._note_packed(slot, floats)

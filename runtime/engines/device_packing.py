@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from starkv.errors import EngineError, UsageError
 from starkv.kernels.c_abi import KernelAbi
 from starkv.kernels.c_abi_quantized import CodeRowsBuffers, CodeRowsShape
+from starkv.kv_packing.quantized import SCALES, TABLES
 from starkv.runtime.engines.cuda_memory import CudaMemory
 from starkv.runtime.engines.device_codes import DeviceCodes
 from starkv.runtime.engines.device_kv import DeviceKv
@@ -15,11 +16,6 @@ from starkv.runtime.engines.kernel_compress import KERNEL_DTYPES
 from starkv.runtime.kv.buffers import OTHER_ROWS
 from starkv.runtime.kv.parked import ParkedRows
 from starkv.runtime.kv.quantized import QuantizedCodec
-
-SCALES = ("k_scale", "v_scale", "k_bias", "v_bias")
-"""Of each layer, by the names of the operator ``QuantizedKVAttention``."""
-TABLES = ("cos_table", "sin_table")
-"""Cosine and sine of every position and rotary pair."""
 
 
 class DevicePacking:
@@ -57,7 +53,7 @@ class DevicePacking:
 
     def new_codes(self, slots: int, rows: int) -> DeviceCodes:
         """A cache without rows of ``slots`` sequences of up to ``rows`` rows."""
-        return DeviceCodes.new(self._memory, self.codec, slots, rows, self.quantize)
+        return DeviceCodes.new(self._memory, self, slots, rows)
 
     def quantize(self, source: DeviceKv, target: DeviceCodes, slot: int) -> None:
         """Write the codes of ``source``'s slot 0 into a slot, whose rows have their positions.

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from starkv.kv_packing.positions import COMPONENTS
 from starkv.runtime.engines.ort_binding import (
     CacheBinding,
     FloatCache,
@@ -23,8 +24,6 @@ from starkv.runtime.kv.low_rank import LowRankCodec, LowRankKv
 from starkv.runtime.kv.packed import KvCodec
 from starkv.runtime.kv.quantized import QuantizedCodec, QuantizedKv
 
-COMPONENTS = 3
-"""Of a position: t, h and w."""
 Array = NDArray[Any]
 
 _TABLE_STEP = 256

@@ -8,11 +8,9 @@ each other, so those of rows to come are sent with those that are there: a decod
 import numpy as np
 from numpy.typing import NDArray
 
+from starkv.kv_packing.positions import COMPONENTS
 from starkv.runtime.engines.device_tensor import DeviceMemory, DeviceTensor
 from starkv.runtime.kv.buffers import KvStore
-
-COMPONENTS = 3
-"""Of a position: t, h and w."""
 
 
 class RowPositions:

@@ -115,7 +115,7 @@ class TrtEngine(SteppingEngine):
         kernels = kernels or kernels_beside(directory)
         self._packing = open_packing(directory, self._manifest, self._memory, kernels)
         self._kv = TrtKv(self._manifest, self._memory, spare, self._packing)
-        self._caches = DecoderCaches(self._manifest, self._memory, self._packing)
+        self._caches = DecoderCaches(self._manifest, self._memory)
         self._decode_parts = DecodeParts(
             new_execution=partial(execution, DECODER, DECODE, caches),
             plain=execution(DECODER, DECODE, caches),
@@ -283,10 +283,10 @@ class TrtEngine(SteppingEngine):
     def _step(self, pool: Pool, embeds: Floats, rope: Rope) -> tuple[TrtDecodeStep, NDArray[np.int32]]:
         """The step of a pool's sequences, and their lengths ``[L, B]``, which are written to."""
         kv = device_kv(pool.kv)
-        if isinstance(kv, DeviceCodes) and self._packing is not None:
+        if isinstance(kv, DeviceCodes):
             if rope.positions is None:
                 raise UsageError(NO_POSITIONS)
-            self._packing.check_positions(rope.positions)
+            kv.packing.check_positions(rope.positions)
         self._start_decode(pool, embeds, rope)
         if isinstance(kv, DeviceCodes):
             kv.row_positions.follow(kv, pool.active)

@@ -5,41 +5,64 @@ Every input must be bound in every run. Of the cache that is not read, a plan se
 touches.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
+from starkv.kv_packing.positions import COMPONENTS
+from starkv.kv_packing.quantized import SCALES, TABLES
 from starkv.manifest import Manifest
 from starkv.runtime.engines.cuda_memory import CudaMemory
 from starkv.runtime.engines.device_codes import DeviceCodes
 from starkv.runtime.engines.device_kv import DeviceKv
-from starkv.runtime.engines.device_packing import SCALES, TABLES, DevicePacking
 from starkv.runtime.engines.device_tensor import DeviceTensor, numpy_dtype
-from starkv.runtime.engines.row_positions import COMPONENTS
 from starkv.runtime.kv.buffers import ROW_STEP
 from starkv.trt_compat.execution import Execution
+
+_INT32 = np.dtype(np.int32)
+_CODES, _POSITIONS, _FLOATS = "codes", "row_positions", "floats"
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What a layer's input is bound to."""
+
+    tensor: DeviceTensor
+    shape: tuple[int, ...]
+    """Of a layer's part, behind the sequences where it has any."""
+    of_layers: bool = True
+    """Every layer has a part of its own."""
+
+    @classmethod
+    def shared(cls, tensor: DeviceTensor, sequences: bool = True) -> "_Rows":
+        """One tensor for all layers."""
+        return cls(tensor, tensor.shape[1:] if sequences else tensor.shape, False)
+
+    def at(self, layer: int) -> int:
+        return self.tensor.at(layer) if self.of_layers else self.tensor.address
 
 
 class DecoderCaches:
     """Binds caches to a decoder's profiles."""
 
-    def __init__(self, manifest: Manifest, memory: CudaMemory, packing: DevicePacking | None) -> None:
+    def __init__(self, manifest: Manifest, memory: CudaMemory) -> None:
         """Allocate what stands for a cache that is not read.
 
         Args:
             manifest: of the engine.
             memory: of the card.
-            packing: the engine's; None where it has none, or none yet.
         """
         text, build = manifest.text, manifest.tensorrt
-        self._packing, self._layers = packing, text.layers
+        self._layers = text.layers
         self._no_rows: dict[str, DeviceTensor] = {}
         if build is None or build.kv_bits is None:
             return
         heads, dim = text.kv_heads, text.head_dim
-        width = dim * build.kv_bits // 8 // np.dtype(np.int32).itemsize
+        width = dim * build.kv_bits // 8 // _INT32.itemsize
         shapes = {
-            "floats": ((build.sessions, heads, ROW_STEP, dim), numpy_dtype(manifest.compute_dtype)),
-            "codes": ((build.sessions, heads, 1, width), np.int32),
-            "row_positions": ((build.sessions, 1, COMPONENTS), np.int32),
+            _FLOATS: ((build.sessions, heads, ROW_STEP, dim), numpy_dtype(manifest.compute_dtype)),
+            _CODES: ((build.sessions, heads, 1, width), _INT32),
+            _POSITIONS: ((build.sessions, 1, COMPONENTS), _INT32),
             **dict.fromkeys(SCALES, ((heads * dim,), np.float32)),
             **dict.fromkeys(TABLES, ((1, dim // 2), np.float32)),
         }
@@ -49,45 +72,45 @@ class DecoderCaches:
 
     def bind(self, execution: Execution, kv: DeviceKv, batch: int) -> None:
         """Bind the first slots of a cache as past and present."""
-        if isinstance(kv, DeviceCodes) and self._packing is not None:
-            self._bind_codes(execution, kv, batch, self._packing)
+        codes = kv if isinstance(kv, DeviceCodes) else None
+        self._bind_caches(execution, ("k", "v"), self._floats_of(kv), batch)
+        if not self._no_rows:
             return
+        self._bind_caches(execution, ("k_codes", "v_codes"), self._codes_of(codes), batch)
+        positions, tensors = self._positions_of(codes), codes.packing.tensors if codes else self._no_rows
         for layer in range(self._layers):
-            for kind, tensor in (("k", kv.keys), ("v", kv.values)):
-                _in_place(execution, kind, layer, tensor.at(layer), (batch, *kv.shape[2:]))
-        if self._no_rows:
-            self._bind_no_codes(execution, batch)
-
-    def _bind_codes(self, execution: Execution, kv: DeviceCodes, batch: int, packing: DevicePacking) -> None:
-        _, _, heads, capacity, width = kv.shape
-        codes = (batch, heads, capacity, width // np.dtype(np.int32).itemsize)
-        positions, floats = kv.row_positions.tensor, self._no_rows["floats"]
-        for layer in range(self._layers):
-            for kind, tensor in (("k", kv.keys), ("v", kv.values)):
-                _in_place(execution, f"{kind}_codes", layer, tensor.at(layer), codes)
-                _in_place(execution, kind, layer, floats.address, (batch, *floats.shape[1:]))
-            execution.bind(f"row_positions.{layer}", positions.at(layer), (batch, capacity, COMPONENTS))
+            execution.bind(f"{_POSITIONS}.{layer}", positions.at(layer), (batch, *positions.shape))
             for name in SCALES:
-                tensor = packing.tensors[name]
-                execution.bind(f"{name}.{layer}", tensor.at(layer), tensor.shape[1:])
+                tensor = tensors[name]
+                scale = _Rows(tensor, tensor.shape[1:]) if codes else _Rows.shared(tensor, sequences=False)
+                execution.bind(f"{name}.{layer}", scale.at(layer), scale.shape)
         for name in TABLES:
-            execution.bind(name, packing.tensors[name].address, packing.tensors[name].shape)
+            execution.bind(name, tensors[name].address, tensors[name].shape)
 
-    def _bind_no_codes(self, execution: Execution, batch: int) -> None:
-        nothing = self._no_rows
-        for layer in range(self._layers):
-            for kind in "kv":
-                codes = nothing["codes"]
-                _in_place(execution, f"{kind}_codes", layer, codes.address, (batch, *codes.shape[1:]))
-            positions = nothing["row_positions"]
-            execution.bind(f"row_positions.{layer}", positions.address, (batch, *positions.shape[1:]))
-            for name in SCALES:
-                execution.bind(f"{name}.{layer}", nothing[name].address, nothing[name].shape)
-        for name in TABLES:
-            execution.bind(name, nothing[name].address, nothing[name].shape)
+    def _floats_of(self, kv: DeviceKv) -> tuple[_Rows, _Rows]:
+        if isinstance(kv, DeviceCodes):
+            nothing = _Rows.shared(self._no_rows[_FLOATS])
+            return nothing, nothing
+        return _Rows(kv.keys, kv.shape[2:]), _Rows(kv.values, kv.shape[2:])
 
+    def _codes_of(self, kv: DeviceCodes | None) -> tuple[_Rows, _Rows]:
+        if kv is None:
+            nothing = _Rows.shared(self._no_rows[_CODES])
+            return nothing, nothing
+        *rest, width = kv.shape[2:]
+        shape = (*rest, width // _INT32.itemsize)
+        return _Rows(kv.keys, shape), _Rows(kv.values, shape)
 
-def _in_place(execution: Execution, kind: str, layer: int, address: int, shape: tuple[int, ...]) -> None:
-    """Bind memory as a layer's past and as the present that it becomes."""
-    execution.bind(f"past_{kind}.{layer}", address, shape)
-    execution.bind(f"present_{kind}.{layer}", address, shape)
+    def _positions_of(self, kv: DeviceCodes | None) -> _Rows:
+        if kv is None:
+            return _Rows.shared(self._no_rows[_POSITIONS])
+        tensor = kv.row_positions.tensor
+        return _Rows(tensor, tensor.shape[2:])
+
+    def _bind_caches(
+        self, execution: Execution, kinds: tuple[str, str], caches: tuple[_Rows, _Rows], batch: int
+    ) -> None:
+        for kind, rows in zip(kinds, caches, strict=True):
+            for layer in range(self._layers):
+                for name in (f"past_{kind}.{layer}", f"present_{kind}.{layer}"):
+                    execution.bind(name, rows.at(layer), (batch, *rows.shape))

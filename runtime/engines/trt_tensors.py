@@ -9,8 +9,8 @@ import numpy as np
 
 from starkv.errors import EngineError
 from starkv.kernels.c_abi import COMPRESS_INPUTS, COMPRESS_OUTPUTS, COMPRESS_STATE
+from starkv.kv_packing.quantized import SCALES, TABLES
 from starkv.manifest import Manifest
-from starkv.runtime.engines.device_packing import SCALES, TABLES
 from starkv.runtime.engines.device_tensor import numpy_dtype
 from starkv.runtime.preprocess.vision_plan import plan_vision
 from starkv.trt_compat.running import Plan

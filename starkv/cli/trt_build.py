@@ -13,6 +13,7 @@ from starkv.cli.console import note
 from starkv.cli.engines import engine_directory, engines_home, exported_model
 from starkv.cli.sources import SourceOptions
 from starkv.cli.trt_packing import with_scales
+from starkv.kv_packing.options import PackingOptions
 
 if TYPE_CHECKING:
     from starkv.export.build.trt_options import TrtBuildOptions
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 
 def _place(options: "TrtBuildOptions", name: str, preset: str) -> Path:
     plain = engine_directory(name, "trt", preset)
-    return plain if options.kv_bits is None else plain.with_name(f"{plain.name}-kv-int{options.kv_bits}")
+    if options.kv_bits is None:
+        return plain
+    return plain.with_name(f"{plain.name}-{PackingOptions.of_codes(options.kv_bits).directory_suffix}")
 
 
 def build_trt(

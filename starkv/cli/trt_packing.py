@@ -98,5 +98,4 @@ def _measured(
         TrtEngine(engine, verify=False), tokenizer, biases, prompts, progress=stages
     )
     packing = quantized_packing(bits, statistics, biases)
-    options = PackingOptions("int8" if bits == 8 else "int4")
-    return packing, describe_packing(packing, options, statistics.tokens)
+    return packing, describe_packing(packing, PackingOptions.of_codes(bits), statistics.tokens)

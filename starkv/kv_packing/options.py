@@ -26,14 +26,16 @@ def parse_kv_quant(name: str) -> KvQuant:
     raise UsageError(f"unknown KV quantization {name!r}; known: none, int8, int4")
 
 
+_BITS: dict[KvQuant, Bits] = {"int8": 8, "int4": 4}
+
+
 def code_bits(name: str) -> Bits | None:
     """Bits of a code of that quantization; None where rows stay floats.
 
     Raises:
         UsageError: there is none of that name.
     """
-    known: dict[KvQuant, Bits] = {"int8": 8, "int4": 4}
-    return known.get(parse_kv_quant(name))
+    return _BITS.get(parse_kv_quant(name))
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,11 @@ class PackingOptions:
             )
         if self.quant == "none" and self.rank is None:
             raise UsageError("nothing to pack: give --kv-quant int8 or int4, --kv-rank, or both")
+
+    @classmethod
+    def of_codes(cls, bits: Bits) -> "PackingOptions":
+        """Codes of so many bits with static scales."""
+        return cls(next(name for name, known in _BITS.items() if known == bits))
 
     @property
     def directory_suffix(self) -> str:

@@ -9,6 +9,11 @@ from starkv.kv_packing.positions import POSITION_BYTES
 from starkv.lowrank.quantized_rows import Bits, RowQuantization
 from starkv.manifest import TextShape
 
+SCALES = ("k_scale", "v_scale", "k_bias", "v_bias")
+"""Of each layer, by the names of the operator ``QuantizedKVAttention``."""
+TABLES = ("cos_table", "sin_table")
+"""Cosine and sine of every position and rotary pair, by its names."""
+
 
 def code_bytes_per_row(text: TextShape, bits: Bits) -> int:
     """Bytes of one token's codes over all layers, with its position in each."""

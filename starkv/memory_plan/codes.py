@@ -5,6 +5,7 @@ As ``runtime/engines/{device_codes,device_packing,trt_caches}.py`` allocate it. 
 D head dim, C rows of capacity, P positions, R bytes of a key's codes.
 """
 
+from starkv.kv_packing.positions import COMPONENTS
 from starkv.kv_packing.quantized import code_bytes_per_row
 from starkv.lowrank.quantized_rows import Bits
 from starkv.manifest import TextShape
@@ -14,8 +15,6 @@ _WIDE, _NARROW = 4, 2
 """Bytes of a float32 or int32, of a number in the compute dtype."""
 _VECTORS, _TABLES = 4, 2
 """Scales and biases of keys and values; cosines and sines."""
-_COMPONENTS = 3
-"""Of a position: t, h and w."""
 
 
 def code_bytes(text: TextShape, slots: int, rows: int, bits: Bits) -> int:
@@ -42,7 +41,7 @@ def packing_bytes(text: TextShape, sessions: int, bits: Bits, position_rows: int
 def _stand_in_bytes(text: TextShape, sessions: int, bits: Bits) -> int:
     """The fewest rows that a plan takes, shared by all layers, keys and values: 64 of floats, 1 of codes."""
     row = text.kv_heads * text.head_dim
-    floats, codes, position = ROW_STEP * row * _NARROW, row * bits // 8, _COMPONENTS * _WIDE
+    floats, codes, position = ROW_STEP * row * _NARROW, row * bits // 8, COMPONENTS * _WIDE
     return sessions * (floats + codes + position) + _vector_bytes(text) + _table_bytes(text, 1)
 
 

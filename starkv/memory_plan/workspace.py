@@ -6,6 +6,7 @@ machines on which the library is not built; tests compare it with the library. S
 capacity.
 """
 
+from starkv.kv_packing.positions import COMPONENTS
 from starkv.lowrank.quantized_rows import Bits
 from starkv.manifest import TextShape
 
@@ -15,8 +16,6 @@ _WANTED_BLOCKS = 132 * 3
 _HEADS_OF_BLOCK, _ROWS_OF_SPLIT = 16, 64
 _HEADS_OF_TILE, _LANES = 8, 32
 """Of a product of codes with queries."""
-_COMPONENTS = 3
-"""Of a position: t, h and w."""
 _QUERIES, _SCORE_ROWS, _ROWS_OF_BLOCK = 64, 256, 1024
 """Of a block of window scores, and of the row-wise kernels."""
 _NUMBER, _PAIR, _STATISTICS = 4, 8, 16
@@ -74,7 +73,7 @@ def _code_workspace(text: TextShape, bits: Bits, sequences: int, capacity: int, 
         tiles * steps * _LANES * _PAIR,  # queries
         tiles * _HEADS_OF_TILE * _NUMBER,  # what makes products scores
         tiles * text.head_dim // 2 * _HEADS_OF_TILE * _PAIR,  # coefficients of the bias's share
-        tiles * _COMPONENTS * positions * _HEADS_OF_TILE * _NUMBER,  # and tables of it
+        tiles * COMPONENTS * positions * _HEADS_OF_TILE * _NUMBER,  # and tables of it
     )
     return _parts_workspace(text, blocks, sequences, capacity) + sum(_aligned(part) for part in parts)
 

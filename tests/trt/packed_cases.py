@@ -78,7 +78,7 @@ class PackedEngines:
             )
 
             def finish(engine: Path, manifest: Manifest) -> Manifest:
-                asked = PackingOptions("int8" if bits == 8 else "int4")
+                asked = PackingOptions.of_codes(bits)
                 described = describe_packing(self.packing(bits), asked, self.statistics.tokens)
                 return write_packing(engine, manifest, self.packing(bits), described)
 

@@ -25,6 +25,7 @@ from starkv.export.build.trt_plan import BuildPlan, plan_trt_build
 from starkv.export.lower.attention_weights import projection_biases
 from starkv.kv_packing.file import PACKING_NAME, load_packing
 from starkv.kv_packing.options import PackingOptions
+from starkv.kv_packing.quantized import QuantizedPacking
 from starkv.manifest import Manifest, read_manifest, seal, verify_files
 from starkv.runtime.engines import trt as trt_engine
 from starkv.runtime.engines.ort import OrtEngine
@@ -105,8 +106,9 @@ def test_an_engine_measures_its_own_scales(
     assert made.kv_packing.describe() == "int8"
     assert made.kv_packing.calibration_tokens == packed.statistics.tokens
     ours, theirs = load_packing(directory / PACKING_NAME), packed.packing(8)
+    assert isinstance(ours, QuantizedPacking)
     for own, expected in zip(ours.layers, theirs.layers, strict=True):
-        np.testing.assert_allclose(own.key_scales, expected.key_scales, rtol=0.1)  # type: ignore[union-attr]
+        np.testing.assert_allclose(own.key_scales, expected.key_scales, rtol=0.1)
         np.testing.assert_allclose(own.value_bias, expected.value_bias, rtol=1e-6)
 
 

@@ -156,7 +156,8 @@ def test_a_session_goes_on_from_codes(packed: PackedEngines) -> None:
     engine.prefill(arena, engine.embed(tokens(30, 9)), placed(30, engine, LENGTH))
     longer = engine.new_pool(1, LENGTH + 30, packed=True)
     longer.acquire()
-    longer.kv.pack(0, arena.kv)  # type: ignore[attr-defined]
+    assert isinstance(longer.kv, DeviceCodes)
+    longer.kv.pack(0, arena.kv)
     again = longer.kv.park(0)
     for layer, codes in enumerate(parked.keys):
         # 16 bits lie between: a code on the border of two may move by one.
@@ -223,7 +224,9 @@ def test_positions_must_be_known_and_within_the_tables(packed: PackedEngines) ->
     embeds, rope = engine.embed([7]), behind(engine, LENGTH)
     with pytest.raises(UsageError, match="rows without a position can't be packed"):
         engine.decode(pool, embeds, Rope(rope.cos, rope.sin))
-    last = read_manifest(packed.directory(8)).tensorrt.position_rows  # type: ignore[union-attr]
+    build = read_manifest(packed.directory(8)).tensorrt
+    assert build is not None
+    last = build.position_rows
     with pytest.raises(UsageError, match=f"position {last} is beyond the {last} that"):
         engine.decode(pool, embeds, behind(engine, last))
     assert (pool.kv.lengths == LENGTH).all(), "a refused step leaves nothing"
