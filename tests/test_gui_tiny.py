@@ -172,6 +172,39 @@ def test_another_head_looks_at_what_a_relation_names(reference: Qwen2_5_VLForCon
     assert relations > 3
 
 
+def test_seldom_tasks_weigh_more_and_padding_nothing(reference: Qwen2_5_VLForConditionalGeneration) -> None:
+    layout = packed.Layout(2, 224, 224)
+    some = [lessons.view_lesson(np.random.default_rng(seed), layout) for seed in range(6)]
+    asking = batches.collate(some, lambda _: forward_of(reference, layout), relative=False).asking
+    assert asking is not None
+    seen = set()
+    for row, lesson in enumerate(some):
+        for number, question in enumerate(lesson.questions):
+            own = asking.weights[row, asking.packed.segments[row] == number]
+            expected = {"changed": 4.0, "earlier": 2.5}.get(question.task, 1.0)
+            assert own.unique().tolist() == [expected]
+            seen.add(question.task)
+        assert not asking.weights[row, asking.packed.segments[row] < 0].any()
+    assert seen == {"current", "earlier", "changed", "instruction"}
+
+
+def test_most_views_show_something_new() -> None:
+    layout = packed.Layout(2, 224, 224)
+    views = [lessons.view_lesson(np.random.default_rng(seed), layout) for seed in range(60)]
+    asked = np.mean([any(q.task == "changed" for q in view.questions) for view in views])
+    # Half of all steps bring something new; half of the views are drawn up to three times for its sake.
+    assert 0.5 < asked < 0.9
+
+
+def test_rates_rise_stay_and_sink_to_zero() -> None:
+    spec = stage.StageSpec("some", lambda *_: [], steps=1000, batches=1, decay=0.7)
+    assert spec.rate(0) == 1 / stage.WARM_UP
+    assert spec.rate(100) == spec.rate(300) == 1.0
+    assert spec.rate(650) == pytest.approx(0.5)
+    assert spec.rate(999) == pytest.approx(1 / 700)
+    assert stage.StageSpec("some", lambda *_: [], steps=1000, batches=1, decay=0.0).rate(999) == 1.0
+
+
 def test_lessons_of_splits_differ_and_repeat() -> None:
     for index in range(12):
         first, again = (lessons.mixed_lessons("train", 0, index) for _ in range(2))

@@ -30,6 +30,8 @@ class Asking:
     """``[B, T]``: the same for the head that looks at what a question names."""
     evidence: Tensor
     """``[B, E, visual tokens]``, true where each place lies."""
+    weights: Tensor
+    """``[B, T]``, of each row's loss."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,17 @@ def _asking(lessons: Sequence[Lesson], packer: PackedForward, places: Sequence[n
         looks,
         find_numbers(looks, packed, questions),
         torch.from_numpy(np.stack(padded)),
+        _weights(packed, questions),
     )
+
+
+def _weights(packed: Packed, questions: Sequence[Sequence[Asked]]) -> Tensor:
+    """Weight of the question that each row belongs to; 0 for padding, whose segment is −1."""
+    most = max(len(asked) for asked in questions)
+    weights = torch.zeros(len(questions), most + 1)
+    for row, asked in enumerate(questions):
+        weights[row, : len(asked)] = torch.tensor([question.weight for question in asked])
+    return weights.gather(1, packed.segments % (most + 1))
 
 
 def _cells(lesson: Lesson, relative: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -26,22 +26,27 @@ QUESTIONS = 20
 """About one screen."""
 TASK_QUESTIONS = 6
 """About one view of an episode, of each task."""
+TASK_WEIGHTS = {"changed": 4.0, "earlier": 2.5, "relation": 1.5}
+"""Of the answers' losses, where it is not one: a view has one thing that is new at most, and little that is
+gone, and tasks that are asked so seldom were not learned."""
+CHANGING, CHANGING_TRIES = 0.5, 3
+"""Share of the views that are drawn again, and how often, until there is one thing that is new."""
 MOST_ELEMENTS = 20
 """Of an episode's first screen, or a few more."""
 VISUAL_TOKENS = 1024
 """About so many are in a batch."""
 LAYOUTS = (
-    (0.18, Layout(1, 448, 448)),
-    (0.08, Layout(1, 448, 560)),
-    (0.08, Layout(1, 560, 448)),
-    (0.10, Layout(2, 224, 224)),
+    (0.14, Layout(1, 448, 448)),
+    (0.06, Layout(1, 448, 560)),
+    (0.06, Layout(1, 560, 448)),
+    (0.08, Layout(2, 224, 224)),
     (0.10, Layout(3, 224, 224)),
     (0.04, Layout(5, 224, 224)),
-    (0.08, Layout(3, 336, 336)),
-    (0.08, Layout(2, 448, 448)),
-    (0.14, Layout(3, 448, 448)),
-    (0.06, Layout(4, 448, 448)),
-    (0.06, Layout(5, 448, 448)),
+    (0.10, Layout(3, 336, 336)),
+    (0.10, Layout(2, 448, 448)),
+    (0.16, Layout(3, 448, 448)),
+    (0.08, Layout(4, 448, 448)),
+    (0.08, Layout(5, 448, 448)),
 )
 """Share of batches, and their layout. Small frames teach to look back at a quarter of the price."""
 
@@ -59,6 +64,11 @@ class Asked:
     """One or two places; the second counts once the answer has said what is done."""
     named: tuple[Evidence, ...] = ()
     """What the question names, if that is not what the answer is about: another head should look there."""
+
+    @property
+    def weight(self) -> float:
+        """Of its answer's loss."""
+        return TASK_WEIGHTS.get(self.task, 1.0)
 
 
 @dataclass(frozen=True)
@@ -134,12 +144,15 @@ def scene_lesson(random: np.random.Generator, layout: Layout) -> Lesson:
 def view_lesson(random: np.random.Generator, layout: Layout) -> Lesson:
     """Successive frames of an episode with questions of all tasks."""
     fewest, most = _crowd(random, layout)
-    episode = random_episode(random, layout.frames + 1, layout.height, layout.width, fewest, most)
     end = layout.frames
-    questions = {
-        task: list(islice(some, TASK_QUESTIONS))
-        for task, some in episode.questions(random, end, layout.frames).items()
-    }
+    for _ in range(CHANGING_TRIES if random.random() < CHANGING else 1):
+        episode = random_episode(random, layout.frames + 1, layout.height, layout.width, fewest, most)
+        questions = {
+            task: list(islice(some, TASK_QUESTIONS))
+            for task, some in episode.questions(random, end, layout.frames).items()
+        }
+        if questions["changed"]:
+            break
     # Few elements have moved; clicking the others teaches to find the last frame all the same.
     current, last = questions["current"], episode.scenes[end]
     others = (e for e in _shuffled(random, last.elements) if all(e != q.target for q in current))

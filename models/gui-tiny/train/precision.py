@@ -8,9 +8,9 @@ import torch
 
 @lru_cache
 def has_fast_bfloat16(device: str) -> bool:
-    """GPUs do; of processors only those with AMX: others emulate it, fifty times slower than fp32.
+    """GPUs do; of processors those with AMX or AVX512-BF16: others emulate it, fifty times slower than fp32.
 
     Args:
         device: type such as ``cpu``.
     """
-    return device != "cpu" or torch.cpu._is_amx_tile_supported()
+    return device != "cpu" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

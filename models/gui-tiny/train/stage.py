@@ -48,14 +48,15 @@ class StageSpec:
     """Muon's learning rate."""
     rest_rate: float = 3e-3
     """AdamW's."""
-    decays: bool = True
-    """Linearly to zero over the last 45 %, where most of the accuracy comes from."""
+    decay: float = 0.45
+    """Share of the steps, the last ones, over which the rates sink linearly to zero. Most of the accuracy
+    comes from there: batches are small, and what they disagree about averages out."""
     vision_alone: bool = False
     validation: Callable[[], list[Sequence[Lesson]]] = field(default=list)
 
     def rate(self, step: int) -> float:
         """Share of the learning rates at a step."""
-        decay = (self.steps - step) / (0.45 * self.steps) if self.decays else 1.0
+        decay = (self.steps - step) / (self.decay * self.steps) if self.decay else 1.0
         return min(1.0, (step + 1) / WARM_UP, max(0.0, decay))
 
 
@@ -110,7 +111,8 @@ class Stage:
         hidden = forward.hidden(visual, packed)
         counted = packed.targets != IGNORE
         logits = forward.logits(hidden.packed[counted]).float()
-        answer = F.cross_entropy(logits, packed.targets[counted])
+        weights = asking.weights.to(self.device)[counted]
+        answer = (F.cross_entropy(logits, packed.targets[counted], reduction="none") * weights).mean()
         evidence = asking.evidence.to(self.device)
         guidance = guidance_loss(hidden.attended_log, asking.looks.to(self.device), evidence)
         guidance = guidance + guidance_loss(hidden.finding_log, asking.finds.to(self.device), evidence)
