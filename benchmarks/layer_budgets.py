@@ -12,25 +12,28 @@ nothing but noise.
 import argparse
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from common import engines, named_clicks, report
-from kv_clicks import NATIVE, Question
+from greedy import greedy_replies
 from numpy.typing import NDArray
+from prefilled import FrameCache, Prefilled, clicked, prefill
 from rich.console import Console
 from rich.progress import track
 
 from starkv.methods.budget import Budget
 from starkv.methods.names import STAR_KV
+from starkv.methods.star_kv_config import StarKVConfig
 from starkv.methods.star_kv_stages import layer_rows
 from starkv.runtime.agent import Agent
+from starkv.runtime.kv.buffers import Pool
 from starkv.runtime.kv.policy import KvPolicy
 
 Array = NDArray[np.float64]
-WINDOW, BUDGETS = 8, (0.2, 0.25, 0.3, 0.4, 0.6)
+WINDOW, BUDGETS = 8, (0.08, 0.1, 0.15, 0.2, 0.4)
+LONGEST_REPLY = 20
 SHARPNESS = (6.0, 3.0, 2.0, 1.0, 0.5, 0.1)
 
 
@@ -80,36 +83,50 @@ WAYS: dict[str, Divide] = {
 }
 
 
+def scores_of(agent: Agent, asked: Prefilled) -> Array:
+    """Native STaR-KV's scores ``[L, S]`` of the rows before the window."""
+    engine, length = agent.engine, asked.prompt.length
+    policy = KvPolicy(STAR_KV, Budget(0.5), StarKVConfig(entropy=False))
+    scratch = engine.new_pool(1, length)
+    result = engine.compress(asked.arena, scratch, scratch.acquire(), asked.prompt, policy)
+    assert result.scores is not None
+    return result.scores[:, 0, : length - WINDOW].astype(np.float64)
+
+
+def keep(pool: Pool, asked: Prefilled, best: NDArray[np.int64], counts: NDArray[np.int64]) -> int:
+    """Copy each layer's best rows and the window into a slot of a pool; returns its handle."""
+    handle, slot, kv, length = pool.acquire(), pool.active - 1, asked.arena.kv, asked.prompt.length
+    for layer, count in enumerate(counts):
+        rows = np.r_[np.sort(best[layer, :count]), length - WINDOW : length]
+        pool.kv.keys[layer, slot, :, : len(rows)] = kv.keys[layer, 0][:, rows]
+        pool.kv.values[layer, slot, :, : len(rows)] = kv.values[layer, 0][:, rows]
+        pool.kv.lengths[layer, slot] = len(rows)
+    return handle
+
+
 def clicks(agent: Agent, count: int) -> dict[str, list[float]]:
     """Share of clicks that hit, by way and budget, and the number of questions under ``questions``."""
     hits: dict[tuple[str, float], list[bool]] = defaultdict(list)
-    engine = agent.engine
+    engine, frames = agent.engine, FrameCache(agent)
     for sample in track(named_clicks("validation", count), "questions", console=Console(stderr=True)):
-        question = Question(agent, sample)
-        length, arena = question.prompt.length, question.arena
-        past = length - WINDOW
-        policy = KvPolicy(STAR_KV, Budget(0.5), replace(NATIVE, entropy=False))
-        scratch = engine.new_pool(1, length)
-        result = engine.compress(arena, scratch, scratch.acquire(), question.prompt, policy)
-        assert result.scores is not None
-        scores = result.scores[:, 0, :past].astype(np.float64)
+        asked = prefill(agent, sample, frames)
+        length, scores = asked.prompt.length, scores_of(agent, asked)
         share = scores / scores.sum(-1, keepdims=True)
+        pool = engine.new_pool(len(WAYS) * len(BUDGETS), length + LONGEST_REPLY)
+        cells = {}
         for budget in BUDGETS:
             kept = Budget(budget).rows(length)
             ranked = scores.copy()
-            ranked[:, list(question.prompt.protected(kept, WINDOW))] = np.inf
+            ranked[:, list(asked.prompt.protected(kept, WINDOW))] = np.inf
             best = np.argsort(-ranked, -1, kind="stable")
             for name, divide in WAYS.items():
-                counts = divide(share, kept - WINDOW, past)
+                counts = divide(share, kept - WINDOW, length - WINDOW)
                 assert counts.sum() == (kept - WINDOW) * len(share)
-                pool = engine.new_pool(1, length + 20)
-                pool.acquire()
-                for layer, count in enumerate(counts):
-                    rows = np.r_[np.sort(best[layer, :count]), past:length]
-                    pool.kv.keys[layer, 0, :, : len(rows)] = arena.kv.keys[layer, 0][:, rows]
-                    pool.kv.values[layer, 0, :, : len(rows)] = arena.kv.values[layer, 0][:, rows]
-                    pool.kv.lengths[layer, 0] = len(rows)
-                hits[name, budget].append(question.clicks_right(pool))
+                cells[keep(pool, asked, best, counts)] = name, budget
+        replies = greedy_replies(agent, pool, asked.logits, asked.next_position, LONGEST_REPLY)
+        for handle, reply in replies.items():
+            point = clicked(reply, asked, engine.manifest.prompt, engine.manifest.coordinates)
+            hits[cells[handle]].append(point is not None and sample.hit(*point))
     shares = {name: [float(np.mean(hits[name, budget])) for budget in BUDGETS] for name in WAYS}
     return {**shares, "questions": [float(len(hits[next(iter(WAYS)), BUDGETS[0]]))]}
 

@@ -181,7 +181,7 @@ def test_seldom_tasks_weigh_more_and_padding_nothing(reference: Qwen2_5_VLForCon
     for row, lesson in enumerate(some):
         for number, question in enumerate(lesson.questions):
             own = asking.weights[row, asking.packed.segments[row] == number]
-            expected = {"changed": 4.0, "earlier": 2.5}.get(question.task, 1.0)
+            expected = {"changed": 6.0, "earlier": 3.0}.get(question.task, 1.0)
             assert own.unique().tolist() == [expected]
             seen.add(question.task)
         assert not asking.weights[row, asking.packed.segments[row] < 0].any()
@@ -192,8 +192,8 @@ def test_most_views_show_something_new() -> None:
     layout = packed.Layout(2, 224, 224)
     views = [lessons.view_lesson(np.random.default_rng(seed), layout) for seed in range(60)]
     asked = np.mean([any(q.task == "changed" for q in view.questions) for view in views])
-    # Half of all steps bring something new; half of the views are drawn up to three times for its sake.
-    assert 0.5 < asked < 0.9
+    # Four in ten steps bring something new; most views are drawn up to three times for its sake.
+    assert 0.55 < asked < 0.9
 
 
 def test_rates_rise_stay_and_sink_to_zero() -> None:
@@ -207,8 +207,9 @@ def test_rates_rise_stay_and_sink_to_zero() -> None:
 
 def test_lessons_of_splits_differ_and_repeat() -> None:
     for index in range(12):
-        first, again = (lessons.mixed_lessons("train", 0, index) for _ in range(2))
-        other = lessons.mixed_lessons("validation", 0, index)
+        layouts = (lessons.FIRST_LAYOUTS, lessons.LAST_LAYOUTS)[index % 2]
+        first, again = (lessons.mixed_lessons("train", 0, index, layouts) for _ in range(2))
+        other = lessons.mixed_lessons("validation", 0, index, layouts)
         assert len(first) == len(again)
         for one, two in zip(first, again, strict=True):
             assert one.questions == two.questions

@@ -26,16 +26,18 @@ QUESTIONS = 20
 """About one screen."""
 TASK_QUESTIONS = 6
 """About one view of an episode, of each task."""
-TASK_WEIGHTS = {"changed": 4.0, "earlier": 2.5, "relation": 1.5}
-"""Of the answers' losses, where it is not one: a view has one thing that is new at most, and little that is
-gone, and tasks that are asked so seldom were not learned."""
-CHANGING, CHANGING_TRIES = 0.5, 3
+TASK_WEIGHTS = {"changed": 6.0, "earlier": 3.0}
+"""Of the losses of answers and of the guided heads, where it is not one: a view has one thing that is new at
+most, and little that is gone, and tasks that are asked so seldom were not learned."""
+CHANGING, CHANGING_TRIES = 0.8, 3
 """Share of the views that are drawn again, and how often, until there is one thing that is new."""
 MOST_ELEMENTS = 20
 """Of an episode's first screen, or a few more."""
 VISUAL_TOKENS = 1024
 """About so many are in a batch."""
-LAYOUTS = (
+Mix = tuple[tuple[float, Layout], ...]
+"""Share of batches, and their layout."""
+FIRST_LAYOUTS: Mix = (
     (0.14, Layout(1, 448, 448)),
     (0.06, Layout(1, 448, 560)),
     (0.06, Layout(1, 560, 448)),
@@ -48,7 +50,19 @@ LAYOUTS = (
     (0.08, Layout(4, 448, 448)),
     (0.08, Layout(5, 448, 448)),
 )
-"""Share of batches, and their layout. Small frames teach to look back at a quarter of the price."""
+"""Small frames teach to look back at a quarter of the price."""
+LAST_LAYOUTS: Mix = (
+    (0.10, Layout(1, 448, 448)),
+    (0.06, Layout(1, 448, 560)),
+    (0.06, Layout(1, 560, 448)),
+    (0.12, Layout(2, 448, 448)),
+    (0.26, Layout(3, 448, 448)),
+    (0.20, Layout(4, 448, 448)),
+    (0.20, Layout(5, 448, 448)),
+)
+"""What the suite asks about."""
+MOST_SKIPPED = 9
+"""Steps of an episode before what is in view: elements have moved, some have gone."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +81,7 @@ class Asked:
 
     @property
     def weight(self) -> float:
-        """Of its answer's loss."""
+        """Of its losses."""
         return TASK_WEIGHTS.get(self.task, 1.0)
 
 
@@ -107,17 +121,18 @@ def _shown_of_screen(screen: Screen) -> tuple[Shown, ...]:
     return tuple(Shown(e.box, e.color, e.shape, e.word) for e in screen.elements)
 
 
-def mixed_lessons(split: str, run: int, index: int) -> list[Lesson]:
+def mixed_lessons(split: str, run: int, index: int, layouts: Mix = LAST_LAYOUTS) -> list[Lesson]:
     """A batch of the last stage: single screens or views of episodes, all of one layout.
 
     Args:
         split: of the suite.
         run: seed; another one draws other lessons.
         index: of the batch.
+        layouts: which there are.
     """
     random = generator("click", split, run, 10_000_000 + index)
-    weights = np.array([weight for weight, _ in LAYOUTS])
-    layout = LAYOUTS[random.choice(len(LAYOUTS), p=weights / weights.sum())][1]
+    weights = np.array([weight for weight, _ in layouts])
+    layout = layouts[random.choice(len(layouts), p=weights / weights.sum())][1]
     count = max(1, VISUAL_TOKENS // layout.visual_tokens)
     make = scene_lesson if layout.frames == 1 else view_lesson
     return [make(random, layout) for _ in range(min(count, 6))]
@@ -144,9 +159,10 @@ def scene_lesson(random: np.random.Generator, layout: Layout) -> Lesson:
 def view_lesson(random: np.random.Generator, layout: Layout) -> Lesson:
     """Successive frames of an episode with questions of all tasks."""
     fewest, most = _crowd(random, layout)
-    end = layout.frames
+    skipped = int(random.integers(0, MOST_SKIPPED + 1))
+    end = skipped + layout.frames
     for _ in range(CHANGING_TRIES if random.random() < CHANGING else 1):
-        episode = random_episode(random, layout.frames + 1, layout.height, layout.width, fewest, most)
+        episode = random_episode(random, end + 1, layout.height, layout.width, fewest, most)
         questions = {
             task: list(islice(some, TASK_QUESTIONS))
             for task, some in episode.questions(random, end, layout.frames).items()
@@ -157,13 +173,13 @@ def view_lesson(random: np.random.Generator, layout: Layout) -> Lesson:
     current, last = questions["current"], episode.scenes[end]
     others = (e for e in _shuffled(random, last.elements) if all(e != q.target for q in current))
     current += [
-        replace(asked.name_question(random, element, end - 1), task="current")
+        replace(asked.name_question(random, element, layout.frames - 1), task="current")
         for element in islice(others, TASK_QUESTIONS - len(current))
     ]
     return _lesson(
         layout,
-        episode.scenes[1:],
-        (*episode.clicks[1:end], None),
+        episode.scenes[skipped + 1 :],
+        (*episode.clicks[skipped + 1 : end], None),
         [question for some in questions.values() for question in some],
     )
 

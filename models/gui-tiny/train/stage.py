@@ -111,11 +111,13 @@ class Stage:
         hidden = forward.hidden(visual, packed)
         counted = packed.targets != IGNORE
         logits = forward.logits(hidden.packed[counted]).float()
-        weights = asking.weights.to(self.device)[counted]
-        answer = (F.cross_entropy(logits, packed.targets[counted], reduction="none") * weights).mean()
+        weights = asking.weights.to(self.device)
+        losses = F.cross_entropy(logits, packed.targets[counted], reduction="none")
+        answer = (losses * weights[counted]).mean()
         evidence = asking.evidence.to(self.device)
-        guidance = guidance_loss(hidden.attended_log, asking.looks.to(self.device), evidence)
-        guidance = guidance + guidance_loss(hidden.finding_log, asking.finds.to(self.device), evidence)
+        looks, finds = asking.looks.to(self.device), asking.finds.to(self.device)
+        guidance = guidance_loss(hidden.attended_log, looks, evidence, weights)
+        guidance = guidance + guidance_loss(hidden.finding_log, finds, evidence, weights)
         parts = torch.cat(
             [
                 self.heads.shown.losses(hidden.tapped, facts[:, :6]),

@@ -137,13 +137,14 @@ def shown_heads(hidden: int, relative: bool) -> CellHeads:
     return CellHeads(hidden, [*SHOWN.values(), bins, bins])
 
 
-def guidance_loss(attended_log: Tensor, looks: Tensor, evidence: Tensor) -> Tensor:
+def guidance_loss(attended_log: Tensor, looks: Tensor, evidence: Tensor, weights: Tensor) -> Tensor:
     """How little of one head's attention falls where it should look.
 
     Args:
         attended_log: log-probabilities ``[B, T, visual tokens]`` of the head.
         looks: number of the evidence that each row should look at, ``[B, T]``; −1: anywhere.
         evidence: ``[B, E, visual tokens]``, true where it lies.
+        weights: of the rows, ``[B, T]``.
     """
     tokens = evidence.shape[-1]
     where = evidence.gather(1, looks.clamp(min=0)[..., None].expand(-1, -1, tokens))
@@ -152,4 +153,4 @@ def guidance_loss(attended_log: Tensor, looks: Tensor, evidence: Tensor) -> Tens
     visible = where.any(-1)
     on_evidence = attended_log.masked_fill(~(where | ~visible[..., None]), float("-inf")).logsumexp(-1)
     counted = (looks >= 0) & visible
-    return -torch.where(counted, on_evidence, 0.0).sum() / counted.sum().clamp(min=1)
+    return -torch.where(counted, on_evidence * weights, 0.0).sum() / counted.sum().clamp(min=1)

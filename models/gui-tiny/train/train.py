@@ -16,7 +16,7 @@ from pathlib import Path
 
 import elementwise
 import torch
-from lessons import Lesson, mixed_lessons, screen_lesson
+from lessons import FIRST_LAYOUTS, LAST_LAYOUTS, Lesson, mixed_lessons, screen_lesson
 from model import FIRST_LAYERS, LAYERS, build_model, grow
 from stage import Stage, StageSpec
 from tokens import build_tokenizer
@@ -84,7 +84,9 @@ def stages(args: argparse.Namespace) -> list[StageSpec]:
         ),
         StageSpec(
             "mixed",
-            lambda i, progress: mixed_lessons("train", args.run, i),
+            lambda i, progress: mixed_lessons(
+                "train", args.run, i, FIRST_LAYOUTS if progress < args.small_frames else LAST_LAYOUTS
+            ),
             args.mixed_steps,
             batches=2,
             matrix_rate=0.006,
@@ -117,7 +119,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vision-steps", type=int, default=3600)
     parser.add_argument("--language-steps", type=int, default=5000)
     parser.add_argument("--large-steps", type=int, default=300)
-    parser.add_argument("--mixed-steps", type=int, default=6000)
+    parser.add_argument("--mixed-steps", type=int, default=8000)
+    parser.add_argument(
+        "--small-frames",
+        type=float,
+        default=0.6,
+        metavar="SHARE",
+        help="of the last stage's steps, the first ones, in which small frames are among the large ones",
+    )
     parser.add_argument("--run", type=int, default=0, help="seed of the lessons of the last stage")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw screens")
