@@ -180,12 +180,47 @@ def test_seldom_tasks_weigh_more_and_padding_nothing(reference: Qwen2_5_VLForCon
     seen = set()
     for row, lesson in enumerate(some):
         for number, question in enumerate(lesson.questions):
-            own = asking.weights[row, asking.packed.segments[row] == number]
-            expected = {"changed": 6.0, "earlier": 3.0}.get(question.task, 1.0)
-            assert own.unique().tolist() == [expected]
+            own = asking.packed.segments[row] == number
             seen.add(question.task)
+            if question.task == "instruction":
+                continue
+            expected = {"changed": 6.0, "earlier": 3.0}.get(question.task, 1.0)
+            assert asking.weights[row, own].unique().tolist() == [expected]
         assert not asking.weights[row, asking.packed.segments[row] < 0].any()
     assert seen == {"current", "earlier", "changed", "instruction"}
+
+
+def test_the_next_step_of_an_instruction_weighs_more(reference: Qwen2_5_VLForConditionalGeneration) -> None:
+    layout = packed.Layout(2, 224, 224)
+    lesson = lessons.view_lesson(np.random.default_rng(0), layout)
+    forward = forward_of(reference, layout)
+    asking = batches.collate([lesson], lambda _: forward, relative=False).asking
+    assert asking is not None
+    asked = [number for number, q in enumerate(lesson.questions) if q.task == "instruction"]
+    assert asked
+    for number in asked:
+        heavier = (asking.packed.segments[0] == number) & (asking.weights[0] == lessons.NEXT_WEIGHT)
+        written = forward.tokenizer.decode(asking.packed.targets[0, heavier])
+        thought = lesson.questions[number].answer
+        assert thought[thought.index("next ") + len("next ") :].startswith(written)
+        assert written.endswith("\n" + tokens.ANSWER_START)
+
+
+def test_visual_tokens_look_at_the_same_place_of_the_frame_before(
+    reference: Qwen2_5_VLForConditionalGeneration,
+) -> None:
+    """As training asks of one head: the shipped weights do it, so the right places are asked about."""
+    layout = packed.Layout(3, 448, 448)
+    forward = forward_of(reference, layout)
+    batch = batches.collate(
+        [lessons.view_lesson(np.random.default_rng(0), layout)], lambda _: forward, relative=False
+    )
+    assert batch.asking is not None
+    with torch.no_grad():
+        visual = forward.vision(batch.patches).reshape(1, layout.visual_tokens, -1)
+        logs = forward.hidden(visual, batch.asking.packed).looking_back_log
+    assert logs.shape == (1, 2 * 256)
+    assert logs.exp().median() > 0.5
 
 
 def test_most_views_show_something_new() -> None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from fast_vision import patchify
-from lessons import Asked, Lesson
+from lessons import NEXT_WEIGHT, Asked, Lesson
 from packed import IGNORE, Layout, Packed, PackedForward, stack
 from targets import cell_facts, cell_owners
-from tokens import PHRASES
+from tokens import ANSWER_START, PHRASES
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -105,17 +105,28 @@ def _asking(lessons: Sequence[Lesson], packer: PackedForward, places: Sequence[n
         looks,
         find_numbers(looks, packed, questions),
         torch.from_numpy(np.stack(padded)),
-        _weights(packed, questions),
+        row_weights(packed, packer.tokenizer.convert_tokens_to_ids(ANSWER_START), questions, looks),
     )
 
 
-def _weights(packed: Packed, questions: Sequence[Sequence[Asked]]) -> Tensor:
-    """Weight of the question that each row belongs to; 0 for padding, whose segment is −1."""
-    most = max(len(asked) for asked in questions)
-    weights = torch.zeros(len(questions), most + 1)
+def row_weights(packed: Packed, action: int, questions: Sequence[Sequence[Asked]], looks: Tensor) -> Tensor:
+    """Weight of each row's losses ``[B, T]``: of its question, more where an answer says what comes next, 0
+    for padding.
+
+    Args:
+        packed: the questions.
+        action: token with which the click begins.
+        questions: the same.
+        looks: see :func:`look_numbers`.
+    """
+    weights = torch.zeros(packed.ids.shape)
     for row, asked in enumerate(questions):
-        weights[row, : len(asked)] = torch.tensor([question.weight for question in asked])
-    return weights.gather(1, packed.segments % (most + 1))
+        for number, question in enumerate(asked):
+            inside = packed.segments[row] == number
+            weights[row, inside] = question.weight
+            clicking = ((packed.ids[row] == action) & inside).cumsum(0).bool()
+            weights[row, inside & ~clicking & (looks[row] == PLACES * number + 1)] *= NEXT_WEIGHT
+    return weights
 
 
 def _cells(lesson: Lesson, relative: bool) -> tuple[np.ndarray, np.ndarray]:

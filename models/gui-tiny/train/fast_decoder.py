@@ -17,6 +17,10 @@ GUIDED_FROM_LAST = 2
 FINDING_FROM_LAST = 3
 """The layer of which one head is told where the question's own words lie, such as what a target is left of:
 one layer before the target itself is looked at."""
+LOOKING_BACK_LAYER = 2
+"""The layer of which one head is told to look at the same place of the frame before. Visual tokens know there
+what they show, and behind it they can tell what was not there before. No head had found that out by itself:
+tokens took every element for new with the same probability."""
 COMPARED_FROM_LAST = 3
 """Layer after which visual tokens have to know what changed since the frame before."""
 
@@ -37,6 +41,9 @@ class Hidden(NamedTuple):
     """``[B, T, visual tokens]``: log-probabilities with which the guided head's packed rows attend."""
     finding_log: Tensor
     """The same of the head that is told where the question's own words lie."""
+    looking_back_log: Tensor
+    """``[B, visual tokens of all frames but the first]``: log-probability with which each attends to the same
+    place of the frame before."""
 
 
 def decoder_hidden(
@@ -47,6 +54,7 @@ def decoder_hidden(
     mask: Tensor,
     prefix: int,
     image_slots: Tensor,
+    frames: int,
 ) -> Hidden:
     """Run all layers.
 
@@ -57,12 +65,13 @@ def decoder_hidden(
         mask: ``[B, 1, S, S]``, true where a row may look.
         prefix: rows before the packed part.
         image_slots: rows of the visual tokens.
+        frames: screenshots that they belong to.
     """
     decoder = model.model.language_model
     config = decoder.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     batch, length, _ = x.shape
-    tapped = compared = attended_log = finding_log = x
+    tapped = compared = attended_log = finding_log = looking_back_log = x
     bias = torch.where(mask, 0.0, NEVER)
     for index, layer in enumerate(decoder.layers):
         attention = layer.self_attn
@@ -71,6 +80,8 @@ def decoder_hidden(
         k = attention.k_proj(h).view(batch, length, kv_heads, -1).transpose(1, 2)
         v = attention.v_proj(h).view(batch, length, kv_heads, -1).transpose(1, 2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if index == LOOKING_BACK_LAYER:
+            looking_back_log = _looking_back_log(q, k, image_slots, frames)
         if index == config.num_hidden_layers - GUIDED_FROM_LAST:
             attended_log = _first_head_log(q, k, mask, prefix, image_slots)
         if index == config.num_hidden_layers - FINDING_FROM_LAST:
@@ -89,7 +100,8 @@ def decoder_hidden(
             tapped = x[:, image_slots]
         if index == config.num_hidden_layers - COMPARED_FROM_LAST:
             compared = x[:, image_slots]
-    return Hidden(rms_norm(x, decoder.norm)[:, prefix:], tapped, compared, attended_log, finding_log)
+    final = rms_norm(x, decoder.norm)[:, prefix:]
+    return Hidden(final, tapped, compared, attended_log, finding_log, looking_back_log)
 
 
 def _first_head_log(q: Tensor, k: Tensor, mask: Tensor, prefix: int, image_slots: Tensor) -> Tensor:
@@ -97,3 +109,13 @@ def _first_head_log(q: Tensor, k: Tensor, mask: Tensor, prefix: int, image_slots
     scores = q[:, 0, prefix:].float() @ k[:, 0].float().transpose(1, 2) / q.shape[-1] ** 0.5
     seen = scores.masked_fill(~mask[:, 0, prefix:], float("-inf"))
     return seen.log_softmax(-1)[:, :, image_slots]
+
+
+def _looking_back_log(q: Tensor, k: Tensor, image_slots: Tensor, frames: int) -> Tensor:
+    """Log-probability with which each visual token's first head attends to its place one frame before."""
+    each = len(image_slots) // frames
+    rows, before = image_slots[each:], image_slots[: len(image_slots) - each]
+    scores = q[:, 0, rows].float() @ k[:, 0].float().transpose(1, 2) / q.shape[-1] ** 0.5
+    unseen = torch.arange(k.shape[2], device=k.device) > rows[:, None]
+    logs = scores.masked_fill(unseen, float("-inf")).log_softmax(-1)
+    return logs.gather(-1, before[None, :, None].expand(len(q), -1, 1))[..., 0]

@@ -29,6 +29,9 @@ TASK_QUESTIONS = 6
 TASK_WEIGHTS = {"changed": 6.0, "earlier": 3.0}
 """Of the losses of answers and of the guided heads, where it is not one: a view has one thing that is new at
 most, and little that is gone, and tasks that are asked so seldom were not learned."""
+NEXT_WEIGHT = 4.0
+"""Of the words of an instruction's answer that say what comes next, on top of it. They are read off the
+question, not off a screen, and three of ten were wrong while everything else was right in nine of ten."""
 CHANGING, CHANGING_TRIES = 0.8, 3
 """Share of the views that are drawn again, and how often, until there is one thing that is new."""
 MOST_ELEMENTS = 20

@@ -150,7 +150,7 @@ class PackedForward:
         above[:, :, :prefix] = True
         mask = torch.cat([above, rows], 1).tril()[:, None]
         cos, sin = self.cos[places][:, None], self.sin[places][:, None]
-        return decoder_hidden(self.model, x, cos, sin, mask, prefix, self.image_slots)
+        return decoder_hidden(self.model, x, cos, sin, mask, prefix, self.image_slots, self.layout.frames)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.model.lm_head.weight)

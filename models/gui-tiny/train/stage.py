@@ -28,7 +28,7 @@ log = logging.getLogger("train")
 VISION_WEIGHTS = (1.0, 1.0, 1.5, 1.5, 0.5, 0.5)
 """Of kind, colour, shape, word, centre x and y while the tower learns alone."""
 AUXILIARY, GUIDANCE = 0.5, 0.2
-"""Weights of the dense losses and of the guided head while answers are learned."""
+"""Weights of the dense losses and of the guided heads while answers are learned."""
 WARM_UP = 50
 HEADS_FILE = "heads.safetensors"
 LOG_EVERY = 50
@@ -99,7 +99,7 @@ class Stage:
         self.forward = lru_cache(maxsize=None)(lambda layout: PackedForward(model, tokenizer, layout))
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The loss and its parts, for the log: answer, guidance, then the heads in their order."""
+        """The loss and its parts, for the log: answer, guidance, looking back, then the heads in order."""
         forward, facts = self.forward(batch.layout), batch.facts.to(self.device)
         visual = forward.vision(batch.patches)
         visual = visual.reshape(len(facts), -1, visual.shape[-1])
@@ -118,14 +118,15 @@ class Stage:
         looks, finds = asking.looks.to(self.device), asking.finds.to(self.device)
         guidance = guidance_loss(hidden.attended_log, looks, evidence, weights)
         guidance = guidance + guidance_loss(hidden.finding_log, finds, evidence, weights)
+        looking_back = -hidden.looking_back_log.sum() / max(1, hidden.looking_back_log.numel())
         parts = torch.cat(
             [
                 self.heads.shown.losses(hidden.tapped, facts[:, :6]),
                 self.heads.compared.losses(hidden.compared, facts[:, 6:]),
             ]
         )
-        loss = answer + GUIDANCE * guidance + AUXILIARY * parts.sum()
-        return loss, torch.cat([answer[None], guidance[None], parts]).detach()
+        loss = answer + GUIDANCE * (guidance + looking_back) + AUXILIARY * parts.sum()
+        return loss, torch.cat([torch.stack([answer, guidance, looking_back]), parts]).detach()
 
     def save(self, step: int) -> None:
         """Write the checkpoint, beside the last one until it is whole."""
