@@ -206,6 +206,41 @@ def test_the_next_step_of_an_instruction_weighs_more(reference: Qwen2_5_VLForCon
         assert written.endswith("\n" + tokens.ANSWER_START)
 
 
+def test_lists_are_read_item_after_item(reference: Qwen2_5_VLForConditionalGeneration) -> None:
+    layout = packed.Layout(2, 224, 224)
+    lesson = lessons.view_lesson(np.random.default_rng(1), layout)
+    forward = forward_of(reference, layout)
+    asking = batches.collate([lesson], lambda _: forward, relative=False).asking
+    assert asking is not None
+    one = asking.packed
+
+    def written(rows: torch.Tensor) -> str:
+        return forward.tokenizer.decode(one.ids[0, rows]).strip()
+
+    checked = 0
+    for number, question in enumerate(lesson.questions):
+        own = one.segments[0] == number
+        follows, copies = (table[0] & own[:, None] for table in (asking.follows, asking.copies))
+        if question.task != "instruction":
+            assert not follows.any()
+            assert not copies.any()
+            continue
+        items = [item.strip() for item in question.text.removeprefix("Do:").rstrip(".").split(",")]
+        looked = [
+            (written(own & (follows == row).all(-1)), written(row))
+            for row in follows.unique(dim=0)
+            if row.any()
+        ]
+        assert sorted(looked) == sorted(zip(items[1:], items[:-1], strict=True))
+        (copied,) = [row for row in copies.unique(dim=0) if row.any()]
+        following = question.answer.partition("next ")[2].partition(".")[0]
+        assert written(copied) == following
+        writing = copies.any(-1)
+        assert forward.tokenizer.decode(one.targets[0, writing]) == following
+        checked += 1
+    assert checked > 2
+
+
 def test_visual_tokens_look_at_the_same_place_of_the_frame_before(
     reference: Qwen2_5_VLForConditionalGeneration,
 ) -> None:

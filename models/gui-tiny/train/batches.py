@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from fast_vision import patchify
 from lessons import NEXT_WEIGHT, Asked, Lesson
+from lists import list_rows
 from packed import IGNORE, Layout, Packed, PackedForward, stack
 from targets import cell_facts, cell_owners
 from tokens import ANSWER_START, PHRASES
@@ -32,6 +33,10 @@ class Asking:
     """``[B, E, visual tokens]``, true where each place lies."""
     weights: Tensor
     """``[B, T]``, of each row's loss."""
+    follows: Tensor
+    """``[B, T, T]``: where items of lists should look, see :func:`list_rows`."""
+    copies: Tensor
+    """``[B, T, T]``: where rows that copy an item should look."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +105,14 @@ def _asking(lessons: Sequence[Lesson], packer: PackedForward, places: Sequence[n
     padded = [np.pad(one, ((0, most - len(one)), (0, 0))) for one in places]
     questions = [lesson.questions for lesson in lessons]
     looks = look_numbers(packed, done, questions)
+    action = packer.tokenizer.convert_tokens_to_ids(ANSWER_START)
     return Asking(
         packed,
         looks,
         find_numbers(looks, packed, questions),
         torch.from_numpy(np.stack(padded)),
-        row_weights(packed, packer.tokenizer.convert_tokens_to_ids(ANSWER_START), questions, looks),
+        row_weights(packed, action, questions, looks),
+        *list_rows(packed, packer.tokenizer, done, action, questions),
     )
 
 

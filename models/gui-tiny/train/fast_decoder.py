@@ -17,6 +17,11 @@ GUIDED_FROM_LAST = 2
 FINDING_FROM_LAST = 3
 """The layer of which one head is told where the question's own words lie, such as what a target is left of:
 one layer before the target itself is looked at."""
+FOLLOWING_FROM_LAST, COPYING_FROM_LAST = 3, 2
+"""Layers of which another head reads lists. In the first, each item of an instruction looks at the item
+before; in the second, an answer that says what comes next looks at the item that it copies."""
+READING_HEAD = 2
+"""The first of the second group."""
 LOOKING_BACK_LAYER = 2
 """The layer of which one head is told to look at the same place of the frame before. Visual tokens know there
 what they show, and behind it they can tell what was not there before. No head had found that out by itself:
@@ -44,6 +49,11 @@ class Hidden(NamedTuple):
     looking_back_log: Tensor
     """``[B, visual tokens of all frames but the first]``: log-probability with which each attends to the same
     place of the frame before."""
+    following_log: Tensor
+    """``[B, T, T]``: log-probabilities with which packed rows attend to each other, of the head by which
+    items of a list know the one before."""
+    copying_log: Tensor
+    """The same of the head by which answers copy an item."""
 
 
 def decoder_hidden(
@@ -71,7 +81,7 @@ def decoder_hidden(
     config = decoder.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     batch, length, _ = x.shape
-    tapped = compared = attended_log = finding_log = looking_back_log = x
+    tapped = compared = attended_log = finding_log = looking_back_log = following_log = copying_log = x
     bias = torch.where(mask, 0.0, NEVER)
     for index, layer in enumerate(decoder.layers):
         attention = layer.self_attn
@@ -83,10 +93,14 @@ def decoder_hidden(
         if index == LOOKING_BACK_LAYER:
             looking_back_log = _looking_back_log(q, k, image_slots, frames)
         if index == config.num_hidden_layers - GUIDED_FROM_LAST:
-            attended_log = _first_head_log(q, k, mask, prefix, image_slots)
+            attended_log = _head_log(q, k, 0, mask, prefix)[:, :, image_slots]
         if index == config.num_hidden_layers - FINDING_FROM_LAST:
-            finding_log = _first_head_log(q, k, mask, prefix, image_slots)
+            finding_log = _head_log(q, k, 0, mask, prefix)[:, :, image_slots]
         k, v = (t.repeat_interleave(heads // kv_heads, 1) for t in (k, v))
+        if index == config.num_hidden_layers - FOLLOWING_FROM_LAST:
+            following_log = _head_log(q, k, READING_HEAD, mask, prefix)[:, :, prefix:]
+        if index == config.num_hidden_layers - COPYING_FROM_LAST:
+            copying_log = _head_log(q, k, READING_HEAD, mask, prefix)[:, :, prefix:]
         bias = bias.to(q.dtype)
         # Rows of the prefix never see what is packed behind it.
         before, behind = (t[:, :, :prefix] for t in (q, k, v)), (q[:, :, prefix:], k, v)
@@ -101,14 +115,16 @@ def decoder_hidden(
         if index == config.num_hidden_layers - COMPARED_FROM_LAST:
             compared = x[:, image_slots]
     final = rms_norm(x, decoder.norm)[:, prefix:]
-    return Hidden(final, tapped, compared, attended_log, finding_log, looking_back_log)
+    return Hidden(
+        final, tapped, compared, attended_log, finding_log, looking_back_log, following_log, copying_log
+    )
 
 
-def _first_head_log(q: Tensor, k: Tensor, mask: Tensor, prefix: int, image_slots: Tensor) -> Tensor:
-    """Log-probabilities with which the first head's packed rows attend to visual tokens."""
-    scores = q[:, 0, prefix:].float() @ k[:, 0].float().transpose(1, 2) / q.shape[-1] ** 0.5
-    seen = scores.masked_fill(~mask[:, 0, prefix:], float("-inf"))
-    return seen.log_softmax(-1)[:, :, image_slots]
+def _head_log(q: Tensor, k: Tensor, head: int, mask: Tensor, prefix: int) -> Tensor:
+    """Log-probabilities with which a head's packed rows attend to all rows; ``k`` has this head or, for the
+    first one, its group."""
+    scores = q[:, head, prefix:].float() @ k[:, head].float().transpose(1, 2) / q.shape[-1] ** 0.5
+    return scores.masked_fill(~mask[:, 0, prefix:], float("-inf")).log_softmax(-1)
 
 
 def _looking_back_log(q: Tensor, k: Tensor, image_slots: Tensor, frames: int) -> Tensor:

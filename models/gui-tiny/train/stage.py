@@ -19,7 +19,7 @@ from muon import Muon
 from packed import IGNORE, PackedForward
 from precision import has_fast_bfloat16
 from safetensors.torch import load_file, save_file
-from targets import COMPARED, RARE, CellHeads, guidance_loss, shown_heads
+from targets import COMPARED, RARE, CellHeads, guidance_loss, reading_loss, shown_heads
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
@@ -99,7 +99,7 @@ class Stage:
         self.forward = lru_cache(maxsize=None)(lambda layout: PackedForward(model, tokenizer, layout))
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The loss and its parts, for the log: answer, guidance, looking back, then the heads in order."""
+        """The loss and its parts, for the log: answer, guidance, looking back, reading, then the heads."""
         forward, facts = self.forward(batch.layout), batch.facts.to(self.device)
         visual = forward.vision(batch.patches)
         visual = visual.reshape(len(facts), -1, visual.shape[-1])
@@ -118,6 +118,8 @@ class Stage:
         looks, finds = asking.looks.to(self.device), asking.finds.to(self.device)
         guidance = guidance_loss(hidden.attended_log, looks, evidence, weights)
         guidance = guidance + guidance_loss(hidden.finding_log, finds, evidence, weights)
+        reading = reading_loss(hidden.following_log, asking.follows.to(self.device))
+        reading = reading + reading_loss(hidden.copying_log, asking.copies.to(self.device))
         looking_back = -hidden.looking_back_log.sum() / max(1, hidden.looking_back_log.numel())
         parts = torch.cat(
             [
@@ -125,8 +127,8 @@ class Stage:
                 self.heads.compared.losses(hidden.compared, facts[:, 6:]),
             ]
         )
-        loss = answer + GUIDANCE * (guidance + looking_back) + AUXILIARY * parts.sum()
-        return loss, torch.cat([torch.stack([answer, guidance, looking_back]), parts]).detach()
+        loss = answer + GUIDANCE * (guidance + looking_back + reading) + AUXILIARY * parts.sum()
+        return loss, torch.cat([torch.stack([answer, guidance, looking_back, reading]), parts]).detach()
 
     def save(self, step: int) -> None:
         """Write the checkpoint, beside the last one until it is whole."""

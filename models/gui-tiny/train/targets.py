@@ -154,3 +154,15 @@ def guidance_loss(attended_log: Tensor, looks: Tensor, evidence: Tensor, weights
     on_evidence = attended_log.masked_fill(~(where | ~visible[..., None]), float("-inf")).logsumexp(-1)
     counted = (looks >= 0) & visible
     return -torch.where(counted, on_evidence * weights, 0.0).sum() / counted.sum().clamp(min=1)
+
+
+def reading_loss(logs: Tensor, wanted: Tensor) -> Tensor:
+    """How little of one head's attention falls on the packed rows where it should look.
+
+    Args:
+        logs: log-probabilities ``[B, T, T]`` of the head.
+        wanted: true where a row should look, ``[B, T, T]``; a row without any may look anywhere.
+    """
+    counted = wanted.any(-1)
+    on_wanted = logs.masked_fill(~(wanted | ~counted[..., None]), float("-inf")).logsumexp(-1)
+    return -torch.where(counted, on_wanted, 0.0).sum() / counted.sum().clamp(min=1)
