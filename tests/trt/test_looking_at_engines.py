@@ -46,7 +46,7 @@ def test_a_right_engine_passes_layer_by_layer(starkv: Command, exports: Exports,
     assert report["all_passed"]
     assert {"image_embeds", "logits", "decode", "blocks.0", "layers.0", "layers.3"} <= checks.keys()
     assert all(check["dtype"] == "bfloat16" for check in checks.values())
-    assert all(0 < checks[f"layers.{layer}"]["measures"]["typical_error"] < 0.01 for layer in range(4))
+    assert all(0 < checks[f"layers.{layer}"]["measures"]["typical_error"] < 0.02 for layer in range(4))
 
 
 @pytest.mark.usefixtures("card")
