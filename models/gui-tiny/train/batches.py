@@ -11,13 +11,12 @@ from lessons import NEXT_WEIGHT, Asked, Lesson
 from lists import list_rows
 from packed import IGNORE, Layout, Packed, PackedForward, stack
 from targets import cell_facts, cell_owners
-from tokens import ANSWER_START, PHRASES
+from tokens import ANSWER_START, DONE
 from torch import Tensor
 from torch.utils.data import Dataset
 
 PLACES, NAMED = 3, 2
 """Of a question: where its answer's rows should look, first and second, and what the question names."""
-DONE = next(phrase for phrase in PHRASES if "done" in phrase)
 
 
 @dataclass(frozen=True)

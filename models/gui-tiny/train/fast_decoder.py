@@ -21,7 +21,7 @@ FOLLOWING_FROM_LAST, COPYING_FROM_LAST = 3, 2
 """Layers of which another head reads lists. In the first, each item of an instruction looks at the item
 before; in the second, an answer that says what comes next looks at the item that it copies."""
 READING_HEAD = 2
-"""The first of the second group."""
+"""The first of the second group; all others that are told where to look are the first."""
 LOOKING_BACK_LAYER = 2
 """The layer of which one head is told to look at the same place of the frame before. Visual tokens know there
 what they show, and behind it they can tell what was not there before. No head had found that out by itself:
@@ -90,13 +90,13 @@ def decoder_hidden(
         k = attention.k_proj(h).view(batch, length, kv_heads, -1).transpose(1, 2)
         v = attention.v_proj(h).view(batch, length, kv_heads, -1).transpose(1, 2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        k, v = (t.repeat_interleave(heads // kv_heads, 1) for t in (k, v))
         if index == LOOKING_BACK_LAYER:
             looking_back_log = _looking_back_log(q, k, image_slots, frames)
         if index == config.num_hidden_layers - GUIDED_FROM_LAST:
             attended_log = _head_log(q, k, 0, mask, prefix)[:, :, image_slots]
         if index == config.num_hidden_layers - FINDING_FROM_LAST:
             finding_log = _head_log(q, k, 0, mask, prefix)[:, :, image_slots]
-        k, v = (t.repeat_interleave(heads // kv_heads, 1) for t in (k, v))
         if index == config.num_hidden_layers - FOLLOWING_FROM_LAST:
             following_log = _head_log(q, k, READING_HEAD, mask, prefix)[:, :, prefix:]
         if index == config.num_hidden_layers - COPYING_FROM_LAST:
@@ -121,8 +121,7 @@ def decoder_hidden(
 
 
 def _head_log(q: Tensor, k: Tensor, head: int, mask: Tensor, prefix: int) -> Tensor:
-    """Log-probabilities with which a head's packed rows attend to all rows; ``k`` has this head or, for the
-    first one, its group."""
+    """Log-probabilities with which a head's packed rows attend to all rows."""
     scores = q[:, head, prefix:].float() @ k[:, head].float().transpose(1, 2) / q.shape[-1] ** 0.5
     return scores.masked_fill(~mask[:, 0, prefix:], float("-inf")).log_softmax(-1)
 

@@ -7,30 +7,31 @@ from itertools import pairwise
 import torch
 from lessons import Asked
 from packed import Packed
+from tokens import DONE
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 
-def item_rows(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], text: str) -> list[list[int]]:
+def item_rows(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], text: str) -> dict[str, list[int]]:
     """Tokens of each item of a list such as "Do: 'Open', the red star."
 
     Args:
         tokenizer: of the tokens.
         ids: that begin with the text's.
-        text: items behind a colon, commas between them, a full stop at the end.
+        text: items behind a colon, commas between them, a full stop at the end. None comes twice.
     """
-    begin = text.index(":") + 1
-    ends, place = [], begin
-    for item in text[begin:-1].split(","):
-        ends.append((place + len(item) - len(item.lstrip()), place + len(item)))
-        place += len(item) + 1
-    rows: list[list[int]] = [[] for _ in ends]
+    end = text.index(":")
+    spans = {}
+    for item in text[end + 1 : -1].split(","):
+        end += 1 + len(item)
+        spans[item.strip()] = end - len(item.strip()), end
+    rows: dict[str, list[int]] = {item: [] for item in spans}
     at = 0
     for row, token in enumerate(ids):
         length = len(tokenizer.decode([token]))
-        for number, (start, end) in enumerate(ends):
-            if at < end and at + length > start:
-                rows[number].append(row)
+        for item, (first, behind) in spans.items():
+            if at < behind and at + length > first:
+                rows[item].append(row)
         at += length
         if at >= len(text):
             break
@@ -62,12 +63,12 @@ def list_rows(
                 continue
             inside = torch.nonzero(packed.segments[entry] == number)[:, 0]
             ids = packed.ids[entry, inside].tolist()
-            items = [inside[rows] for rows in item_rows(tokenizer, ids, question.text)]
-            for before, item in pairwise(items):
+            rows = item_rows(tokenizer, ids, question.text)
+            items = {item: inside[own] for item, own in rows.items()}
+            for before, item in pairwise(items.values()):
                 follows[entry, item[:, None], before] = True
-            names = [part.strip() for part in question.text[question.text.index(":") + 1 : -1].split(",")]
-            following = question.answer.partition(" is done, next ")[2].partition(".\n")[0]
+            following = question.answer.partition(DONE)[2].partition(".\n")[0]
             # The name's last token writes the full stop, which is no part of the item.
             writing = inside[ids.index(done) : ids.index(action) - 3]
-            copies[entry, writing[:, None], items[names.index(following)]] = True
+            copies[entry, writing[:, None], items[following]] = True
     return follows, copies

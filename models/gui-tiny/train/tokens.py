@@ -23,8 +23,10 @@ SPECIAL_TOKENS = [
 ]
 # Constant parts of every answer are one token each: eight decoding steps less per click.
 ANSWER_START, ANSWER_END = "Action: click(start_box='(", ")')"
+DONE = " is done, next "
+"""Behind it an answer says what comes next."""
 PHRASES = (
-    *("Thought: ", " is done, next ", "Do: ", " what is", " where", " was", " new"),
+    *("Thought: ", DONE, "Do: ", " what is", " where", " was", " new"),
     *(" left of", " right of", " above", " below"),
 )
 """Of questions about relations and trajectories, and of the thoughts that answer them: one token each."""
